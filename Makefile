@@ -1,0 +1,51 @@
+# `make serve` and `make test` work on a fresh clone: they make .venv and install the project first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LINKS := build/types/onebase
+SOURCES := adapters bench kernels serve tests
+PYTEST_ARGS ?= -n 2
+
+.PHONY: serve test gpu-test slow-test fmt lint type bench clean
+
+serve: $(STAMP)
+	$(BIN)/onebase demo
+
+test: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+slow-test: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/pytest -m slow
+
+gpu-test: $(STAMP)
+	$(BIN)/pytest -m gpu
+
+fmt: $(STAMP)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix-only --quiet $(SOURCES)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+type: $(STAMP) $(LINKS)
+	$(BIN)/mypy -p onebase
+
+bench: $(STAMP)
+	$(BIN)/onebase bench step
+
+# The import name onebase.serve lives in the folder serve/: static checkers follow it through links.
+$(LINKS): Makefile
+	mkdir -p $@
+	for p in adapters bench kernels serve; do ln -sfn $(CURDIR)/$$p $@/$$p; done
+	touch $@
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info

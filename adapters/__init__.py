@@ -1,0 +1,1 @@
+"""What an adapter is and where it lives. Knows nothing of HTTP or scheduling."""

@@ -1,0 +1,1 @@
+"""File format -> AdapterProgram: a module per family behind one register."""

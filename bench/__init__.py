@@ -1,0 +1,1 @@
+"""Benchmarks. Each prints both sides of the comparison it makes."""

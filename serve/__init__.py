@@ -1,0 +1,1 @@
+"""The server: base model, engine, HTTP API, command line."""

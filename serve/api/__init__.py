@@ -1,0 +1,1 @@
+"""The HTTP surface: OpenAI routes, adapter routes, errors, streaming."""

@@ -1,0 +1,1 @@
+"""The small base model and adapters that `onebase demo` serves."""

@@ -1,0 +1,1 @@
+"""The engine: schedule -> plan -> forward -> sample -> deliver, in a process of its own."""

@@ -1,0 +1,25 @@
+"""The engine's options, as plain data: the engine imports without the HTTP stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All that the engine process needs to start. Memory budgets are in GiB; None means: decide from the machine."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    device: str = "auto"  # auto | cpu | cuda
+    max_model_len: int | None = None
+    max_batch_tokens: int = 2048
+    max_num_seqs: int = 64
+    page_size: int = 16
+    device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
+    kv_memory: float | None = None
+    adapter_memory: float | None = None

@@ -1,0 +1,133 @@
+"""What the API side and the engine say to each other. Plain dataclasses: wire.py gives them a binary form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter on one request. ``path`` is the blob folder, read only if the digest is not resident."""
+
+    digest: str
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is always set by the API side."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate. n > 1 and several prompts are several requests."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    adapters: tuple[AdapterUse, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """New tokens of one request. The last output of a request has a finish_reason."""
+
+    id: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request or an adapter command failed. ``kind`` is the name of the exception class in adapters/errors.py."""
+
+    id: str
+    kind: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Compile the blob and make it resident. Answered by AdapterReady or Failure with the same id."""
+
+    id: str
+    use: AdapterUse
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """Drop the adapter from the device once no running request uses it. Answered by AdapterGone."""
+
+    id: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReady:
+    """What the compiled adapter is. nbytes: what it takes on the device."""
+
+    id: str
+    digest: str
+    family: str
+    rank: int
+    nbytes: int
+    sites: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterGone:
+    """``was_resident`` is False where there was nothing to drop."""
+
+    id: str
+    digest: str
+    was_resident: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Said once, when the engine can serve."""
+
+    architecture: str
+    fingerprint: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    adapter_bytes: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges after a step; counters are totals since the engine started. resident: digest -> bytes on the device."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_for_adapter: int = 0
+    free_pages: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    adapter_bytes_used: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    resident: dict[str, int] = field(default_factory=dict)
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
