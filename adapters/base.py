@@ -22,13 +22,15 @@ class Site:
     """A module of the base model that an adapter can touch.
 
     ``path`` is its module path in the loaded model, e.g. ``model.layers.0.self_attn.q_proj``.
-    For an EMBEDDING ``in_features`` is the vocabulary size and ``out_features`` the width.
+    For an EMBEDDING ``in_features`` is the vocabulary size and ``out_features`` the width; ``output_scale`` is what
+    its forward multiplies rows by (Gemma 3's scaled word embedding), and so what an added row must be multiplied by.
     """
 
     path: str
     kind: SiteKind
     in_features: int
     out_features: int
+    output_scale: float = 1.0
 
 
 class BaseModel(Protocol):

@@ -1,0 +1,278 @@
+"""Which adapters are on the device. Loads run in a thread; the engine's loop only allocates and flips table entries.
+
+States of an entry:   compiling -> placing -> copying -> ready        (failed at any step but the last)
+    compiling  a thread reads the blob and packs its program in host memory
+    placing    packed, waiting for room in the arena
+    copying    a thread (and on CUDA a side stream) copies it into its block
+    ready      in the tables; may be acquired
+
+All methods are called by the engine's thread. References are held by running sequences; unreferenced entries are
+evicted in order of last use when another adapter needs the room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from onebase.adapters.arena import Arena, PackedProgram, pack, shifted
+from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from onebase.adapters.program import AdapterProgram
+from onebase.kernels.dispatch import LowRankKernels
+from onebase.kernels.tables import Operands, ProgramTables
+
+Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
+
+
+class State(StrEnum):
+    COMPILING = "compiling"
+    PLACING = "placing"
+    COPYING = "copying"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One adapter on its way to, or on, the device."""
+
+    digest: str
+    path: str
+    state: State
+    work: Future[PackedProgram] | Future[None] | None = None
+    packed: PackedProgram | None = None  # dropped once copied
+    operands: Mapping[str, Operands] = field(default_factory=dict)  # relative to the block
+    num_elements: int = 0
+    family: str = ""
+    rank: int = 0
+    nbytes: int = 0
+    sites: int = 0
+    block: int = -1
+    handle: int = -1
+    references: int = 0
+    last_used: int = 0
+    doomed: bool = False  # unload was asked for: dropped when the last reference goes
+    error: AdapterError | None = None
+
+
+class AdapterCache:
+    """The device tier."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        tables: ProgramTables,
+        kernels: LowRankKernels,
+        site_index: Mapping[str, int],
+        compile: Compile,
+    ) -> None:
+        self.arena = arena
+        self.loads = 0
+        self.evictions = 0
+        self._tables = tables
+        self._kernels = kernels
+        self._site_index = site_index
+        self._compile = compile
+        self._entries: dict[str, Entry] = {}
+        self._clock = 0
+        self._next_handle = 0
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
+        self._stream = torch.cuda.Stream() if arena.buffer.is_cuda else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is at work, so that poll() will have something to do soon."""
+        return any(entry.work is not None for entry in self._entries.values())
+
+    @property
+    def num_references(self) -> int:
+        """References held by running sequences."""
+        return sum(entry.references for entry in self._entries.values())
+
+    def resident(self) -> dict[str, int]:
+        """digest -> bytes on the device."""
+        return {entry.digest: entry.nbytes for entry in self._entries.values() if entry.state is State.READY}
+
+    def fetch(self, digest: str, path: str) -> Entry:
+        """The entry of an adapter; starts to load it where it is not on its way already."""
+        self._clock += 1
+        entry = self._entries.get(digest)
+        if entry is None or entry.state is State.FAILED:
+            entry = self._entries[digest] = Entry(digest, path, State.COMPILING)
+            entry.work = self._threads.submit(self._load, Path(path), digest)
+        entry.last_used = self._clock
+        entry.doomed = False
+        return entry
+
+    def size(self, digest: str) -> int | None:
+        """Bytes on the device, None while they are not known."""
+        entry = self._entries.get(digest)
+        return (
+            entry.nbytes if entry is not None and entry.state in (State.PLACING, State.COPYING, State.READY) else None
+        )
+
+    def acquire(self, digest: str) -> int:
+        """Take a reference on a ready entry; its handle."""
+        entry = self._entries[digest]
+        if entry.state is not State.READY:
+            raise RuntimeError(f"adapter {digest} is {entry.state}, not ready")
+        self._clock += 1
+        entry.last_used = self._clock
+        entry.references += 1
+        return entry.handle
+
+    def release(self, digest: str) -> None:
+        """Give a reference back; a doomed entry leaves with its last one."""
+        entry = self._entries[digest]
+        entry.references -= 1
+        if entry.doomed and entry.references == 0:
+            self._drop(entry)
+
+    def unload(self, digest: str) -> bool:
+        """Drop an adapter now, or with its last reference. False where it is not here."""
+        entry = self._entries.get(digest)
+        if entry is None or entry.state is State.FAILED:
+            return False
+        entry.doomed = True
+        if entry.references == 0 and entry.work is None:
+            self._drop(entry)
+        return True
+
+    def poll(self, reserved: Collection[str] = ()) -> list[Entry]:
+        """Move loads on; entries that became ready or failed. ``reserved`` digests are not evicted for others."""
+        changed: list[Entry] = []
+        for entry in list(self._entries.values()):
+            before = entry.state
+            self._advance(entry, reserved)
+            if entry.state is not before and entry.state in (State.READY, State.FAILED):
+                changed.append(entry)
+        for entry in changed:
+            if entry.state is State.FAILED:
+                del self._entries[entry.digest]
+        return changed
+
+    def check(self) -> None:
+        """Prove that blocks and entries agree. Raises RuntimeError where they do not."""
+        self.arena.check()
+        held = sum(1 for entry in self._entries.values() if entry.block >= 0)
+        if held != self.arena.num_blocks:
+            raise RuntimeError(f"adapters: {held} entries hold blocks, the arena has {self.arena.num_blocks}")
+        if any(entry.references < 0 for entry in self._entries.values()):
+            raise RuntimeError("adapters: a reference was given back twice")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, path: Path, digest: str) -> PackedProgram:
+        program = self._compile(path, digest)
+        return pack(program, self.arena.buffer.dtype, pinned=self.arena.buffer.is_cuda)
+
+    def _advance(self, entry: Entry, reserved: Collection[str]) -> None:
+        if entry.work is not None and not entry.work.done():
+            return
+        if entry.state is State.COMPILING:
+            self._compiled(entry)
+        if entry.doomed and entry.references == 0 and entry.state is not State.FAILED:
+            self._drop(entry)
+        elif entry.state is State.PLACING:
+            self._place(entry, reserved)
+        elif entry.state is State.COPYING:
+            self._copied(entry)
+
+    def _compiled(self, entry: Entry) -> None:
+        future, entry.work = entry.work, None
+        try:
+            packed = future.result()  # type: ignore[union-attr]
+        except AdapterError as error:
+            return _fail(entry, error)
+        except Exception as error:  # a hostile file must not end the loop, whatever a library makes of it
+            return _fail(entry, AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
+        assert packed is not None
+        if packed.nbytes > self.arena.capacity_bytes:
+            message = f"the adapter takes {packed.nbytes} bytes, the device budget for adapters is {self.arena.capacity_bytes}"
+            return _fail(entry, AdapterTooLarge(message))
+        entry.packed, entry.state = packed, State.PLACING
+        entry.operands, entry.num_elements = packed.operands, packed.data.numel()
+        entry.family, entry.rank = packed.program.family, packed.program.rank
+        entry.nbytes, entry.sites = packed.nbytes, len(packed.operands)
+        return None
+
+    def _place(self, entry: Entry, reserved: Collection[str]) -> None:
+        assert entry.packed is not None
+        block = self.arena.allocate(entry.num_elements)
+        while block is None and self._evict_one(reserved):
+            block = self.arena.allocate(entry.num_elements)
+        if block is None and self.arena.capacity - self.arena.used >= entry.num_elements and self._compact():
+            block = self.arena.allocate(entry.num_elements)
+        if block is not None:
+            entry.block, entry.state = block, State.COPYING
+            entry.work = self._threads.submit(self._copy, entry.packed, block)
+
+    def _compact(self) -> bool:
+        """Move every block to the front, so that the free room is one range. False while a copy is in flight.
+
+        Runs between two steps, on the stream of the kernels: they see a block either before or after its move.
+        """
+        placed = sorted((e for e in self._entries.values() if e.block >= 0), key=lambda e: e.block)
+        if any(entry.state is not State.READY for entry in placed):
+            return False
+        for entry in placed:
+            self.arena.free(entry.block)
+        for entry in placed:
+            block = self.arena.allocate_lowest(entry.num_elements)
+            if block != entry.block:
+                data = self.arena.buffer[entry.block : entry.block + entry.num_elements].clone()
+                self.arena.buffer[block : block + entry.num_elements].copy_(data)
+                entry.block = block
+                self._tables.remove(entry.handle)
+                self._install(entry)
+        return True
+
+    def _copy(self, packed: PackedProgram, block: int) -> None:
+        target = self.arena.buffer[block : block + packed.data.numel()]
+        if self._stream is None:
+            target.copy_(packed.data)
+            return
+        with torch.cuda.stream(self._stream):
+            target.copy_(packed.data, non_blocking=True)
+        self._stream.synchronize()  # of this thread: the engine's loop goes on
+
+    def _copied(self, entry: Entry) -> None:
+        entry.work = entry.packed = None
+        entry.handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self._install(entry)
+        entry.state = State.READY
+        self.loads += 1
+
+    def _install(self, entry: Entry) -> None:
+        operands = {self._site_index[path]: shifted(op, entry.block) for path, op in entry.operands.items()}
+        self._tables.install(entry.handle, operands)
+
+    def _evict_one(self, reserved: Collection[str]) -> bool:
+        free = [
+            entry
+            for entry in self._entries.values()
+            if entry.state is State.READY and entry.references == 0 and entry.digest not in reserved
+        ]
+        if not free:
+            return False
+        self._drop(min(free, key=lambda entry: entry.last_used))
+        self.evictions += 1
+        return True
+
+    def _drop(self, entry: Entry) -> None:
+        if entry.handle >= 0:
+            self._tables.remove(entry.handle)
+            self._kernels.forget(entry.handle)
+        if entry.block >= 0:
+            self.arena.free(entry.block)
+        del self._entries[entry.digest]
+
+
+def _fail(entry: Entry, error: AdapterError) -> None:
+    entry.state, entry.error, entry.work = State.FAILED, error, None

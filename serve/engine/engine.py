@@ -1,0 +1,271 @@
+"""The engine's loop: schedule -> plan -> forward -> sample -> deliver. Knows nothing of processes or sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from onebase.adapters.arena import Arena
+from onebase.adapters.cache import AdapterCache, Entry, State
+from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, OneBaseError, RequestRejected
+from onebase.adapters.formats import compile_folder
+from onebase.adapters.program import AdapterProgram
+from onebase.kernels.dispatch import select_kernels
+from onebase.kernels.tables import ProgramTables, SiteShape
+from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.memory import plan_memory
+from onebase.serve.engine.messages import (
+    AdapterGone,
+    AdapterReady,
+    EngineInfo,
+    EngineStats,
+    Failure,
+    LoadAdapter,
+    Request,
+    TokenOutput,
+    UnloadAdapter,
+)
+from onebase.serve.engine.pages import PageAllocator
+from onebase.serve.engine.runner import ModelRunner
+from onebase.serve.engine.sampler import sample
+from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.sequence import Sequence, Status
+from onebase.serve.model.loader import LoadedModel, load_model
+from onebase.serve.model.sites import StepPlans, wrap_sites
+
+Output = TokenOutput | Failure | AdapterReady | AdapterGone
+
+
+class Engine:
+    """One base model, its adapters and the sequences being generated. Used by one thread."""
+
+    def __init__(self, config: EngineConfig, base: LoadedModel | None = None) -> None:
+        base = base or load_model(config)
+        memory = plan_memory(config, base)
+        base.context.allocate(memory.num_pages)
+        self.max_model_len = memory.max_model_len
+        self.scheduler = Scheduler(
+            PageAllocator(memory.num_pages, config.page_size), config.max_batch_tokens, config.max_num_seqs
+        )
+        plans = StepPlans()
+        self.adapters = _adapter_tier(base, memory.adapter_bytes, plans)
+        self.runner = ModelRunner(base, plans)
+        self.info = EngineInfo(
+            architecture=type(base.model).__name__,
+            fingerprint=base.fingerprint,
+            device=str(base.device),
+            dtype=str(base.dtype).removeprefix("torch."),
+            vocab_size=base.vocab_size,
+            max_model_len=memory.max_model_len,
+            page_size=config.page_size,
+            num_pages=memory.num_pages,
+            adapter_bytes=self.adapters.arena.capacity_bytes,
+            eos_token_ids=base.eos_token_ids,
+        )
+        self._eos = frozenset(base.eos_token_ids)
+        self._sequences: dict[str, Sequence] = {}
+        self._commands: dict[str, list[str]] = {}  # digest -> ids of LoadAdapter commands that wait for it
+        self._order = 0
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+
+    # Requests and commands
+
+    def add(self, request: Request) -> list[Output]:
+        """Queue a request; its adapters start to load. A request that can never run is answered with a Failure."""
+        try:
+            self._validate(request)
+        except OneBaseError as error:
+            return [_failure(request.id, error)]
+        sequence = Sequence.of(request, self._order)
+        self._order += 1
+        self._sequences[request.id] = sequence
+        for use in request.adapters:
+            self.adapters.fetch(use.digest, use.path)
+        self.scheduler.add(sequence)
+        return []
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free all it holds at once. Unknown ids are those that just finished."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._release(sequence)
+            self.scheduler.finish(sequence)
+
+    def load(self, command: LoadAdapter) -> list[Output]:
+        """Make an adapter resident; answered at once or by a later step()."""
+        entry = self.adapters.fetch(command.use.digest, command.use.path)
+        if entry.state is State.READY:
+            return [_ready(command.id, entry)]
+        self._commands.setdefault(entry.digest, []).append(command.id)
+        return []
+
+    def unload(self, command: UnloadAdapter) -> list[Output]:
+        """Drop an adapter from the device, now or with its last running request."""
+        lost = AdapterConflict("the adapter was unloaded while it was being loaded")
+        outputs: list[Output] = [_failure(waiting, lost) for waiting in self._commands.pop(command.digest, [])]
+        return [*outputs, AdapterGone(command.id, command.digest, self.adapters.unload(command.digest))]
+
+    def _validate(self, request: Request) -> None:
+        room = self.max_model_len - len(request.prompt)
+        if not request.prompt:
+            raise RequestRejected("the prompt has no tokens", param="prompt")
+        if room < 1:
+            message = f"the prompt has {len(request.prompt)} tokens, the model's context {self.max_model_len}"
+            raise RequestRejected(message, param="prompt")
+        if request.id in self._sequences:
+            raise RequestRejected(f"request id {request.id!r} is in use")
+        vocab_size = self.info.vocab_size
+        if not all(0 <= token < vocab_size for token in request.prompt):
+            raise RequestRejected(f"prompt: token ids must be from 0 to {vocab_size - 1}", param="prompt")
+
+    # The loop
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting or self._commands)
+
+    @property
+    def is_loading(self) -> bool:
+        """Nothing to compute, but an adapter is on its way."""
+        return not self.scheduler.running and self.adapters.busy
+
+    def step(self) -> list[Output]:
+        """Move adapter loads on and run one forward, if there is anything to run."""
+        outputs = self._poll_adapters()
+        chunks = self.runner.in_adapter_order(self.scheduler.schedule(self._admit, self._release))
+        if not chunks:
+            return outputs
+        self._steps += 1
+        logits = self.runner.forward(chunks)
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        tokens: list[int] = []
+        if logits is not None:
+            params = [sequence.request.sampling for sequence in sampling]
+            tokens = sample(logits, params, [len(sequence.tokens) for sequence in sampling]).tolist()
+        self._account(chunks)
+        for sequence, token in zip(sampling, tokens, strict=True):
+            outputs.append(self._deliver(sequence, token))
+        return outputs
+
+    def _account(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            sequence = chunk.sequence
+            prompt_left = max(len(sequence.request.prompt) - sequence.num_computed, 0)
+            self._prompt_tokens += min(prompt_left, chunk.num_tokens)
+            sequence.num_computed += chunk.num_tokens
+
+    def _deliver(self, sequence: Sequence, token: int) -> TokenOutput:
+        sequence.tokens.append(token)
+        self._generated_tokens += 1
+        reason = sequence.finish_reason(self._eos, self.max_model_len)
+        if reason is not None:
+            self.abort(sequence.id)
+        return TokenOutput(sequence.id, (token,), reason)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Take references on a sequence's adapters if all are resident."""
+        entries = [self.adapters.fetch(use.digest, use.path) for use in sequence.request.adapters]
+        if any(entry.state is not State.READY for entry in entries):
+            return False
+        sequence.uses = tuple((self.adapters.acquire(use.digest), use.scale) for use in sequence.request.adapters)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.status is Status.RUNNING:
+            for use in sequence.request.adapters:
+                self.adapters.release(use.digest)
+        sequence.uses = ()
+
+    def _poll_adapters(self) -> list[Output]:
+        outputs: list[Output] = []
+        for entry in self.adapters.poll(self._reserved()):
+            for command in self._commands.pop(entry.digest, []):
+                outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
+            if entry.error is not None:
+                outputs.extend(self._fail_waiting(entry.digest, entry.error))
+        return [*outputs, *self._fail_oversized()]
+
+    def _reserved(self) -> tuple[str, ...]:
+        """Adapters of the oldest request that waits: never evicted for others, so that it gets its turn."""
+        return self.scheduler.waiting[0].digests if self.scheduler.waiting else ()
+
+    def _fail_waiting(self, digest: str, error: OneBaseError) -> list[Output]:
+        lost = [sequence for sequence in self.scheduler.waiting if digest in sequence.digests]
+        for sequence in lost:
+            self.abort(sequence.id)
+        return [_failure(sequence.id, error) for sequence in lost]
+
+    def _fail_oversized(self) -> list[Output]:
+        """Requests whose adapters do not fit the device together, though each one does."""
+        capacity = self.adapters.arena.capacity_bytes
+        outputs: list[Output] = []
+        for sequence in [s for s in self.scheduler.waiting if len(s.digests) > 1]:
+            total = sum(self.adapters.size(digest) or 0 for digest in set(sequence.digests))
+            if total > capacity:
+                self.abort(sequence.id)
+                message = f"adapters: together they take {total} bytes, the device budget is {capacity}"
+                outputs.append(_failure(sequence.id, AdapterTooLarge(message, param="adapters")))
+        return outputs
+
+    # What it says of itself
+
+    def stats(self) -> EngineStats:
+        resident = self.adapters.resident()
+        waiting = self.scheduler.waiting
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(waiting),
+            waiting_for_adapter=sum(1 for s in waiting if any(digest not in resident for digest in s.digests)),
+            free_pages=self.scheduler.pages.num_free,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self.scheduler.preemptions,
+            adapter_bytes_used=self.adapters.arena.used_bytes,
+            adapter_loads=self.adapters.loads,
+            adapter_evictions=self.adapters.evictions,
+            resident=resident,
+            running_adapters=_distinct(self.scheduler.running),
+            waiting_adapters=_distinct(waiting),
+        )
+
+    def check(self) -> None:
+        """Prove that pages, arena bytes and references add up. Raises RuntimeError where they do not."""
+        self.scheduler.check()
+        self.adapters.check()
+        held = sum(len(sequence.digests) for sequence in self.scheduler.running)
+        if held != self.adapters.num_references:
+            raise RuntimeError(
+                f"adapters: running sequences hold {held} references, counted {self.adapters.num_references}"
+            )
+
+    def close(self) -> None:
+        self.adapters.close()
+
+
+def _adapter_tier(base: LoadedModel, num_bytes: int, plans: StepPlans) -> AdapterCache:
+    """The arena, the tables, the kernels over them, and every site behind its adapters."""
+    arena = Arena(num_bytes // base.dtype.itemsize, base.dtype, base.device)
+    sites = [entry.site for entry in base.probed]
+    tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
+    kernels = select_kernels(tables)
+    wrap_sites(base.probed, kernels, tables, plans)
+    index = {site.path: i for i, site in enumerate(sites)}
+    return AdapterCache(arena, tables, kernels, index, partial(_compile, base))
+
+
+def _compile(base: LoadedModel, path: Path, digest: str) -> AdapterProgram:
+    return compile_folder(path, base, digest)
+
+
+def _distinct(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(digest for sequence in sequences for digest in sequence.digests))
+
+
+def _ready(command_id: str, entry: Entry) -> AdapterReady:
+    return AdapterReady(command_id, entry.digest, entry.family, entry.rank, entry.nbytes, entry.sites)
+
+
+def _failure(request_id: str, error: OneBaseError) -> Failure:
+    return Failure(request_id, type(error).__name__, error.message, error.param)

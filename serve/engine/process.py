@@ -1,0 +1,82 @@
+"""The engine process: `python -m onebase.serve.engine.process ADDRESS`, its options as JSON on standard input.
+
+Standard input stays open as long as the parent lives: when it closes, this process ends too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence as Many
+
+import msgspec
+import zmq
+
+from onebase.adapters.errors import ModelRejected
+from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.engine import Engine, Output
+from onebase.serve.engine.loop import Stop, run
+from onebase.serve.engine.messages import EngineStats, Failure, LoadAdapter, Request, UnloadAdapter
+from onebase.serve.engine.wire import Abort, Message, Shutdown, decode, encode
+
+EXIT_REJECTED = 3
+
+
+class SocketLink:
+    """Link over a ZeroMQ PAIR socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+
+    def receive(self, timeout: float | None) -> list[Request | LoadAdapter | UnloadAdapter | str]:
+        messages: list[Request | LoadAdapter | UnloadAdapter | str] = []
+        wait = None if timeout is None else int(timeout * 1000)
+        while self._socket.poll(wait):
+            messages.extend(_accepted(message) for message in decode(self._socket.recv()))
+            wait = 0
+        return messages
+
+    def send(self, outputs: Many[Output], stats: EngineStats | None) -> None:
+        self._socket.send(encode([*outputs, stats] if stats is not None else outputs))
+
+
+def _accepted(message: Message) -> Request | LoadAdapter | UnloadAdapter | str:
+    match message:
+        case Shutdown():
+            raise Stop
+        case Abort():
+            return message.id
+        case Request() | LoadAdapter() | UnloadAdapter():
+            return message
+        case _:
+            raise TypeError(f"not a message for the engine: {type(message).__name__}")
+
+
+def main(address: str) -> int:
+    """Load the model, say so, run the loop. Exit status 3: the base cannot be served, and why was sent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+    socket.connect(address)
+    try:
+        engine = Engine(config)
+    except ModelRejected as error:
+        socket.send(encode([Failure("", type(error).__name__, error.message, error.param)]))
+        socket.close(linger=5000)
+        return EXIT_REJECTED
+    socket.send(encode([engine.info]))
+    run(engine, SocketLink(socket))
+    return 0
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,152 @@
+"""The attention seam: transformers' modelling code calls the function registered here.
+
+The batch is found through the module, not through keyword arguments (some architectures drop those they do not
+know). No mask function is registered on purpose: transformers then builds no mask, and makes no device sync.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from onebase.adapters.errors import ModelRejected
+from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOptions, PageCache
+
+ATTENTION_NAME = "onebase_paged"
+_CONTEXT = "onebase_attention"
+
+# Keyword arguments that change nothing in the forward of a decoder at inference.
+_INERT = frozenset(
+    {
+        "dropout",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "cache_position",
+        "cache_params",
+    }
+    | {
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "position_embeddings",
+        "layer_idx",
+        "return_dict",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """K/V of one layer: what its pages have to hold."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def bytes_per_page(self, page_size: int) -> int:
+        return PageCache.bytes_per_page(page_size, self.num_kv_heads, self.head_dim, self.dtype)
+
+
+@dataclass(slots=True, eq=False)
+class AttentionContext:
+    """Pages of every layer and the batch of the present step. One per loaded model.
+
+    Layers are discovered by the probe forward: the first call of a layer records its shape and makes its pages.
+    """
+
+    body: AttentionBody
+    page_size: int
+    num_pages: int
+    batch: AttentionBatch | None = None
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    caches: dict[int, PageCache] = field(default_factory=dict)
+    calls: int = 0
+
+    def attach(self, model: nn.Module) -> None:
+        """Make the context reachable from every attention module."""
+        for module in model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                setattr(module, _CONTEXT, self)
+
+    def bytes_per_page(self) -> int:
+        return sum(shape.bytes_per_page(self.page_size) for shape in self.shapes.values())
+
+    def allocate(self, num_pages: int) -> None:
+        """Give every known layer ``num_pages`` pages, in place of those it has. Their contents are lost."""
+        self.num_pages = num_pages
+        self.caches.clear()
+        for layer in self.shapes:
+            self.caches[layer] = self._pages(layer)
+
+    def cache_of(self, layer: int, key: Tensor) -> PageCache:
+        cache = self.caches.get(layer)
+        if cache is None:
+            self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], key.dtype, key.device)
+            cache = self.caches[layer] = self._pages(layer)
+        return cache
+
+    def _pages(self, layer: int) -> PageCache:
+        shape = self.shapes[layer]
+        return PageCache.allocate(
+            self.num_pages, self.page_size, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.device
+        )
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query [1, H, T, D], key and value [1, KV, T, D] -> ([1, T, H, D], None)."""
+    context: AttentionContext = getattr(module, _CONTEXT)
+    if context.batch is None:
+        raise RuntimeError("the forward was called outside a step: no attention batch is set")
+    _refuse_unknown(module, attention_mask, is_causal, kwargs, key.shape == value.shape)
+    context.calls += 1
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else float(scaling)
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = context.body(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        context.cache_of(layer, key),
+        context.batch,
+        options,
+    )
+    return out.unsqueeze(0), None
+
+
+def _refuse_unknown(
+    module: nn.Module, mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any], same_shape: bool
+) -> None:
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        raise ModelRejected(f"{type(module).__name__} attends in both directions; only causal decoders are served")
+    if mask is not None:
+        raise ModelRejected(f"{type(module).__name__} passes a mask of its own (alibi, say), which is not honoured")
+    if not same_shape:
+        raise ModelRejected(f"{type(module).__name__} has keys and values of different shapes (latent attention)")
+    for name, value in kwargs.items():
+        if value is not None and value is not False and name not in _INERT:
+            raise ModelRejected(f"{type(module).__name__} passes the attention option {name!r}, which is not honoured")
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)

@@ -1,0 +1,174 @@
+"""Loads the frozen base with transformers' own modelling code and makes it ready for packed, paged forwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from onebase.adapters.base import Site
+from onebase.adapters.errors import ModelRejected
+from onebase.kernels.attention import select_attention
+from onebase.serve.engine.config import EngineConfig
+from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
+from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
+from onebase.serve.model.sites import ProbedSite
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Rotary tables that change with the longest sequence of a batch: exact only while no sequence passes this length.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(slots=True, eq=False)
+class LoadedModel:
+    """The frozen base: weights, adaptable sites, attention context. Implements adapters.base.BaseModel."""
+
+    model: PreTrainedModel
+    context: AttentionContext
+    probed: list[ProbedSite]
+    sites: Mapping[str, Site]
+    refused: Mapping[str, str]
+    fingerprint: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def weight(self, path: str) -> Tensor:
+        """[out_features, in_features] (embedding: [vocabulary, width])."""
+        module = self.model.get_submodule(path)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if isinstance(module, Conv1D) else weight
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelRejected(
+            "device: cuda was asked for, but torch sees no CUDA device; allowed here: cpu", param="device"
+        )
+    return torch.device(name)
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load, check and probe. Raises ModelRejected with the reason when the base cannot be served exactly."""
+    device = pick_device(config.device)
+    hub: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, **hub)
+    except (OSError, ValueError) as error:
+        raise ModelRejected(f"model {config.model!r} cannot be read: {error}", param="model") from error
+    if model_config.is_encoder_decoder:
+        raise ModelRejected(f"{model_config.model_type} is an encoder-decoder; only causal decoders are served")
+    dtype = pick_dtype(config.dtype, model_config, device)
+    model = _from_pretrained(config.model, dtype, hub).to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return prepare(model, config)
+
+
+def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
+    """Make a loaded model ready: attach the attention context, probe it, find its limits."""
+    model.set_attn_implementation(ATTENTION_NAME)
+    text = model.config.get_text_config()
+    body = select_attention(model.device)
+    context = AttentionContext(body, config.page_size, num_pages=-(-PROBE_TOKENS // config.page_size))
+    context.attach(model)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    result: ProbeResult = probe(model, context, vocab_size)
+    return LoadedModel(
+        model=model,
+        context=context,
+        probed=result.sites,
+        sites={entry.site.path: entry.site for entry in result.sites},
+        refused=result.refused,
+        fingerprint=fingerprint(model),
+        vocab_size=vocab_size,
+        max_model_len=pick_max_model_len(text, config.max_model_len),
+        eos_token_ids=_eos_ids(model.generation_config, text),
+    )
+
+
+def pick_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """auto is the checkpoint's type, but float32 for float16 checkpoints on a CPU, which has no float16 units."""
+    if name != "auto":
+        return _DTYPES[name]
+    stored = config.get_text_config().dtype or config.dtype or torch.float32
+    if isinstance(stored, str):
+        stored = _DTYPES[stored]
+    assert isinstance(stored, torch.dtype)
+    return torch.float32 if device.type == "cpu" and stored is torch.float16 else stored
+
+
+def _from_pretrained(path: str, dtype: torch.dtype, hub: dict[str, Any]) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME, **hub)
+    except (OSError, ValueError) as error:
+        raise ModelRejected(f"model {path!r} cannot be loaded: {error}", param="model") from error
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def pick_max_model_len(config: PreTrainedConfig, asked: int | None) -> int:
+    """The longest sequence served: what was asked for, within what the positions allow."""
+    limit = int(config.max_position_embeddings)
+    reason = "max_position_embeddings"
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
+            reason = f"{rope['rope_type']} rope: beyond this its tables depend on the other sequences of a batch"
+    if asked is None:
+        return limit
+    if asked > limit:
+        raise ModelRejected(f"max_model_len: {asked} is over the model's {limit} ({reason})", param="max_model_len")
+    return asked
+
+
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in rope:
+        return [rope | {"original_max_position_embeddings": _original_length(config, rope)}]
+    return [value for value in rope.values() if isinstance(value, dict)]
+
+
+def _original_length(config: PreTrainedConfig, rope: dict[str, Any]) -> int | None:
+    value = rope.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", None))
+    return None if value is None else int(value)
+
+
+def _eos_ids(generation: GenerationConfig | None, config: PreTrainedConfig) -> tuple[int, ...]:
+    eos = generation.eos_token_id if generation is not None else None
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over the config and a strided sample of every parameter: cheap, and different for different bases."""
+    state = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        state.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

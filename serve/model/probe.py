@@ -1,0 +1,177 @@
+"""The probe forward: learns from one small forward which modules can be adapted, and proves that pages are exact.
+
+Nothing is known of architectures by name. A module is a site if it sees every token of the packed batch exactly once
+(or every sampled row, for the output head). The same forward through transformers' own eager attention must give the
+same logits, in one go and in chunks; a model for which it does not is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from onebase.adapters.base import Site, SiteKind
+from onebase.adapters.errors import ModelRejected
+from onebase.kernels.attention import AttentionBatch
+from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
+from onebase.serve.model.sites import ProbedSite
+
+PROBE_TOKENS = 24
+_HEAD_ROWS = 3
+# Largest difference of logits, as a share of their standard deviation, that rounding alone explains.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05, torch.float64: 1e-6}
+
+
+@dataclass(slots=True)
+class _Call:
+    path: str
+    module: nn.Module
+    source: Tensor
+    rows: int
+
+
+@dataclass(slots=True)
+class ProbeResult:
+    """sites: in call order; refused: module path -> why it cannot be adapted."""
+
+    sites: list[ProbedSite] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def site_of(path: str, module: nn.Module) -> Site | None:
+    """The site a module would be, or None for kinds of modules that are not adapted."""
+    if type(module) is nn.Linear:
+        return Site(path, SiteKind.LINEAR, module.in_features, module.out_features)
+    if isinstance(module, Conv1D):
+        return Site(path, SiteKind.LINEAR, module.nx, module.nf)
+    if isinstance(module, nn.Embedding):
+        scale = getattr(module, "embed_scale", None)
+        factor = 1.0 if scale is None else float(scale)
+        return Site(path, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim, factor)
+    return None
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) -> ProbeResult:
+    """Run the probe. ``context`` must be attached and hold pages for PROBE_TOKENS; it learns every layer's shape."""
+    tokens = torch.arange(PROBE_TOKENS, device=model.device) * 7 % vocab_size
+    calls = _record_calls(model, lambda: _paged(model, context, tokens, (PROBE_TOKENS,), _HEAD_ROWS))
+    if context.calls != len(context.shapes) or not context.shapes:
+        raise ModelRejected(
+            f"{type(model).__name__} does not route its attention through transformers' attention interface"
+        )
+    _prove(model, context, tokens)
+    return _classify(model, calls)
+
+
+def _record_calls(model: PreTrainedModel, forward: Callable[[], object]) -> list[_Call]:
+    calls: list[_Call] = []
+
+    def hook(path: str, module: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args:  # modules called by keyword alone are refused as "not called"
+                rows = args[0].numel() if isinstance(module, nn.Embedding) else args[0].numel() // args[0].shape[-1]
+                calls.append(_Call(path, module, args[0], rows))
+
+        return record
+
+    handles = [
+        module.register_forward_pre_hook(hook(path, module))
+        for path, module in model.named_modules()
+        if site_of(path, module) is not None
+    ]
+    try:
+        context_calls = forward()
+        del context_calls
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _paged(
+    model: PreTrainedModel, context: AttentionContext, tokens: Tensor, chunks: tuple[int, ...], keep: int
+) -> Tensor:
+    """Logits of the last ``keep`` tokens of the last chunk, through pages: [keep, vocabulary]."""
+    pages = [list(range(-(-len(tokens) // context.page_size)))]
+    start, logits = 0, tokens
+    for length in chunks:
+        stop = start + length
+        context.calls = 0
+        context.batch = AttentionBatch.build((length,), (stop,), pages, context.page_size, tokens.device)
+        logits = model(
+            input_ids=tokens[None, start:stop],
+            position_ids=torch.arange(start, stop, device=tokens.device)[None],
+            use_cache=False,
+            logits_to_keep=torch.arange(length - keep, length, device=tokens.device),
+        ).logits[0]
+        context.batch = None
+        start = stop
+    return logits
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _prove(model: PreTrainedModel, context: AttentionContext, tokens: Tensor) -> None:
+    with _plain_attention(model):
+        expected = model(input_ids=tokens[None], use_cache=False).logits[0, -_HEAD_ROWS:].float()
+    allowed = _TOLERANCE[model.dtype] * float(expected.std())
+    half = PROBE_TOKENS // 2
+    for chunks in ((PROBE_TOKENS,), (half, PROBE_TOKENS - half - _HEAD_ROWS, _HEAD_ROWS)):
+        got = _paged(model, context, tokens, chunks, _HEAD_ROWS).float()
+        worst = float((got - expected).abs().max())
+        if not worst <= allowed:
+            raise ModelRejected(
+                f"{type(model).__name__} through paged attention (chunks {chunks}) differs from transformers' own "
+                f"forward by {worst:.3g} in the logits, allowed {allowed:.3g}: something in it depends on more than "
+                "packed tokens and their positions"
+            )
+
+
+def _classify(model: PreTrainedModel, calls: list[_Call]) -> ProbeResult:
+    result = ProbeResult()
+    times: dict[str, int] = {}
+    for call in calls:
+        times[call.path] = times.get(call.path, 0) + 1
+    head = model.get_output_embeddings()
+    kept = [call for call in calls if _is_site(call, times[call.path], call.module is head, result)]
+    for members in _group_by_source(kept):
+        group = tuple(len(result.sites) + i for i in range(len(members)))
+        for call in members:
+            site = site_of(call.path, call.module)
+            assert site is not None  # only sites were recorded
+            result.sites.append(ProbedSite(site, call.module, group, call.module is head))
+    seen = set(times)
+    for path, module in model.named_modules():
+        if site_of(path, module) is not None and path not in seen:
+            result.refused[path] = "it is not called in the forward"
+    return result
+
+
+def _is_site(call: _Call, times: int, is_head: bool, result: ProbeResult) -> bool:
+    rows = _HEAD_ROWS if is_head else PROBE_TOKENS
+    if times != 1:
+        result.refused[call.path] = f"it is called {times} times in one forward"
+    elif call.rows != rows:
+        result.refused[call.path] = "it does not see every token of the batch (an expert, say)"
+    return call.path not in result.refused
+
+
+def _group_by_source(calls: list[_Call]) -> Iterator[list[_Call]]:
+    """Neighbouring calls on the same tensor object form a group; the head and embeddings stand alone."""
+    for _, members in itertools.groupby(calls, key=lambda call: (id(call.source), type(call.module))):
+        yield list(members)
