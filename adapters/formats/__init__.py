@@ -1,1 +1,9 @@
-"""File format -> AdapterProgram: a module per family behind one register."""
+"""File formats: each family compiles its files to an AdapterProgram, behind one register.
+
+To add a family, write ``formats/<family>.py`` with a compiler under ``@register("PEFT_TYPE")`` and import it here.
+"""
+
+from . import lora as lora
+from .register import compile_folder, families, register
+
+__all__ = ["compile_folder", "families", "register"]
