@@ -1,0 +1,133 @@
+"""Paged attention on the CPU in torch operations: few of them, on large operands.
+
+Query heads of one kv head are folded into the query dimension, so K and V are never repeated. Prompts go through
+SDPA's flash kernel tile by tile; decoding through batched matmuls, which beat it on few rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, check_shapes
+from onebase.kernels.attention_cpu_plan import Gather, Group, Layout, Tile, plan
+
+FLASH_ROWS = 32  # queries a sequence from which the flash kernel beats batched matmuls
+
+
+class CpuAttention:
+    """The fast body for CPU tensors. The cache must come from ``PageCache.allocate`` (heads before tokens)."""
+
+    name = "cpu"
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
+    ) -> Tensor:
+        check_shapes(q, k, v, cache, batch)
+        _write(k, v, cache, batch)
+        layout = Layout.of(cache, q.shape[1], options.window, torch.promote_types(q.dtype, torch.float32))
+        groups = batch.once(("cpu", layout), lambda: plan(batch, layout))
+        if len(groups) == 1 and isinstance(groups[0].tokens, slice):
+            return _attend_group(q, k, v, cache, batch, groups[0], options)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        for group in groups:
+            out[group.tokens] = _attend_group(q, k, v, cache, batch, group, options)
+        return out
+
+
+def _write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -> None:
+    """Both halves in one copy of [2 * T * kv_heads, dim] rows."""
+    rows = batch.once(("cpu write", cache.num_pages, cache.num_kv_heads), lambda: _slot_rows(cache, batch))
+    flat = cache.data.transpose(2, 3).view(-1, cache.head_dim)
+    flat.index_copy_(0, rows, torch.cat((k, v)).view(-1, cache.head_dim))
+
+
+def _slot_rows(cache: PageCache, batch: AttentionBatch) -> Tensor:
+    """Rows of the cache seen as [2 * num_pages * kv_heads * page_size, dim]: K of all tokens, then V."""
+    page, offset = batch.slots // batch.page_size, batch.slots % batch.page_size
+    page = torch.cat((page, page + cache.num_pages))[:, None] * cache.num_kv_heads
+    return ((page + torch.arange(cache.num_kv_heads)) * batch.page_size + offset.repeat(2)[:, None]).view(-1)
+
+
+def _attend_group(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: PageCache,
+    batch: AttentionBatch,
+    group: Group,
+    options: AttentionOptions,
+) -> Tensor:
+    """[num_seqs * query_len, H, D]"""
+    keys, values = _gathered(cache, group.gather, group) if group.gather else _fresh(k, v, group)
+    heads, length, dim = keys.shape[1], group.query_len, q.shape[2]
+    folded = q[group.tokens].view(group.num_seqs, length, heads, -1, dim).permute(0, 2, 3, 1, 4)  # [n, KV, G, L, D]
+    tiles = [_attend_tile(folded, keys, values, tile, batch, options) for tile in group.tiles]
+    out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=3)
+    return out.permute(0, 3, 1, 2, 4).reshape(group.num_seqs * length, -1, dim)
+
+
+def _gathered(cache: PageCache, gather: Gather, group: Group) -> tuple[Tensor, Tensor]:
+    """K and V as [n, KV, S, D], each head contiguous."""
+    rows = cache.data.transpose(2, 3).view(2 * cache.num_pages * cache.num_kv_heads, -1)
+    copied = rows.index_select(0, gather.pages).view(-1, cache.head_dim).index_fill_(0, gather.dead, 0.0)
+    keys, values = copied.view(2, group.num_seqs, cache.num_kv_heads, -1, cache.head_dim)
+    return keys, values
+
+
+def _fresh(k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The step's own K and V as [n, KV, L, D], each head contiguous."""
+    shape = (group.num_seqs, group.query_len, k.shape[1], k.shape[2])
+    keys, values = (x[group.tokens].view(shape).transpose(1, 2).contiguous() for x in (k, v))
+    return keys, values
+
+
+def _attend_tile(
+    q: Tensor, keys: Tensor, values: Tensor, tile: Tile, batch: AttentionBatch, options: AttentionOptions
+) -> Tensor:
+    """[n, KV, G, rows, D] from q [n, KV, G, L, D]."""
+    rows = q[:, :, :, tile.rows]
+    keys, values = keys[:, :, tile.columns], values[:, :, tile.columns]
+    if options.softcap is None and options.sinks is None and rows.shape[3] >= FLASH_ROWS:
+        return _flash(rows, keys, values, tile, batch, options.scale)
+    return _matmul(rows, keys, values, tile.mask, options)
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, tile: Tile, batch: AttentionBatch, scale: float) -> Tensor:
+    group, dtype = q.shape[2], q.dtype
+    mask = batch.once(
+        ("cpu flash", id(tile), dtype), lambda: tile.mask.repeat(1, 1, group, 1, 1).flatten(2, 3).to(dtype)
+    )
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask, scale=scale)
+    return out.view(q.shape)
+
+
+def _matmul(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
+    logits = _logits(q, keys, mask, options)
+    weights = torch.softmax(logits, dim=-1).to(values.dtype)
+    out = torch.bmm(weights.view(-1, q.shape[2] * q.shape[3], keys.shape[2]), values.flatten(0, 1)).view(q.shape)
+    return out if options.sinks is None else _with_sinks(out, logits, options.sinks)
+
+
+def _logits(q: Tensor, keys: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
+    """float32 [n, KV, G, rows, columns]. A 16-bit matmul rounds its result to 16 bits, which is too coarse for logits:
+    a second one, ``q @ k - rounded``, accumulates in float32 and returns what was lost."""
+    flat, transposed = q.reshape(keys.shape[0] * keys.shape[1], -1, q.shape[4]), keys.flatten(0, 1).transpose(1, 2)
+    shape = (*q.shape[:4], keys.shape[2])
+    high = torch.bmm(flat, transposed)
+    parts = [high.view(shape)]
+    if q.dtype.itemsize == 2:
+        parts.append(torch.baddbmm(high, flat, transposed, beta=-1).view(shape))
+    if options.softcap is not None:
+        exact = sum(parts[1:], parts[0].to(mask.dtype))
+        return exact.mul_(options.scale / options.softcap).tanh_().mul_(options.softcap).add(mask)
+    logits = torch.add(mask, parts[0], alpha=options.scale)
+    return logits.add_(parts[1], alpha=options.scale) if len(parts) > 1 else logits
+
+
+def _with_sinks(out: Tensor, logits: Tensor, sinks: Tensor) -> Tensor:
+    """Scales by exp(lse) / (exp(lse) + exp(sink)): the share the keys keep once the sink joins the denominator."""
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)  # [n, KV, G, rows, 1]
+    share = torch.sigmoid(lse - sinks.to(lse.dtype).view(1, out.shape[1], out.shape[2], 1, 1))
+    return (out * share).to(out.dtype)

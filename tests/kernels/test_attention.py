@@ -1,0 +1,320 @@
+"""Every attention body against a dense float64 oracle written here, over random layouts with poisoned pages.
+
+Whatever a sequence does not own is NaN: pages of others, free pages, the unused tail of its last page. 0 * NaN is NaN,
+so a body that merely gives such slots weight zero fails.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOptions, PageCache, select_attention
+
+CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+LOOSE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="set TRITON_INTERPRET=1 (make test does) or run on CUDA")
+BODIES = ["reference", "cpu", pytest.param("triton", marks=needs_interpreter)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: per sequence (new tokens, tokens in all), and the layer's shape and options."""
+
+    lens: tuple[tuple[int, int], ...]
+    page_size: int = 16
+    kv_heads: int = 2
+    group: int = 2
+    dim: int = 16
+    dtype: torch.dtype = torch.float32
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    spread: float = 1.0  # standard deviation of the logits, roughly
+    seed: int = 0
+
+    @property
+    def query_lens(self) -> list[int]:
+        return [query_len for query_len, _ in self.lens]
+
+    @property
+    def kv_lens(self) -> list[int]:
+        return [kv_len for _, kv_len in self.lens]
+
+
+class World:
+    """A case laid out in memory: packed inputs, the full history of each sequence, and pages with the cached part."""
+
+    def __init__(self, case: Case, device: torch.device = CPU) -> None:
+        self.case, self.device = case, device
+        generator = torch.Generator().manual_seed(case.seed)
+        heads = case.kv_heads * case.group
+        num_tokens = sum(case.query_lens)
+        # q, k and v are slices of one fused projection, as the model hands them over
+        qkv = torch.randn(num_tokens, heads + 2 * case.kv_heads, case.dim, generator=generator, dtype=torch.float64)
+        qkv[:, :heads] *= case.spread
+        self.q, self.k, self.v = qkv.to(device, case.dtype).split([heads, case.kv_heads, case.kv_heads], dim=1)
+        sinks = torch.randn(heads, generator=generator).to(device) if case.sinks else None
+        self.options = AttentionOptions(case.dim**-0.5, case.window, case.softcap, sinks)
+        self.pages = self._scatter_pages()
+        self.history = [self._history(i, generator) for i in range(len(case.lens))]
+
+    def _scatter_pages(self) -> list[list[int]]:
+        counts = [-(-kv_len // self.case.page_size) for kv_len in self.case.kv_lens]
+        self.num_pages = sum(counts) + 3
+        order = list(range(self.num_pages))
+        random.Random(self.case.seed).shuffle(order)
+        return [[order.pop() for _ in range(count)] for count in counts]
+
+    def _history(self, i: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """All K and V of sequence i: [kv_len, KV, D] each; the last query_len are the packed ones."""
+        query_len, kv_len = self.case.lens[i]
+        start = sum(self.case.query_lens[:i])
+        shape = (2, kv_len - query_len, self.case.kv_heads, self.case.dim)
+        old = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.case.dtype)
+        keys, values = (
+            torch.cat([o, new[start : start + query_len]]) for o, new in zip(old, (self.k, self.v), strict=True)
+        )
+        return keys, values
+
+    def batch(self) -> AttentionBatch:
+        return AttentionBatch.build(
+            self.case.query_lens, self.case.kv_lens, self.pages, self.case.page_size, self.device
+        )
+
+    def cache(self, poison: float = float("nan")) -> PageCache:
+        """Poisoned everywhere but at the cached tokens of each sequence."""
+        case = self.case
+        cache = PageCache.allocate(self.num_pages, case.page_size, case.kv_heads, case.dim, case.dtype, self.device)
+        cache.data.fill_(poison)
+        for (query_len, kv_len), pages, (keys, values) in zip(case.lens, self.pages, self.history, strict=True):
+            for position in range(kv_len - query_len):
+                page, offset = pages[position // case.page_size], position % case.page_size
+                cache.k[page, offset], cache.v[page, offset] = keys[position], values[position]
+        return cache
+
+    def expected(self) -> Tensor:
+        """Dense attention in float64, one query row at a time."""
+        rows = []
+        start = 0
+        for (query_len, kv_len), (keys, values) in zip(self.case.lens, self.history, strict=True):
+            for i in range(query_len):
+                position = kv_len - query_len + i
+                low = 0 if self.case.window is None else max(0, position - self.case.window + 1)
+                rows.append(self._row(self.q[start + i], keys[low : position + 1], values[low : position + 1]))
+            start += query_len
+        return torch.stack(rows)
+
+    def _row(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys, values = (x.double().repeat_interleave(self.case.group, dim=1) for x in (keys, values))
+        logits = (q.double() * keys).sum(-1).T * self.options.scale  # [H, visible]
+        if self.options.softcap is not None:
+            logits = self.options.softcap * (logits / self.options.softcap).tanh()
+        weights = logits.exp()
+        total = weights.sum(-1, keepdim=True)
+        if self.options.sinks is not None:
+            total = total + self.options.sinks.double().exp()[:, None]
+        return torch.einsum("hj,jhd->hd", weights / total, values.double())
+
+
+def run(body: AttentionBody, world: World, cache: PageCache | None = None) -> Tensor:
+    """Runs where freshly allocated memory is poisoned: rows that a body forgets are NaN."""
+    cache = cache or world.cache()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return body(world.q, world.k, world.v, cache, world.batch(), world.options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(name: str, case: Case, device: torch.device = CPU) -> None:
+    world = World(case, device)
+    got, want = run(select_attention(device, name), world), world.expected()
+    assert got.dtype == case.dtype
+    assert got.shape == want.shape
+    error = (got.double() - want).abs().max() / max(1.0, want.abs().max())
+    assert error <= TOLERANCE[case.dtype] * (1 if case.dtype.itemsize == 2 else case.spread), f"{case}: {error}"
+
+
+def cases(max_len: int, max_seqs: int, dims: list[int], dtypes: list[torch.dtype]) -> st.SearchStrategy[Case]:
+    kv_len = st.integers(1, max_len)
+    length = kv_len.flatmap(lambda n: st.tuples(st.one_of(st.just(1), st.just(n), st.integers(1, n)), st.just(n)))
+    return st.builds(
+        Case,
+        lens=st.lists(length, min_size=1, max_size=max_seqs).map(tuple),
+        page_size=st.sampled_from([8, 16, 32]),
+        kv_heads=st.integers(1, 3),
+        group=st.sampled_from([1, 2, 3, 7]),
+        dim=st.sampled_from(dims),
+        dtype=st.sampled_from(dtypes),
+        window=st.none() | st.integers(1, max_len),
+        softcap=st.none() | st.sampled_from([1.5, 30.0]),
+        sinks=st.booleans(),
+        seed=st.integers(0, 1 << 20),
+    )
+
+
+CPU_DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@settings(LOOSE, max_examples=20)
+@given(cases(40, 4, [8, 16], CPU_DTYPES))
+def test_reference_is_dense_attention(case: Case) -> None:
+    check("reference", case)
+
+
+@settings(LOOSE, max_examples=120)
+@given(cases(150, 8, [8, 64, 80], CPU_DTYPES))
+def test_cpu_is_dense_attention(case: Case) -> None:
+    check("cpu", case)
+
+
+@needs_interpreter
+@settings(LOOSE, max_examples=20)
+@given(cases(40, 3, [8, 24, 64], [torch.float32, torch.bfloat16]))
+def test_triton_is_dense_attention(case: Case) -> None:
+    check("triton", case)
+
+
+MIXED = Case(lens=((1, 130), (1, 5), (33, 33), (40, 100), (1, 1), (1, 64), (33, 33), (7, 20)), dim=32)
+SMALL = Case(lens=((1, 21), (9, 9), (5, 18), (1, 1)), page_size=8, dim=16)
+NAMED = [
+    pytest.param(replace(MIXED, group=3, kv_heads=3), id="mixed"),
+    pytest.param(replace(MIXED, dtype=torch.bfloat16, dim=64), id="mixed-bf16"),
+    pytest.param(replace(MIXED, dtype=torch.bfloat16, dim=64, spread=8.0), id="large-logits-bf16"),
+    pytest.param(replace(SMALL, dtype=torch.float16), id="fp16"),
+    pytest.param(replace(SMALL, window=1), id="window-1"),
+    pytest.param(replace(MIXED, window=17, page_size=8), id="window-over-pages"),
+    pytest.param(replace(MIXED, window=10_000), id="window-wider-than-context"),
+    pytest.param(replace(SMALL, softcap=2.0, spread=4.0), id="softcap"),
+    pytest.param(replace(SMALL, sinks=True, window=4, group=4, kv_heads=1), id="sinks-and-window"),
+    pytest.param(replace(SMALL, page_size=128), id="page-128"),
+    pytest.param(replace(SMALL, dim=96, group=1), id="dim-96-no-groups"),
+]
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("case", NAMED)
+def test_body_is_dense_attention(name: str, case: Case) -> None:
+    check(name, case)
+
+
+def test_cpu_long_and_short_sequences_together() -> None:
+    """Lengths far apart fall into several decode buckets; the rows come back in the caller's order."""
+    lens = tuple((1, n) for n in (3, 1900, 40, 1200, 64, 1899, 17))
+    check("cpu", Case(lens=lens, kv_heads=3, group=3, dim=64, dtype=torch.bfloat16))
+    check("cpu", Case(lens=((600, 600), *lens[:3], (300, 900)), kv_heads=1, group=3, dim=64, window=250))
+
+
+def test_bf16_logits_keep_float32_precision() -> None:
+    """Logits of +-40 rounded to bf16 are off by 0.1; the weights would be off by 10 %."""
+    world = World(Case(lens=((1, 200),) * 4, dim=64, dtype=torch.bfloat16, spread=10.0))
+    got, want = run(select_attention(CPU, "cpu"), world), world.expected()
+    assert (got.double() - want).norm() / want.norm() < 0.004
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_touches_only_its_slots(name: str) -> None:
+    """Every slot but the step's own is bit-identical before and after, and those hold k and v."""
+    world = World(SMALL)
+    cache = world.cache(poison=123.0)
+    before, batch = cache.data.clone(), world.batch()
+    run(select_attention(CPU, name), world, cache)
+    page, offset = batch.slots // batch.page_size, batch.slots % batch.page_size
+    assert torch.equal(cache.k[page, offset], world.k)
+    assert torch.equal(cache.v[page, offset], world.v)
+    cache.data[:, page, offset] = before[:, page, offset]
+    assert torch.equal(cache.data, before)
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+def test_chunked_prefill_is_one_prefill(name: str, chunk: int) -> None:
+    """A prompt in one go, in chunks, and token by token: the same outputs."""
+    length = 21
+    whole = World(Case(lens=((length, length),), page_size=8, window=13, group=3))
+    body = select_attention(CPU, name)
+    want = run(body, whole)
+    cache, parts = whole.cache(), []
+    for start in range(0, length, chunk):
+        stop = min(length, start + chunk)
+        batch = AttentionBatch.build([stop - start], [stop], whole.pages, 8, CPU)
+        rows = slice(start, stop)
+        parts.append(body(whole.q[rows], whole.k[rows], whole.v[rows], cache, batch, whole.options))
+    torch.testing.assert_close(torch.cat(parts), want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_sequences_may_share_pages(name: str) -> None:
+    """A shared prefix: two sequences whose first page is the same one see the same keys there."""
+    world = World(Case(lens=((1, 17), (1, 17)), page_size=8))
+    cache = world.cache()
+    first, second = world.pages
+    cache.data[:, second[0]] = float("nan")
+    cache.data[:, second[1]] = cache.data[:, first[1]]
+    batch = AttentionBatch.build([1, 1], [17, 17], [first, [first[0], *second[1:]]], 8, CPU)
+    q, k, v = (x[:1].expand(2, -1, -1) for x in (world.q, world.k, world.v))
+    got = select_attention(CPU, name)(q, k, v, cache, batch, world.options)
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(got[0].double(), world.expected()[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_layers_of_one_step_share_the_batch(name: str) -> None:
+    """Layers with different windows and contents run on one batch, as gemma and gpt_oss do."""
+    world = World(SMALL)
+    batch, body = world.batch(), select_attention(CPU, name)
+    for window in (None, 4, None, 9, 4):
+        layer = World(replace(SMALL, window=window, seed=window or 0))
+        layer.pages = world.pages
+        got = body(layer.q, layer.k, layer.v, layer.cache(), batch, layer.options)
+        torch.testing.assert_close(got.double(), layer.expected(), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_refuses_what_does_not_fit(name: str) -> None:
+    world = World(SMALL)
+    body, batch, cache = select_attention(CPU, name), world.batch(), world.cache()
+    q, k, v = world.q, world.k, world.v
+    with pytest.raises(ValueError, match=r"q is \[15"):
+        body(q[:-1], k, v, cache, batch, world.options)
+    with pytest.raises(ValueError, match=r"v is \[16, 1"):
+        body(q, k, v[:, :1], cache, batch, world.options)
+    with pytest.raises(ValueError, match="bfloat16"):
+        body(q, k.bfloat16(), v, cache, batch, world.options)
+    with pytest.raises(ValueError, match="page_size is 16"):
+        body(q, k, v, cache, replace(batch, page_size=16), world.options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("case", NAMED)
+def test_body_is_dense_attention_on_cuda(name: str, case: Case) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    check(name, case, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@settings(LOOSE, max_examples=200)
+@given(cases(700, 12, [8, 64, 80, 128, 256], [torch.float32, torch.bfloat16, torch.float16]))
+def test_triton_is_dense_attention_on_cuda(case: Case) -> None:
+    check("triton", case, torch.device("cuda"))
