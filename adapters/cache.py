@@ -23,7 +23,7 @@ import torch
 from onebase.adapters.arena import Arena, PackedProgram, pack, shifted
 from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
 from onebase.adapters.program import AdapterProgram
-from onebase.kernels.dispatch import LowRankKernels
+from onebase.kernels.base import LowRankKernels
 from onebase.kernels.tables import Operands, ProgramTables
 
 Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
@@ -116,15 +116,15 @@ class AdapterCache:
             entry.nbytes if entry is not None and entry.state in (State.PLACING, State.COPYING, State.READY) else None
         )
 
-    def acquire(self, digest: str) -> int:
-        """Take a reference on a ready entry; its handle."""
+    def acquire(self, digest: str) -> Entry:
+        """Take a reference on a ready entry. Its handle may change between steps: compaction moves blocks."""
         entry = self._entries[digest]
         if entry.state is not State.READY:
             raise RuntimeError(f"adapter {digest} is {entry.state}, not ready")
         self._clock += 1
         entry.last_used = self._clock
         entry.references += 1
-        return entry.handle
+        return entry
 
     def release(self, digest: str) -> None:
         """Give a reference back; a doomed entry leaves with its last one."""
@@ -194,7 +194,8 @@ class AdapterCache:
             return _fail(entry, AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
         assert packed is not None
         if packed.nbytes > self.arena.capacity_bytes:
-            message = f"the adapter takes {packed.nbytes} bytes, the device budget for adapters is {self.arena.capacity_bytes}"
+            budget = self.arena.capacity_bytes
+            message = f"the adapter takes {packed.nbytes} bytes, the device budget for adapters is {budget}"
             return _fail(entry, AdapterTooLarge(message))
         entry.packed, entry.state = packed, State.PLACING
         entry.operands, entry.num_elements = packed.operands, packed.data.numel()
@@ -228,8 +229,8 @@ class AdapterCache:
             if block != entry.block:
                 data = self.arena.buffer[entry.block : entry.block + entry.num_elements].clone()
                 self.arena.buffer[block : block + entry.num_elements].copy_(data)
+                self._uninstall(entry)
                 entry.block = block
-                self._tables.remove(entry.handle)
                 self._install(entry)
         return True
 
@@ -244,14 +245,18 @@ class AdapterCache:
 
     def _copied(self, entry: Entry) -> None:
         entry.work = entry.packed = None
-        entry.handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._install(entry)
         entry.state = State.READY
         self.loads += 1
 
     def _install(self, entry: Entry) -> None:
+        entry.handle, self._next_handle = self._next_handle, self._next_handle + 1
         operands = {self._site_index[path]: shifted(op, entry.block) for path, op in entry.operands.items()}
         self._tables.install(entry.handle, operands)
+
+    def _uninstall(self, entry: Entry) -> None:
+        self._tables.remove(entry.handle)
+        self._kernels.forget(entry.handle)
 
     def _evict_one(self, reserved: Collection[str]) -> bool:
         free = [
@@ -267,8 +272,7 @@ class AdapterCache:
 
     def _drop(self, entry: Entry) -> None:
         if entry.handle >= 0:
-            self._tables.remove(entry.handle)
-            self._kernels.forget(entry.handle)
+            self._uninstall(entry)
         if entry.block >= 0:
             self.arena.free(entry.block)
         del self._entries[entry.digest]

@@ -168,14 +168,14 @@ class Engine:
         entries = [self.adapters.fetch(use.digest, use.path) for use in sequence.request.adapters]
         if any(entry.state is not State.READY for entry in entries):
             return False
-        sequence.uses = tuple((self.adapters.acquire(use.digest), use.scale) for use in sequence.request.adapters)
+        sequence.adapters = tuple(self.adapters.acquire(digest) for digest in sequence.digests)
         return True
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
             for use in sequence.request.adapters:
                 self.adapters.release(use.digest)
-        sequence.uses = ()
+        sequence.adapters = ()
 
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []

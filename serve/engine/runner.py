@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -12,26 +10,10 @@ import torch
 from torch import Tensor
 
 from onebase.kernels.attention import AttentionBatch
-from onebase.kernels.plan import BatchPlan
+from onebase.kernels.plan import BatchPlan, PlanCache, Run
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.sites import StepPlans
-
-Runs = tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
-
-
-@dataclass(slots=True)
-class _PlanMemo:
-    """The plan of the last step: membership rarely changes from one decode step to the next."""
-
-    runs: Runs = ()
-    plan: BatchPlan | None = None
-
-    def plan_for(self, runs: Runs) -> BatchPlan | None:
-        if runs != self.runs:
-            plan = BatchPlan.from_runs(runs)
-            self.runs, self.plan = runs, None if plan.is_base else plan
-        return self.plan
 
 
 class ModelRunner:
@@ -40,8 +22,7 @@ class ModelRunner:
     def __init__(self, base: LoadedModel, plans: StepPlans) -> None:
         self._base = base
         self._plans = plans
-        self._rows = _PlanMemo()
-        self._logits = _PlanMemo()
+        self._cache = PlanCache()
 
     @staticmethod
     def in_adapter_order(chunks: Rows[Chunk]) -> list[Chunk]:
@@ -58,8 +39,8 @@ class ModelRunner:
         tokens, positions = (_upload(array, device) for array in _pack(chunks))
         keep = _sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
-        self._plans.rows = self._rows.plan_for(_runs((c, c.num_tokens) for c in chunks))
-        self._plans.logits = self._logits.plan_for(_runs((c, 1) for c in chunks if c.samples)) if len(keep) else None
+        self._plans.rows = self._plan([(c.num_tokens, c.sequence.uses) for c in chunks])
+        self._plans.logits = self._plan([(1, c.sequence.uses) for c in chunks if c.samples])
         self._base.context.batch = self._attention_batch(chunks)
         out = self._base.model(
             input_ids=tokens[None],
@@ -71,6 +52,11 @@ class ModelRunner:
         logits: Tensor = out.logits[0]
         return logits if len(keep) else None
 
+    def _plan(self, runs: list[Run]) -> BatchPlan | None:
+        """None for a batch of base rows only: its sites then cost one branch."""
+        plan = self._cache.from_runs(runs)
+        return None if plan.is_base else plan
+
     def _attention_batch(self, chunks: Rows[Chunk]) -> AttentionBatch:
         return AttentionBatch.build(
             tuple(c.num_tokens for c in chunks),
@@ -79,10 +65,6 @@ class ModelRunner:
             self._base.context.page_size,
             self._base.device,
         )
-
-
-def _runs(rows: Iterator[tuple[Chunk, int]]) -> Runs:
-    return tuple((num_rows, chunk.sequence.uses) for chunk, num_rows in rows)
 
 
 def _pack(chunks: Rows[Chunk]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from onebase.adapters.cache import Entry
 from onebase.serve.engine.messages import FinishReason, Request
 
 
@@ -27,7 +28,7 @@ class Sequence:
     tokens: list[int]
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
-    uses: tuple[tuple[int, float], ...] = ()  # (handle, scale) of its adapters while it runs
+    adapters: tuple[Entry, ...] = ()  # referenced while it runs, in the order of the request
     status: Status = Status.WAITING
 
     @classmethod
@@ -45,6 +46,12 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def uses(self) -> tuple[tuple[int, float], ...]:
+        """(handle, scale) of its adapters in the present step."""
+        pairs = zip(self.adapters, self.request.adapters, strict=True) if self.adapters else ()
+        return tuple((entry.handle, use.scale) for entry, use in pairs)
 
     @property
     def digests(self) -> tuple[str, ...]:

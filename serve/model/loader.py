@@ -118,6 +118,9 @@ def pick_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> tor
 def _from_pretrained(path: str, dtype: torch.dtype, hub: dict[str, Any]) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME, **hub)
+    except KeyError as error:
+        message = f"model {path!r} has a table of attention functions of its own (no {error}): paged attention cannot be put in"
+        raise ModelRejected(message, param="model") from error
     except (OSError, ValueError) as error:
         raise ModelRejected(f"model {path!r} cannot be loaded: {error}", param="model") from error
     assert isinstance(model, PreTrainedModel)

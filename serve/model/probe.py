@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05, to
 class _Call:
     path: str
     module: nn.Module
-    source: Tensor
+    source: Tensor | None  # its one argument; None where it is called in another way
     rows: int
 
 
@@ -74,26 +75,30 @@ def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) ->
 def _record_calls(model: PreTrainedModel, forward: Callable[[], object]) -> list[_Call]:
     calls: list[_Call] = []
 
-    def hook(path: str, module: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args:  # modules called by keyword alone are refused as "not called"
-                rows = args[0].numel() if isinstance(module, nn.Embedding) else args[0].numel() // args[0].shape[-1]
-                calls.append(_Call(path, module, args[0], rows))
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            source = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
+            calls.append(_Call(path, module, source, _rows(module, source)))
 
         return record
 
     handles = [
-        module.register_forward_pre_hook(hook(path, module))
+        module.register_forward_pre_hook(hook(path), with_kwargs=True)
         for path, module in model.named_modules()
         if site_of(path, module) is not None
     ]
     try:
-        context_calls = forward()
-        del context_calls
+        forward()
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _rows(module: nn.Module, source: Tensor | None) -> int:
+    if source is None:
+        return 0
+    return source.numel() if isinstance(module, nn.Embedding) else source.numel() // source.shape[-1]
 
 
 def _paged(
@@ -164,7 +169,9 @@ def _classify(model: PreTrainedModel, calls: list[_Call]) -> ProbeResult:
 
 def _is_site(call: _Call, times: int, is_head: bool, result: ProbeResult) -> bool:
     rows = _HEAD_ROWS if is_head else PROBE_TOKENS
-    if times != 1:
+    if call.source is None:
+        result.refused[call.path] = "its forward takes more than the one tensor of a linear or embedding module"
+    elif times != 1:
         result.refused[call.path] = f"it is called {times} times in one forward"
     elif call.rows != rows:
         result.refused[call.path] = "it does not see every token of the batch (an expert, say)"

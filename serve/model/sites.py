@@ -13,9 +13,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from onebase.adapters.base import Site, SiteKind
-from onebase.kernels.dispatch import LowRankKernels
+from onebase.kernels.base import LowRankKernels, Shrunk
 from onebase.kernels.plan import BatchPlan
-from onebase.kernels.tables import ProgramTables, Shrunk
+from onebase.kernels.tables import ProgramTables
 
 
 @dataclass(slots=True, eq=False)
