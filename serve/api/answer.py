@@ -1,0 +1,133 @@
+"""A job's deltas as one JSON answer or as a stream of chunks. Completions and chat differ only in their Shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.responses import Response
+
+from onebase.serve.api.generation import Delta, Job
+from onebase.serve.api.stream import DONE, EventStream, encode_json, event, until_disconnect
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The fields that every chunk and answer of one request share."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+
+class Shape(Protocol):
+    """How one endpoint writes choices. ``prefix``, ``object`` and ``chunk_object`` are its names in the protocol."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One finished choice of an answer that is not streamed."""
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first chunk's choice, before any text."""
+
+    def text(self, index: int) -> tuple[bytes, bytes]:
+        """A chunk's choice as JSON before and after the encoded text: the hot path encodes only the text."""
+
+    def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
+        """The last chunk's choice, after all text."""
+
+
+@dataclass(slots=True)
+class _Choice:
+    parts: list[str] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+async def answer(request: Request, job: Job, shape: Shape, *, stream: bool, usage: bool) -> Response:
+    """Runs the job. Errors before the first token have a status code of their own, streamed or not."""
+    headers = {"x-onebase-adapters": job.target.exact}
+    if not stream:
+        body = await until_disconnect(request.receive, _whole(request, job, shape))
+        return Response(body, media_type="application/json", headers=headers)
+    chunks = _chunks(job, shape, _head(request, job, shape.prefix, shape.chunk_object), usage)
+    first = await until_disconnect(request.receive, anext(chunks))
+    return EventStream(first, chunks, headers)
+
+
+def _head(request: Request, job: Job, prefix: str, kind: str) -> Head:
+    request_id = request.state.request_id
+    return Head(f"{prefix}-{request_id}", kind, int(time.time()), job.target.label, job.loaded.fingerprint)
+
+
+async def _whole(request: Request, job: Job, shape: Shape) -> bytes:
+    choices = [_Choice() for _ in job.requests]
+    async with aclosing(job.deltas()) as deltas:
+        async for delta in deltas:
+            choices[delta.index].parts.append(delta.text)
+            choices[delta.index].finish_reason = delta.finish_reason
+    head = _head(request, job, shape.prefix, shape.object)
+    written = [shape.choice(i, "".join(c.parts), c.finish_reason) for i, c in enumerate(choices)]
+    return encode_json({**head.as_dict(), "choices": written, "usage": job.usage.as_dict()})
+
+
+async def _chunks(job: Job, shape: Shape, head: Head, usage: bool) -> AsyncGenerator[bytes, None]:
+    writer = _ChunkWriter(shape, head, usage)
+    async with aclosing(job.deltas()) as deltas:
+        async for delta in deltas:
+            data = writer.write(delta)
+            if data:
+                yield data
+    if usage:
+        yield event({**head.as_dict(), "choices": [], "usage": job.usage.as_dict()})
+    yield DONE
+
+
+class _ChunkWriter:
+    """Chunks as bytes. All that does not change between two tokens of a choice is encoded once."""
+
+    def __init__(self, shape: Shape, head: Head, usage: bool) -> None:
+        self._shape = shape
+        self._before = b"data: " + encode_json(head.as_dict())[:-1] + b',"choices":['
+        self._after = (b'],"usage":null}' if usage else b"]}") + b"\n\n"
+        self._text: dict[int, tuple[bytes, bytes]] = {}
+
+    def write(self, delta: Delta) -> bytes:
+        """The chunks of a delta: none while its text is held back."""
+        parts: list[bytes] = []
+        if delta.index not in self._text:
+            if not delta.text and delta.finish_reason is None:
+                return b""
+            parts.append(self._open(delta.index))
+        if delta.text:
+            before, after = self._text[delta.index]
+            parts.append(before + encode_json(delta.text) + after)
+        if delta.finish_reason is not None:
+            parts.append(self._chunk(self._shape.closing(delta.index, delta.finish_reason)))
+        return b"".join(parts)
+
+    def _open(self, index: int) -> bytes:
+        before, after = self._shape.text(index)
+        self._text[index] = (self._before + before, after + self._after)
+        opening = self._shape.opening(index)
+        return b"" if opening is None else self._chunk(opening)
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        return self._before + encode_json(choice) + self._after

@@ -1,0 +1,42 @@
+"""The HTTP application: routes, errors and the start-up in the background, around one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI
+
+from onebase.serve.api import adapters, chat, completions, health, models, openapi, tokenize, vllm_compat
+from onebase.serve.api.errors import install_handlers
+from onebase.serve.api.lifecycle import running
+from onebase.serve.api.middleware import RequestContext
+from onebase.serve.api.state import VERSION, Server
+from onebase.serve.config import Settings
+from onebase.serve.engine.client import EngineClient
+from onebase.serve.metrics import Metrics, Names
+
+
+def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
+    """The application; its lifespan starts and stops the engine. ``app.state.server`` is the Server."""
+    metrics = Metrics(engine, lambda: _names(server))
+    server = Server(settings, engine, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        async with running(server):
+            yield
+
+    app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None)
+    app.state.server = server
+    for module in (health, models, completions, chat, tokenize, adapters, vllm_compat):
+        app.include_router(module.router)
+    install_handlers(app)
+    app.add_middleware(RequestContext, metrics=metrics)
+    app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]
+    return app
+
+
+def _names(server: Server) -> Names:
+    return server.loaded.store.names if server.loaded is not None else {}

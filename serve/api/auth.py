@@ -1,0 +1,53 @@
+"""Who may call what. Keys are compared in constant time, in a dependency of the route and nowhere else."""
+
+from __future__ import annotations
+
+import hmac
+from urllib.parse import urlsplit
+
+from fastapi import Request
+from pydantic import SecretStr
+
+from onebase.serve.api.errors import ApiError
+from onebase.serve.api.state import server_of
+
+
+def require_api_key(request: Request) -> None:
+    """Inference routes: the API key, or the admin key, which may do all that it may. Open where no API key is set."""
+    settings = server_of(request).settings
+    if settings.api_key is not None and not _presents(request, settings.api_key, settings.admin_key):
+        raise _unauthorized()
+
+
+def require_admin_key(request: Request) -> None:
+    """Adapter routes: the admin key, or the API key where there is no admin key. Open where neither is set."""
+    settings = server_of(request).settings
+    wanted = settings.admin_key or settings.api_key
+    if wanted is None:
+        return _same_origin(request)
+    if _presents(request, wanted):
+        return None
+    if _presents(request, settings.api_key):
+        raise ApiError(403, "This needs the admin key, not the API key.", code="admin_key_required")
+    raise _unauthorized()
+
+
+def _presents(request: Request, *keys: SecretStr | None) -> bool:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token.strip().encode("latin-1")
+    matches = [hmac.compare_digest(given, key.get_secret_value().encode()) for key in keys if key is not None]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+def _same_origin(request: Request) -> None:
+    """Without keys, a web page must not change the adapters of a server on its reader's own machine.
+
+    Browsers send multipart and empty POSTs to other origins without asking first, but they name their origin.
+    """
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise ApiError(403, "Web pages of another origin may not change adapters.", code="cross_origin")
+
+
+def _unauthorized() -> ApiError:
+    return ApiError(401, "Missing or wrong key: send Authorization: Bearer KEY.", code="invalid_api_key")

@@ -1,0 +1,57 @@
+"""Reading bodies: never more bytes than allowed, JSON only where JSON is meant, and 400 for every wrong type."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from onebase.serve.api.errors import ApiError, bad_request, from_validation
+
+MAX_JSON_BYTES = 32 << 20
+
+T = TypeVar("T", bound=BaseModel)
+
+
+async def read_json(request: Request, schema: type[T]) -> T:
+    """The body as ``schema``. Raises ApiError 400, or 413 over MAX_JSON_BYTES."""
+    kind = content_type(request)
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise bad_request("The body must be JSON, with Content-Type: application/json.", code="invalid_content_type")
+    data = bytearray()
+    async for chunk in capped(request, MAX_JSON_BYTES):
+        data += chunk
+    try:
+        return schema.model_validate_json(bytes(data))
+    except ValidationError as error:
+        raise from_validation(error) from error
+
+
+async def capped(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body in chunks. A declared length over the limit is refused before anything is read."""
+    declared = request.headers.get("content-length", "0")
+    size = int(declared) if declared.isdecimal() else 0
+    if size > limit:
+        raise _too_large(limit)
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        yield chunk
+
+
+def content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def json_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """The body's place in the OpenAPI document; openapi.py adds the schema itself."""
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body is over the limit of {limit} bytes.", code="body_too_large")

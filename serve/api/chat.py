@@ -1,0 +1,54 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from onebase.serve.api.answer import answer
+from onebase.serve.api.auth import require_api_key
+from onebase.serve.api.body import json_body, read_json
+from onebase.serve.api.generation import plan
+from onebase.serve.api.resolve import resolve
+from onebase.serve.api.schemas import ChatRequest
+from onebase.serve.api.state import server_of
+
+router = APIRouter(dependencies=[Depends(require_api_key)])
+
+
+class ChatShape:
+    prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        return _chunk(index, {"role": "assistant", "content": ""}, None)
+
+    def text(self, index: int) -> tuple[bytes, bytes]:
+        return b'{"index":%d,"delta":{"content":' % index, b'},"logprobs":null,"finish_reason":null}'
+
+    def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
+        return _chunk(index, {}, finish_reason)
+
+
+def _chunk(index: int, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+@router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
+async def chat_completions(request: Request) -> Response:
+    """The assistant's next turn, through the base model's own chat template."""
+    body = await read_json(request, ChatRequest)
+    server = server_of(request)
+    loaded = server.require_ready()
+    target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters)
+    messages = [message.for_template() for message in body.messages]
+    prompt = await loaded.codec.encode_chat(messages, limit=loaded.info.max_model_len)
+    job = plan(server, loaded, target, body, [prompt], None)
+    return await answer(request, job, ChatShape(), stream=bool(body.stream), usage=body.wants_usage)

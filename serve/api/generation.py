@@ -1,0 +1,195 @@
+"""From a checked request to text: one engine request per prompt and choice, their deltas merged as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from onebase.adapters.errors import EngineDead
+from onebase.serve.api.detokenizer import Detokenizer
+from onebase.serve.api.errors import bad_request
+from onebase.serve.api.resolve import Target
+from onebase.serve.api.schemas import Generation
+from onebase.serve.api.state import Loaded, Server
+from onebase.serve.engine.messages import Request, SamplingParams, TokenOutput
+from onebase.serve.metrics import RequestTimer
+
+SEED_RANGE = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """News of one choice: text that is certain, how many tokens came, and why it ended if it did."""
+
+    index: int
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All sequences of one HTTP request. ``requests[i]`` becomes the choice with index i."""
+
+    server: Server
+    loaded: Loaded
+    target: Target
+    requests: tuple[Request, ...]
+    stops: tuple[str, ...]
+    usage: Usage
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Closing it aborts every sequence. Raises EngineError and AdapterError."""
+        timer = RequestTimer(self.server.metrics, self.target.metric, self.usage.prompt_tokens)
+        streams = [self._sequence(index, request) for index, request in enumerate(self.requests)]
+        async with aclosing(merged(streams)) as deltas:
+            async for delta in deltas:
+                self.usage.completion_tokens += delta.tokens
+                timer.tokens(delta.index, delta.tokens)
+                yield delta
+        timer.finished()
+
+    async def _sequence(self, index: int, request: Request) -> AsyncGenerator[Delta, None]:
+        silent = {*request.sampling.stop_token_ids, *self.loaded.info.eos_token_ids}
+        text = Detokenizer(self.loaded.codec.backend, request.prompt, self.stops)
+        async with aclosing(self.server.engine.generate(request)) as outputs:
+            async for output in outputs:
+                delta = _delta(index, text, output, silent)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        raise EngineDead("The engine ended the sequence without a reason.")
+
+
+def _delta(index: int, text: Detokenizer, output: TokenOutput, silent: set[int]) -> Delta:
+    """The text of a stop token is not part of the answer; the token counts all the same."""
+    if output.finish_reason == "abort":
+        raise EngineDead("The engine gave the sequence up.")
+    shown = output.tokens
+    if output.finish_reason == "stop" and shown and shown[-1] in silent:
+        shown = shown[:-1]
+    parts: list[str] = []
+    for count, token in enumerate(shown, start=1):
+        piece = text.push(token)
+        parts.append(piece.text)
+        if piece.stopped:
+            return Delta(index, "".join(parts), count, "stop")
+    if output.finish_reason is None:
+        return Delta(index, "".join(parts), len(output.tokens))
+    rest = text.finish()
+    reason = "stop" if rest.stopped else output.finish_reason
+    return Delta(index, "".join(parts) + rest.text, len(output.tokens), reason)
+
+
+async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Deltas of all streams in order of arrival. The first failure ends them all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for delta in only:
+                yield delta
+        return
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
+    try:
+        open_streams = len(tasks)
+        while open_streams:
+            item = await queue.get()
+            if item is None:
+                open_streams -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(stream: AsyncGenerator[Delta, None], queue: asyncio.Queue[Delta | Exception | None]) -> None:
+    try:
+        async with aclosing(stream):
+            async for delta in stream:
+                queue.put_nowait(delta)
+        queue.put_nowait(None)
+    except Exception as error:  # handed to the consumer, which raises it
+        queue.put_nowait(error)
+
+
+def plan(
+    server: Server,
+    loaded: Loaded,
+    target: Target,
+    body: Generation,
+    prompts: Sequence[Sequence[int]],
+    default: int | None,
+) -> Job:
+    """Checks lengths and makes the engine's requests. ``default``: tokens where the body sets no limit."""
+    requests: list[Request] = []
+    seed = secrets.randbelow(SEED_RANGE) if body.seed is None else body.seed
+    for prompt in prompts:
+        limit = _token_limit(loaded, len(prompt), body.token_limit, default)
+        _check_ids(prompt, loaded.info.vocab_size)
+        for choice in range(body.choices):
+            sampling = _sampling(body, limit, (seed + choice) % SEED_RANGE)
+            requests.append(Request(uuid.uuid4().hex, tuple(prompt), sampling, target.uses))
+    usage = Usage(sum(len(prompt) for prompt in prompts))
+    return Job(server, loaded, target, tuple(requests), body.stops, usage)
+
+
+def _sampling(body: Generation, limit: int, seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=limit,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        min_p=body.min_p or 0.0,
+        seed=seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+    )
+
+
+def _token_limit(loaded: Loaded, prompt: int, asked: int | None, default: int | None) -> int:
+    """How many tokens may follow a prompt. Raises ApiError 400 that names both numbers."""
+    context = loaded.info.max_model_len
+    if prompt == 0:
+        raise bad_request("The prompt has no tokens: give at least one.", "prompt")
+    room = context - prompt
+    if room < 1:
+        raise _too_long(
+            f"The prompt has {prompt} tokens; the context is {context}, and one has to be left to generate."
+        )
+    if asked is not None and asked > room:
+        raise _too_long(
+            f"The prompt has {prompt} tokens and max_tokens is {asked}: over the context of {context} tokens."
+        )
+    return asked or min(default or room, room)
+
+
+def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:
+    worst = max(prompt)
+    if worst >= vocab_size:
+        raise bad_request(f"Token id {worst} is not in the vocabulary: ids are 0 to {vocab_size - 1}.", "prompt")
+
+
+def _too_long(message: str) -> Exception:
+    return bad_request(message, code="context_length_exceeded")

@@ -1,0 +1,86 @@
+"""Start-up in the background: /health answers at once, /ready once engine, registry and adapters are there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+
+from onebase.adapters.errors import ModelRejected, OneBaseError
+from onebase.adapters.registry import Registry
+from onebase.serve.api.state import Loaded, Server
+from onebase.serve.api.store import AdapterStore
+from onebase.serve.api.tokenizer import TextCodec
+from onebase.serve.config import Settings
+
+log = structlog.get_logger("onebase.serve")
+
+
+@asynccontextmanager
+async def running(server: Server) -> AsyncGenerator[None, None]:
+    """Boots in a task, and stops the engine at the end whatever happened."""
+    task = asyncio.create_task(_boot_or_fail(server))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await server.engine.stop()
+        if server.loaded is not None:
+            server.loaded.codec.close()
+            server.loaded.store.registry.close()
+
+
+async def _boot_or_fail(server: Server) -> None:
+    try:
+        server.loaded = await _boot(server)
+    except Exception as error:  # whatever it is, a server that cannot start has to end and say why
+        known = isinstance(error, OneBaseError)
+        server.failure = str(error) if known else f"{type(error).__name__}: {error}"
+        log.error("the server cannot start", reason=server.failure, exc_info=None if known else error)
+        for hook in server.on_failure:
+            hook()
+        return
+    for hook in server.on_ready:
+        hook()
+
+
+async def _boot(server: Server) -> Loaded:
+    settings = server.settings
+    codec, _ = await asyncio.gather(asyncio.to_thread(_load_codec, server), server.engine.start())
+    info = server.engine.info
+    if info is None:
+        raise ModelRejected("The engine started without saying what it serves.")
+    registry = await asyncio.to_thread(_open_registry, settings, info.fingerprint)
+    store = AdapterStore(registry, server.engine, settings.base_name)
+    await _add_adapters(server, store)
+    return Loaded(info, codec, store, int(time.time()))
+
+
+def _open_registry(settings: Settings, fingerprint: str) -> Registry:
+    registry = Registry(settings.data_dir, fingerprint, max_bytes=settings.max_upload_bytes)
+    for repair in registry.recovered:
+        log.warning("registry repaired", what=repair)
+    return registry
+
+
+def _load_codec(server: Server) -> TextCodec:
+    settings = server.settings
+    try:
+        return TextCodec(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelRejected(f"The tokenizer of {settings.model} cannot be loaded: {error}") from error
+
+
+async def _add_adapters(server: Server, store: AdapterStore) -> None:
+    """The adapters of --adapter. One that the registry holds already gets no new version."""
+    for name, folder in server.settings.adapters.items():
+        try:
+            await store.add_folder(name, folder.resolve(), source=str(folder))
+        except OneBaseError as error:
+            raise ModelRejected(f"--adapter {name}={folder}: {error.message}") from error
+    await store.refresh()

@@ -1,0 +1,60 @@
+"""What wraps every request, as plain ASGI so that streams and disconnects pass through untouched: ids, log, counts."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from onebase.serve.metrics import Metrics
+
+HEADER = "x-request-id"
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_QUIET = frozenset({"/health", "/ready", "/metrics"})
+
+log = structlog.get_logger("onebase.http")
+
+
+class RequestContext:
+    """Gives every request an id (the client's, if printable and short), logs it and counts it by route and status.
+
+    The id is for logs and response ids only: engine requests have keys of their own.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = request_id_of(Headers(scope=scope).get(HEADER))
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, start = 0, time.monotonic()
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        finally:
+            self._record(scope, status or 499, request_id, time.monotonic() - start)
+
+    def _record(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._metrics.http_request(route, status)
+        if route not in _QUIET:
+            log.info("request", method=scope["method"], route=route, status=status, id=request_id, s=round(seconds, 3))
+
+
+def request_id_of(given: str | None) -> str:
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,55 @@
+"""From the names in a request to what the engine applies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onebase.adapters.errors import AdapterNameInvalid, AdapterNotFound
+from onebase.adapters.registry import AdapterEntry
+from onebase.serve.api.errors import ApiError, bad_request
+from onebase.serve.api.schemas import AdapterScale
+from onebase.serve.api.store import AdapterStore
+from onebase.serve.engine.messages import AdapterUse
+
+BASE_HEADER = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What answers a request.
+
+    label: the response's ``model``: the name as asked for, joined by + to the names of further adapters.
+    metric: the name that metrics count it under, without a version.
+    exact: every adapter with its version, for the response header.
+    """
+
+    label: str
+    metric: str
+    exact: str
+    uses: tuple[AdapterUse, ...]
+
+
+async def resolve(store: AdapterStore, base_name: str, model: str, extra: Sequence[AdapterScale] = ()) -> Target:
+    """Raises ApiError 404 for a name that is neither the base, an adapter, nor ``name@version`` of one."""
+    found: list[tuple[AdapterEntry, float]] = []
+    if model != base_name:
+        found.append((await find_model(store, model, "model"), 1.0))
+    for index, item in enumerate(extra):
+        found.append((await find_model(store, item.name, f"adapters.{index}.name"), item.scale))
+    if len({entry.digest for entry, _ in found}) < len(found):
+        raise bad_request("The same adapter is named twice: give it once, with the scale you want.", "adapters")
+    return Target(
+        label="+".join([model, *(item.name for item in extra)]),
+        metric="+".join(entry.name for entry, _ in found) or base_name,
+        exact=", ".join(f"{entry.name}@{entry.version};scale={scale:g}" for entry, scale in found) or BASE_HEADER,
+        uses=tuple(AdapterUse(entry.digest, str(entry.path), scale) for entry, scale in found),
+    )
+
+
+async def find_model(store: AdapterStore, reference: str, param: str) -> AdapterEntry:
+    try:
+        return await store.get(reference)
+    except (AdapterNotFound, AdapterNameInvalid) as error:
+        message = f"The model {reference!r} does not exist: /v1/models lists what does."
+        raise ApiError(404, message, param=param, code="model_not_found") from error

@@ -1,0 +1,268 @@
+"""Request bodies. Nothing is ignored in silence: unknown fields are refused, and so is what is not supported yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, StringConstraints, model_validator
+
+from onebase.serve.api.errors import bad_request
+
+MAX_CHOICES = 128  # n
+MAX_PROMPTS = 2048
+MAX_SEQUENCES = 1024  # prompts * n
+MAX_TOKENS = 1 << 24
+MAX_ADAPTERS = 16
+MAX_MESSAGES = 4096
+
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], FailFast()]
+Label = Annotated[str, StringConstraints(max_length=512)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+NEUTRAL_EVERYWHERE: Mapping[str, tuple[JsonValue, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "priority": (0,),
+    "cache_salt": (),
+    "prompt_cache_key": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+}
+
+
+class Body(BaseModel):
+    """JSON of a request. Types are strict: "1" is no number and 1 is no flag."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Supported(Body):
+    """A body that knows fields of the protocol it does not serve yet: their neutral values pass, others are 400."""
+
+    not_yet: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_not_yet(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for field in cls.not_yet.keys() & data.keys():
+            if not _is_neutral(data[field], cls.not_yet[field]):
+                raise bad_request(f"{field} is not supported yet; leave it out.", field, "unsupported_field")
+        return {key: value for key, value in data.items() if key not in cls.not_yet}
+
+
+def _is_neutral(value: Any, neutral: Iterable[JsonValue]) -> bool:
+    return value is None or any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in neutral)
+
+
+class AdapterScale(Body):
+    """One adapter beside ``model``, multiplied by ``scale``."""
+
+    name: ModelName
+    scale: float = Field(default=1.0, ge=-100, le=100)
+
+
+class StreamOptions(Supported):
+    not_yet = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+
+    include_usage: bool = False
+
+
+class Generation(Supported):
+    """What completions and chat completions share. top_k 0 or -1: off."""
+
+    model: ModelName
+    adapters: list[AdapterScale] = Field(default=[], max_length=MAX_ADAPTERS)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=1 << 20)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Label | None = None
+    metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options is only allowed where stream is true.", "stream_options")
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    not_yet = {**NEUTRAL_EVERYWHERE, "best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",)}
+
+    prompt: (
+        str
+        | Annotated[list[str], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[TokenIds], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    add_special_tokens: bool = True
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return cast(list[str | list[int]], self.prompt)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> CompletionRequest:
+        if len(self.prompts) * self.choices > MAX_SEQUENCES:
+            raise bad_request(
+                f"{len(self.prompts)} prompts with n {self.choices} are over {MAX_SEQUENCES} sequences a request.", "n"
+            )
+        return self
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Supported):
+    """One turn. ``developer`` is what newer clients call ``system``."""
+
+    not_yet = {
+        "tool_calls": ([],),
+        "function_call": (),
+        "tool_call_id": (),
+        "refusal": (),
+        "audio": (),
+        "annotations": ([],),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+    name: Label | None = None
+
+    def for_template(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    not_yet = {
+        **NEUTRAL_EVERYWHERE,
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none",),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "web_search_options": (),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "documents": (),
+    }
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise bad_request("max_tokens and max_completion_tokens differ: give one.", "max_tokens")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: ``prompt``, or ``messages`` through the chat template."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("Give either prompt or messages.", "prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: ModelName | None = None
+    tokens: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_TOKENS)]
+
+
+class AdapterSource(Body):
+    """POST /v1/adapters as JSON: ``source`` is a folder of the server, below --allow-path."""
+
+    name: ModelName
+    source: str = Field(min_length=1, max_length=4096)
+
+
+class LoadLora(Body):
+    """vLLM's POST /v1/load_lora_adapter."""
+
+    lora_name: ModelName
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadLora(Body):
+    """vLLM's POST /v1/unload_lora_adapter."""
+
+    lora_name: ModelName

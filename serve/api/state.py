@@ -1,0 +1,67 @@
+"""What one server holds, handed to the routes through ``app.state``; there are no other globals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, cast
+
+from fastapi import Request
+
+from onebase.serve.api.errors import not_ready
+from onebase.serve.config import Settings
+from onebase.serve.engine.client import EngineClient
+from onebase.serve.engine.messages import EngineInfo
+
+if TYPE_CHECKING:
+    from onebase.serve.api.store import AdapterStore
+    from onebase.serve.api.tokenizer import TextCodec
+    from onebase.serve.metrics import Metrics
+
+VERSION = version("onebase")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What exists once the engine has been ready for the first time."""
+
+    info: EngineInfo
+    codec: TextCodec
+    store: AdapterStore
+    created: int  # unix seconds; what /v1/models says of the base
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: equal where base weights and server version are."""
+        return f"onebase-{VERSION}-{self.info.fingerprint[:12]}"
+
+
+@dataclass(slots=True)
+class Server:
+    """``loaded`` is set when start-up is complete; ``failure`` when it cannot complete, and the server ends."""
+
+    settings: Settings
+    engine: EngineClient
+    metrics: Metrics
+    loaded: Loaded | None = None
+    failure: str | None = None
+    on_ready: list[Callable[[], None]] = field(default_factory=list)
+    on_failure: list[Callable[[], None]] = field(default_factory=list)
+
+    def require_loaded(self) -> Loaded:
+        """Registry and tokenizer, whether or not the engine lives. Raises ApiError 503 while starting."""
+        if self.loaded is None:
+            raise not_ready(self.failure or "The model is still being loaded.")
+        return self.loaded
+
+    def require_ready(self) -> Loaded:
+        """What inference needs. Raises ApiError 503 while starting and while the engine is down."""
+        loaded = self.require_loaded()
+        if not self.engine.ready:
+            raise not_ready("The engine is being restarted.")
+        return loaded
+
+
+def server_of(request: Request) -> Server:
+    return cast(Server, request.app.state.server)

@@ -1,0 +1,108 @@
+"""The adapters of a server: registry (durable) and engine (resident) kept in step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from onebase.adapters.blobs import Blob
+from onebase.adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected, EngineError
+from onebase.adapters.names import check_name
+from onebase.adapters.registry import AdapterEntry, Registry
+from onebase.serve.engine.client import EngineClient
+from onebase.serve.engine.messages import AdapterReady, AdapterUse
+
+
+class AdapterStore:
+    """Adds, finds and removes adapters. The registry's calls block, so all of them run in a thread.
+
+    ``names`` (digest -> names whose current version it is) is a copy for /metrics, which must not touch the disk.
+    """
+
+    def __init__(self, registry: Registry, engine: EngineClient, base_name: str) -> None:
+        self.registry = registry
+        self.names: Mapping[str, tuple[str, ...]] = {}
+        self._engine = engine
+        self._base_name = base_name
+
+    async def refresh(self) -> list[AdapterEntry]:
+        entries = await asyncio.to_thread(self.registry.list)
+        self.names = _by_digest(entries)
+        return entries
+
+    async def get(self, reference: str) -> AdapterEntry:
+        return await asyncio.to_thread(self.registry.get, reference)
+
+    async def versions(self, name: str) -> list[AdapterEntry]:
+        return await asyncio.to_thread(self.registry.versions, check_name(name))
+
+    def check_new_name(self, name: str) -> str:
+        """Raises AdapterNameInvalid, or AdapterConflict for the base's own name."""
+        if name == self._base_name:
+            raise AdapterConflict(f"{name} is the name of the base model.", param="name")
+        return check_name(name)
+
+    async def add_folder(self, name: str, folder: Path, *, source: str) -> AdapterEntry:
+        """Copies, checks, compiles and names a folder of the server. Raises AdapterError."""
+        self.check_new_name(name)
+        if not await asyncio.to_thread(folder.is_dir):
+            raise AdapterNotFound(f"{source} is not a folder of the server.", param="source")
+        blob = await asyncio.to_thread(self.registry.stage_folder, folder)
+        return await self.add(name, blob, source=source)
+
+    async def add(self, name: str, blob: Blob, *, source: str) -> AdapterEntry:
+        """Compiles a staged blob against the base, then commits it as the name's next version; discards it if refused.
+
+        Content that equals the name's current version adds no version.
+        """
+        try:
+            self.check_new_name(name)
+            ready = await self._engine.load_adapter(AdapterUse(blob.digest, str(blob.path)))
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(self.registry.discard, blob))
+            raise
+        entry = await asyncio.to_thread(
+            self.registry.commit, name, blob, source, family=ready.family, rank=ready.rank, nbytes=ready.nbytes
+        )
+        await self.refresh()
+        return entry
+
+    async def load(self, entry: AdapterEntry) -> AdapterReady:
+        return await self._engine.load_adapter(AdapterUse(entry.digest, str(entry.path)))
+
+    async def unload(self, digest: str) -> bool:
+        return await self._engine.unload_adapter(digest)
+
+    async def delete(self, name: str) -> list[AdapterEntry]:
+        """Removes all versions, and frees the device where no other name has the same content."""
+        removed = await asyncio.to_thread(self.registry.delete, check_name(name))
+        kept = {version.digest for entry in await self.refresh() for version in await self.versions(entry.name)}
+        for digest in {entry.digest for entry in removed} - kept:
+            with suppress(EngineError):  # a dead engine holds no adapter
+                await self._engine.unload_adapter(digest)
+        return removed
+
+
+def allowed_folder(path: str, allowed: Iterable[Path]) -> Path:
+    """The real path of a folder named by a client. Raises AdapterRejected unless it lies below an allowed one."""
+    roots = tuple(allowed)
+    if not roots:
+        raise AdapterRejected(
+            "Loading from a path of the server is off: start it with --allow-path DIR.", param="source"
+        )
+    try:
+        real = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise AdapterRejected("The path cannot be read.", param="source") from error
+    if not any(real.is_relative_to(root) for root in roots):
+        raise AdapterRejected("The path is not below any --allow-path of the server.", param="source")
+    return real
+
+
+def _by_digest(entries: Iterable[AdapterEntry]) -> dict[str, tuple[str, ...]]:
+    names: dict[str, tuple[str, ...]] = {}
+    for entry in entries:
+        names[entry.digest] = (*names.get(entry.digest, ()), entry.name)
+    return names

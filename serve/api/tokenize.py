@@ -1,0 +1,65 @@
+"""POST /tokenize and /detokenize, GET /tokenizer_info, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+
+from onebase.serve.api.auth import require_api_key
+from onebase.serve.api.body import json_body, read_json
+from onebase.serve.api.errors import bad_request
+from onebase.serve.api.resolve import resolve
+from onebase.serve.api.schemas import MAX_TOKENS, DetokenizeRequest, TokenizeRequest
+from onebase.serve.api.state import Loaded, server_of
+
+router = APIRouter(dependencies=[Depends(require_api_key)])
+
+
+@router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
+async def tokenize(request: Request) -> dict[str, Any]:
+    """Ids of a text (special tokens added) or of messages through the chat template (none added)."""
+    body = await read_json(request, TokenizeRequest)
+    loaded = await _loaded(request, body.model)
+    tokens = await _tokens(loaded, body)
+    return {
+        "count": len(tokens),
+        "max_model_len": loaded.info.max_model_len,
+        "tokens": tokens,
+        "token_strs": loaded.codec.token_texts(tokens) if body.return_token_strs else None,
+    }
+
+
+@router.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
+async def detokenize(request: Request) -> dict[str, str]:
+    body = await read_json(request, DetokenizeRequest)
+    loaded = await _loaded(request, body.model)
+    worst = max(body.tokens, default=0)
+    if worst >= loaded.codec.vocab_size:
+        raise bad_request(f"tokens: {worst} is no token; ids are 0 to {loaded.codec.vocab_size - 1}.", "tokens")
+    return {"prompt": loaded.codec.decode(body.tokens)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    return server_of(request).require_loaded().codec.describe()
+
+
+async def _loaded(request: Request, model: str | None) -> Loaded:
+    """The tokenizer is the base's whatever adapter is named, but the name must exist."""
+    server = server_of(request)
+    loaded = server.require_loaded()
+    if model is not None:
+        await resolve(loaded.store, server.settings.base_name, model)
+    return loaded
+
+
+async def _tokens(loaded: Loaded, body: TokenizeRequest) -> list[int]:
+    if body.messages is None:
+        special = body.add_special_tokens is not False
+        return await loaded.codec.encode(body.prompt or "", special=special, limit=MAX_TOKENS)
+    messages = [message.for_template() for message in body.messages]
+    special = body.add_special_tokens is True
+    return await loaded.codec.encode_chat(
+        messages, limit=MAX_TOKENS, special=special, open_turn=body.add_generation_prompt
+    )

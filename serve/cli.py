@@ -1,0 +1,149 @@
+"""The command line: `onebase serve MODEL`, `onebase demo`."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import tomllib
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from onebase.serve.config import Settings, load_settings
+
+SHUTDOWN_SECONDS = 30
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Port = Annotated[int | None, typer.Option(help="Port to listen on.  [default: 8000]")]
+Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")]
+DataDir = Annotated[Path | None, typer.Option(help="Where the registry keeps adapters.")]
+Key = Annotated[str | None, typer.Option(help="Bearer key. Prefer the environment variable or the TOML file.")]
+
+
+@app.callback()
+def main() -> None:
+    """One frozen base model, every adapter, one forward pass."""
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hugging Face id of the base model.")] = None,
+    config: Annotated[Path | None, typer.Option(envvar="ONEBASE_CONFIG", help="TOML file with these options.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER; may be repeated.")] = None,
+    host: Host = None,
+    port: Port = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's repository.")] = None,
+    trust_remote_code: Annotated[bool | None, typer.Option(help="Run code that comes with the model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Context: prompt and answer, in tokens.")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
+    device_memory: Annotated[float | None, typer.Option(help="Share of the device to use, 0 to 1.")] = None,
+    kv_memory: Annotated[float | None, typer.Option(help="GiB for KV pages.")] = None,
+    adapter_memory: Annotated[float | None, typer.Option(help="GiB for adapters on the device.")] = None,
+    data_dir: DataDir = None,
+    allow_path: Annotated[
+        list[Path] | None, typer.Option(help="Adapters may be loaded from below this folder.")
+    ] = None,
+    max_upload_gib: Annotated[float | None, typer.Option(help="Largest adapter, in GiB.")] = None,
+    api_key: Key = None,
+    admin_key: Key = None,
+    insecure: Annotated[bool | None, typer.Option(help="Serve other machines without keys.")] = None,
+) -> None:
+    """Serve a base model and its adapters over HTTP.
+
+    Each option has an environment variable, ONEBASE_..., and a line in the --config file: the command line wins over
+    the environment, and the environment over the file.
+    """
+    given = dict(locals())
+    _run(_settings({key: value for key, value in given.items() if key != "config" and value not in (None, [])}, config))
+
+
+@app.command()
+def demo(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None:
+    """Serve the small model and the adapters that come with OneBase, to try it out."""
+    from onebase.serve.demo import ADAPTERS, BASE
+
+    with ExitStack() as cleanup:
+        folder = data_dir or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="onebase-demo-")))
+        given: dict[str, Any] = {
+            "model": str(BASE),
+            "served_model_name": "onebase-demo",
+            "adapter": [f"{name}={path}" for name, path in ADAPTERS.items()],
+            "data_dir": folder,
+        }
+        given |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+        _run(_settings(given, None))
+
+
+def _settings(given: dict[str, Any], config: Path | None) -> Settings:
+    try:
+        return load_settings(given, config)
+    except ValidationError as error:
+        raise typer.BadParameter("\n".join(_problem(item["loc"], item["msg"]) for item in error.errors())) from error
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"--config: {error}") from error
+
+
+def _problem(location: tuple[int | str, ...], message: str) -> str:
+    where = ".".join(str(part) for part in location)
+    return f"{where}: {message}" if where else message.removeprefix("Value error, ")
+
+
+def _run(settings: Settings) -> None:
+    """Serves until a signal; exit code 1 where the server could not start or lost its base model."""
+    from onebase.serve.api.app import create_app
+    from onebase.serve.engine.supervisor import SupervisedEngine
+    from onebase.serve.logs import configure_logs
+
+    configure_logs()
+    application = create_app(settings, SupervisedEngine(settings.engine_config()))
+    state = application.state.server
+    http = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        )
+    )
+    state.on_ready.append(lambda: typer.echo(_welcome(settings, http)))
+    state.on_failure.append(lambda: setattr(http, "should_exit", True))
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        http.run()
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if state.failure is not None:
+        typer.echo(f"onebase: {state.failure}", err=True)
+    if state.failure is not None or not http.started:
+        raise typer.Exit(1)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """uvicorn shuts down on SIGTERM and then raises it again: end as planned, so that temporary folders go."""
+    raise SystemExit(0)
+
+
+def _welcome(settings: Settings, http: uvicorn.Server) -> str:
+    """Where the server listens, and a request to try."""
+    host, port = http.servers[0].sockets[0].getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    model = next(iter(settings.adapters), settings.base_name)
+    key = " -H 'Authorization: Bearer KEY'" if settings.api_key else ""
+    body = f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32}}'
+    return (
+        f"OneBase serves {settings.base_name} at {address}\n\n"
+        f"  curl {address}/v1/models{key}\n"
+        f"  curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+    )

@@ -1,0 +1,172 @@
+"""Every option of the server in one object: command line > ONEBASE_... environment > TOML file > default."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from onebase.adapters.errors import AdapterNameInvalid
+from onebase.adapters.names import check_name
+from onebase.serve.engine.config import GIB, EngineConfig
+
+MAX_GIB = 1 << 20
+
+
+def default_data_dir() -> Path:
+    root = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(root).expanduser() / "onebase"
+
+
+class Settings(BaseSettings):
+    """What `onebase serve` was told. Lists come from the environment as comma-separated text."""
+
+    model_config = SettingsConfigDict(env_prefix="ONEBASE_", extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    model: str = Field(min_length=1, description="folder or Hugging Face id of the base model")
+    revision: str | None = None
+    trust_remote_code: bool = False
+    served_model_name: str = Field(default="", max_length=256, description="name of the base in requests")
+    adapter: Annotated[tuple[str, ...], NoDecode] = ()
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1, le=1 << 24)
+    max_batch_tokens: int = Field(default=2048, ge=1, le=1 << 20)
+    max_num_seqs: int = Field(default=64, ge=1, le=1 << 16)
+    device_memory: float = Field(default=0.9, gt=0, le=1)
+    kv_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
+    adapter_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
+    data_dir: Path = Field(default_factory=default_data_dir)
+    allow_path: Annotated[tuple[Path, ...], NoDecode] = ()
+    max_upload_gib: float = Field(default=4.0, gt=0, le=MAX_GIB)
+    api_key: SecretStr | None = None
+    admin_key: SecretStr | None = None
+    insecure: bool = False
+
+    @field_validator("adapter", "allow_path", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("adapter")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [_split_adapter(item)[0] for item in value]
+        if len(set(names)) != len(names):
+            raise ValueError("--adapter: the same name is given twice")
+        return value
+
+    @field_validator("allow_path")
+    @classmethod
+    def _folders(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for path in value:
+            if not path.is_dir():
+                raise ValueError(f"--allow-path: {path} is not a folder")
+        return tuple(path.resolve() for path in value)
+
+    @field_validator("api_key", "admin_key")
+    @classmethod
+    def _key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value():
+            raise ValueError("a key must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if not self.insecure and not is_loopback(self.host) and (self.api_key is None or self.admin_key is None):
+            raise ValueError(
+                f"host {self.host} is reachable from other machines: set --api-key and --admin-key, "
+                "or say --insecure to serve without them"
+            )
+        for name in self.adapters:
+            if name == self.base_name:
+                raise ValueError(f"--adapter: {name} is the served name of the base model")
+        return self
+
+    @property
+    def base_name(self) -> str:
+        """What requests call the base: --served-model-name, or a local folder's name, or the model id as given."""
+        if self.served_model_name:
+            return self.served_model_name
+        path = Path(self.model)
+        return path.resolve().name if path.is_dir() else self.model
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """--adapter NAME=FOLDER as name -> folder."""
+        return dict(_split_adapter(item) for item in self.adapter)
+
+    @property
+    def max_upload_bytes(self) -> int:
+        return int(self.max_upload_gib * GIB)
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            model=self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            device=self.device,
+            max_model_len=self.max_model_len,
+            max_batch_tokens=self.max_batch_tokens,
+            max_num_seqs=self.max_num_seqs,
+            device_memory=self.device_memory,
+            kv_memory=self.kv_memory,
+            adapter_memory=self.adapter_memory,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost and loopback addresses; any other name may resolve to anything."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_settings(given: dict[str, Any], config: Path | None = None) -> Settings:
+    """Settings from the options that were given, the environment and, if named, a TOML file.
+
+    Raises pydantic.ValidationError (an unknown key in the file included) and OSError or tomllib.TOMLDecodeError for
+    a file that cannot be read.
+    """
+    if config is not None and not config.is_file():
+        raise FileNotFoundError(f"--config: {config} is not a file")
+
+    class Sources(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            if config is None:
+                return init_settings, env_settings
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+
+    return Sources(**given)
+
+
+def _split_adapter(item: str) -> tuple[str, Path]:
+    name, separator, folder = item.partition("=")
+    if not separator or not folder:
+        raise ValueError(f"--adapter: {item!r} is not NAME=FOLDER")
+    try:
+        return check_name(name), Path(folder).expanduser()
+    except AdapterNameInvalid as error:
+        raise ValueError(f"--adapter: {error.message}") from error
