@@ -1,0 +1,164 @@
+"""What the CPU body does at one site for one plan, with every view, mask and row index prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onebase.kernels.packs import Panel, Panels, SitePack
+from onebase.kernels.plan import BatchPlan, Segment
+from onebase.kernels.tables import ProgramTables, Use
+
+Rows = slice | Tensor  # a run of rows, or their int64 indices
+
+
+@dataclass(frozen=True, slots=True)
+class SoloStep:
+    """One segment by itself, straight from the arena. a, b: None at rank 0; bias: [out_features] or None."""
+
+    rows: slice
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+    bias: Tensor | None
+    bias_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """factor: [rows, columns] fp32 (float64), the scale where row and column belong together; other: where not."""
+
+    factor: Tensor
+    other: Tensor
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """The short segments of one panel. bias: [rows, out_features] or None."""
+
+    rows: Rows
+    pack: SitePack
+    version: int
+    mask: Mask | None
+    bias: Tensor | None
+
+    @property
+    def stands(self) -> bool:
+        return self.pack.version == self.version
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStep:
+    solo: tuple[SoloStep, ...]
+    packed: tuple[PackedStep, ...]
+
+    @property
+    def stands(self) -> bool:
+        """Whether the packs still have the layout that the masks were made for."""
+        return all(step.stands for step in self.packed)
+
+
+@dataclass(frozen=True, slots=True)
+class PanelRows:
+    """A panel's part of a plan: its short segments, and the rows they cover in order."""
+
+    panel: Panel
+    segments: tuple[Segment, ...]
+    rows: tuple[int, ...]
+    index: Rows
+
+
+@dataclass(slots=True)
+class Schedule:
+    """A plan's split into panels, and the steps by site made so far."""
+
+    masked: frozenset[Segment]
+    panels: tuple[PanelRows, ...]
+    steps: dict[int, SiteStep] = field(default_factory=dict)
+    masks: dict[object, Mask] = field(default_factory=dict)
+
+
+def make_schedule(plan: BatchPlan, masked: frozenset[Segment], panels: Panels) -> Schedule:
+    handles = sorted({segment.handle for segment in masked})
+    placed = panels.place(handles) if handles else []
+    segments = [segment for segment in plan.segments if segment in masked]
+    return Schedule(masked, tuple(_panel_rows(panel, members, segments) for panel, members in placed))
+
+
+def make_step(site: int, plan: BatchPlan, schedule: Schedule, tables: ProgramTables, panels: Panels) -> SiteStep:
+    """Fill the site's packs with what the plan needs there, and prepare its step."""
+    uses = {use.segment: use for use in tables.uses(site, plan)}
+    together = {
+        segment: use
+        for segment, use in uses.items()
+        if segment in schedule.masked and (use.op.rank == 0 or panels.packable(site, segment.handle, use.op))
+    }
+    solo = tuple(_solo(site, use, tables) for segment, use in uses.items() if segment not in together)
+    packed = []
+    for part in schedule.panels:
+        mine = [together[segment] for segment in part.segments if segment in together]
+        if mine:
+            packed.append(_packed(site, part, mine, schedule, tables))
+    return SiteStep(solo, tuple(packed))
+
+
+def _panel_rows(panel: Panel, members: Sequence[int], segments: Sequence[Segment]) -> PanelRows:
+    wanted = set(members)
+    mine = tuple(segment for segment in segments if segment.handle in wanted)
+    rows = tuple(sorted({row for segment in mine for row in range(segment.start, segment.stop)}))
+    contiguous = rows[-1] - rows[0] + 1 == len(rows)
+    return PanelRows(panel, mine, rows, slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows))
+
+
+def _solo(site: int, use: Use, tables: ProgramTables) -> SoloStep:
+    segment, op = use
+    a, b = tables.factors(site, op) if op.rank else (None, None)
+    bias = tables.add_out(site, op) if op.add_out >= 0 else None
+    return SoloStep(slice(segment.start, segment.stop), a, b, segment.scale * op.scale, bias, segment.scale)
+
+
+def _packed(
+    site: int, part: PanelRows, uses: Sequence[Use], schedule: Schedule, tables: ProgramTables
+) -> PackedStep:
+    pack = part.panel.pack(site)
+    ranked = [use for use in uses if use.op.rank]
+    pack.ensure({use.segment.handle: use.op for use in ranked})
+    mask = _mask(part, pack, ranked, schedule, tables.buffer.dtype) if ranked else None
+    return PackedStep(part.index, pack, pack.version, mask, _bias(site, part, uses, tables))
+
+
+def _mask(part: PanelRows, pack: SitePack, uses: Sequence[Use], schedule: Schedule, dtype: torch.dtype) -> Mask:
+    """Sites whose packs have the same layout and scales share one mask."""
+    cells = tuple((use.segment, pack.columns[use.segment.handle], use.op.scale) for use in uses)
+    key = (part.rows, pack.used, cells)
+    if key not in schedule.masks:
+        schedule.masks[key] = _draw_mask(part, pack.used, cells, dtype)
+    return schedule.masks[key]
+
+
+def _draw_mask(
+    part: PanelRows, columns: int, cells: Sequence[tuple[Segment, tuple[int, int], float]], dtype: torch.dtype
+) -> Mask:
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    factor = torch.zeros((len(part.rows), columns), dtype=wide)
+    other = torch.ones_like(factor, dtype=torch.bool)
+    for segment, (low, high), scale in cells:
+        first = part.rows.index(segment.start)
+        factor[first : first + segment.length, low:high] += segment.scale * scale
+        other[first : first + segment.length, low:high] = False
+    return Mask(factor, other)
+
+
+def _bias(site: int, part: PanelRows, uses: Sequence[Use], tables: ProgramTables) -> Tensor | None:
+    biased = [use for use in uses if use.op.add_out >= 0]
+    if not biased:
+        return None
+    wide = torch.float64 if tables.buffer.dtype is torch.float64 else torch.float32
+    bias = torch.zeros((len(part.rows), tables.sites[site].out_features), dtype=wide)
+    for segment, op in biased:
+        first = part.rows.index(segment.start)
+        bias[first : first + segment.length] += segment.scale * tables.add_out(site, op)
+    return bias.to(tables.buffer.dtype)

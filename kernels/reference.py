@@ -1,0 +1,74 @@
+"""The low-rank kernels in plain torch: the definition that the other bodies are tested against.
+
+Segment by segment, each product in fp32 (float64 stays float64), one rounding at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onebase.kernels.base import Shrunk, own
+from onebase.kernels.plan import BatchPlan, Segment
+from onebase.kernels.tables import ProgramTables, Use
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceShrunk(Shrunk):
+    """xa by site and segment: each [segment.length, rank], fp32 or float64."""
+
+    parts: dict[tuple[int, Segment], Tensor]
+
+
+class ReferenceKernels:
+    """See LowRankKernels."""
+
+    name = "reference"
+
+    def __init__(self, tables: ProgramTables) -> None:
+        self._tables = tables
+
+    def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> ReferenceShrunk:
+        uses = [(site, use) for site in group for use in self._tables.uses(site, plan)]
+        return ReferenceShrunk({(site, use.segment): self._project(x, site, use) for site, use in uses})
+
+    def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
+        parts = own(shrunk, ReferenceShrunk).parts
+        for use in self._tables.uses(site, plan):
+            self._update(y, site, use, lambda use=use: parts[site, use.segment])  # type: ignore[misc]
+
+    def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
+        for use in self._tables.uses(site, plan, token=True):
+            self._update(y, site, use, lambda use=use: self._look_up(tokens, site, use))  # type: ignore[misc]
+
+    def forget(self, handle: int) -> None:
+        """Nothing is cached."""
+
+    def _project(self, x: Tensor, site: int, use: Use) -> Tensor:
+        a, _ = self._tables.factors(site, use.op)
+        return _wide(_rows(x, use.segment)) @ _wide(a).T
+
+    def _look_up(self, tokens: Tensor, site: int, use: Use) -> Tensor:
+        a, _ = self._tables.factors(site, use.op)
+        return _wide(a[_rows(tokens, use.segment)])
+
+    def _update(self, y: Tensor, site: int, use: Use, xa: Callable[[], Tensor]) -> None:
+        rows = _rows(y, use.segment)
+        delta = torch.zeros(rows.shape, dtype=_wide(y[:0]).dtype, device=y.device)
+        if use.op.rank:
+            _, b = self._tables.factors(site, use.op)
+            delta += use.op.scale * (xa() @ _wide(b))
+        if use.op.add_out >= 0:
+            delta += self._tables.add_out(site, use.op)
+        rows.copy_(_wide(rows) + use.segment.scale * delta)
+
+
+def _rows(tensor: Tensor, segment: Segment) -> Tensor:
+    return tensor[segment.start : segment.stop]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()

@@ -1,0 +1,197 @@
+"""ProgramTables: where in the arena buffer each program's operands lie, by site, on the host and on the device.
+
+An operand is addressed in elements of the flat buffer. The host side serves the CPU bodies as views; the device side
+is one int64 array that Triton kernels read, so that a new program costs one small copy and no new launch arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onebase.kernels.plan import BatchPlan, Segment
+
+FIELDS = 5  # a, b, add_out, rank, scale (the bits of a float64)
+_FIRST_CAPACITY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """One program at one site, as element offsets into the buffer.
+
+    Linear site: a -> A [rank, in_features], b -> B [rank, out_features].
+    Embedding (token=True): a -> A [vocabulary, rank], b -> B [rank, width].
+    add_out -> [out_features], or -1 for none. rank 0: no low-rank part, a and b are not read.
+    """
+
+    rank: int
+    scale: float
+    a: int
+    b: int
+    add_out: int = -1
+    token: bool = False
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """Sizes of a site; for an embedding in_features is the vocabulary and out_features the width."""
+
+    in_features: int
+    out_features: int
+
+
+class Use(NamedTuple):
+    """A segment of a plan and what its program does at a site."""
+
+    segment: Segment
+    op: Operands
+
+
+class ProgramTables:
+    """The installed programs. Handles are unique and growing; a program's operands never change once installed.
+
+    alignment: what every a and b offset so far is a multiple of, in elements: 16 bytes' worth, or 1. Kernels load
+    whole vectors in the first case.
+    """
+
+    def __init__(self, buffer: Tensor, sites: Sequence[SiteShape]) -> None:
+        """buffer: the arena, 1-D, contiguous, of the model's dtype. A site's index is its position in ``sites``."""
+        if buffer.dim() != 1 or not buffer.is_contiguous() or not buffer.is_floating_point():
+            raise ValueError(f"buffer: must be 1-D, contiguous and floating, not {buffer.dtype} {tuple(buffer.shape)}")
+        self.buffer = buffer
+        self.sites = tuple(sites)
+        self._programs: dict[int, dict[int, Operands]] = {}
+        self._rows: dict[int, int] = {}
+        self._last_handle = -1
+        self._removals = 0
+        self.alignment = 16 // buffer.element_size()
+        self._device_table = self._new_table(_FIRST_CAPACITY)
+        self._free_rows = list(range(_FIRST_CAPACITY))[::-1]
+
+    @property
+    def device_table(self) -> Tensor:
+        """[capacity, n_sites, FIELDS] int64 on the buffer's device. Replaced by a larger one when it is full."""
+        return self._device_table
+
+    def install(self, handle: int, operands: Mapping[int, Operands]) -> None:
+        """Make a program usable by plans. Raises ValueError for a reused handle or an operand outside the buffer."""
+        if handle <= self._last_handle:
+            raise ValueError(f"handle: {handle} was given before; allowed is above {self._last_handle}")
+        for site, op in operands.items():
+            self._check(site, op)
+        if any(offset % self.alignment for op in operands.values() for offset in (op.a, op.b)):
+            self.alignment = 1
+        self._last_handle = handle
+        self._programs[handle] = dict(operands)
+        self._rows[handle] = row = self._take_row()
+        self._device_table[row].copy_(self._encode(operands), non_blocking=True)
+
+    def remove(self, handle: int) -> None:
+        """Forget a program. Raises KeyError where it is not installed."""
+        del self._programs[handle]
+        self._free_rows.append(self._rows.pop(handle))
+        self._removals += 1
+
+    def row(self, handle: int) -> int:
+        """The program's row in the device table. Raises KeyError where it is not installed."""
+        return self._rows[handle]
+
+    def operands(self, handle: int) -> Mapping[int, Operands]:
+        """The program's operands by site. Raises KeyError where it is not installed."""
+        return self._programs[handle]
+
+    def check(self, plan: BatchPlan) -> None:
+        """Raise KeyError where the plan names a program that is not installed."""
+        plan.memo((self, "installed", self._removals), lambda: self._require(plan))
+
+    def active(self, site: int, plan: BatchPlan) -> bool:
+        """Whether any program of the plan touches the site."""
+        self.check(plan)
+        return site in plan.memo((self, "active"), lambda: self._touched(plan))
+
+    def uses(self, site: int, plan: BatchPlan, *, token: bool = False) -> tuple[Use, ...]:
+        """The plan's segments whose program touches the site, with its operands."""
+        self.check(plan)
+        return plan.memo((self, "uses", site, token), lambda: self._uses(site, plan, token))
+
+    def max_rank(self, sites: Sequence[int], plan: BatchPlan) -> int:
+        """The largest rank that the plan's programs have at any of the sites."""
+        key = (self, "max_rank", tuple(sites))
+        self.check(plan)
+        return plan.memo(key, lambda: max((u.op.rank for s in sites for u in self._uses(s, plan)), default=0))
+
+    def factors(self, site: int, op: Operands) -> tuple[Tensor, Tensor]:
+        """Views of the buffer: A [rank, in_features] (token: [vocabulary, rank]) and B [rank, out_features]."""
+        shape = self.sites[site]
+        rows, columns = (shape.in_features, op.rank) if op.token else (op.rank, shape.in_features)
+        a = self.buffer[op.a : op.a + rows * columns].view(rows, columns)
+        return a, self.buffer[op.b : op.b + op.rank * shape.out_features].view(op.rank, shape.out_features)
+
+    def add_out(self, site: int, op: Operands) -> Tensor:
+        """View of the buffer: [out_features]. The operand has one: op.add_out >= 0."""
+        return self.buffer[op.add_out : op.add_out + self.sites[site].out_features]
+
+    def _require(self, plan: BatchPlan) -> bool:
+        missing = sorted(plan.handles - self._programs.keys())
+        if missing:
+            raise KeyError(f"plan: programs {missing} are not installed")
+        return True
+
+    def _touched(self, plan: BatchPlan) -> frozenset[int]:
+        return frozenset(site for handle in plan.handles for site in self._programs[handle])
+
+    def _uses(self, site: int, plan: BatchPlan, token: bool | None = None) -> tuple[Use, ...]:
+        found = ((segment, self._programs[segment.handle].get(site)) for segment in plan.segments)
+        uses = tuple(Use(segment, op) for segment, op in found if op is not None)
+        if token is not None and any(use.op.token is not token for use in uses):
+            raise ValueError(f"site {site}: token operands are read by token_low_rank, the others by expand")
+        return uses
+
+    def _check(self, site: int, op: Operands) -> None:
+        if not 0 <= site < len(self.sites):
+            raise ValueError(f"site: {site} is not one of the {len(self.sites)} sites")
+        if op.rank < 0 or not math.isfinite(op.scale):
+            raise ValueError(f"site {site}: rank {op.rank} and scale {op.scale} must be >= 0 and finite")
+        shape = self.sites[site]
+        if op.rank:
+            self._check_block(site, "a", op.a, op.rank * shape.in_features)
+            self._check_block(site, "b", op.b, op.rank * shape.out_features)
+        if op.add_out != -1:
+            self._check_block(site, "add_out", op.add_out, shape.out_features)
+
+    def _check_block(self, site: int, field: str, offset: int, size: int) -> None:
+        if offset < 0 or offset + size > self.buffer.numel():
+            total = self.buffer.numel()
+            raise ValueError(f"site {site}: {field} [{offset}, {offset + size}) is outside the buffer of {total}")
+
+    def _encode(self, operands: Mapping[int, Operands]) -> Tensor:
+        """[n_sites, FIELDS] int64 on the host, pinned for CUDA."""
+        pinned = self.buffer.is_cuda
+        table = torch.zeros((len(self.sites), FIELDS), dtype=torch.int64, pin_memory=pinned)
+        table[:, 2] = -1
+        if operands:
+            where = list(operands)
+            table[where, :4] = torch.tensor(
+                [(op.a, op.b, op.add_out, op.rank) for op in operands.values()], dtype=torch.int64
+            )
+            table.view(torch.float64)[where, 4] = torch.tensor(
+                [op.scale for op in operands.values()], dtype=torch.float64
+            )
+        return table
+
+    def _new_table(self, capacity: int) -> Tensor:
+        shape = (capacity, len(self.sites), FIELDS)
+        return torch.zeros(shape, dtype=torch.int64, device=self.buffer.device)
+
+    def _take_row(self) -> int:
+        if not self._free_rows:
+            old = self._device_table
+            self._device_table = self._new_table(2 * old.shape[0])
+            self._device_table[: old.shape[0]].copy_(old)
+            self._free_rows = list(range(old.shape[0], 2 * old.shape[0]))[::-1]
+        return self._free_rows.pop()

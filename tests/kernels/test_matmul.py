@@ -1,0 +1,243 @@
+"""Every body of the low-rank kernels against the formula in float64, on arenas whose gaps are NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onebase.kernels.base import LowRankKernels
+from onebase.kernels.cpu import CpuKernels
+from onebase.kernels.cpu_split import CpuCosts
+from onebase.kernels.dispatch import select_kernels
+from onebase.kernels.plan import BatchPlan
+from onebase.kernels.reference import ReferenceKernels
+from onebase.kernels.tables import Operands, ProgramTables, SiteShape
+from torch import Tensor
+
+SITES = (SiteShape(40, 24), SiteShape(40, 33), SiteShape(19, 16))  # two read one input; the last is an embedding
+GROUP, TOKEN_SITE = (0, 1), 2
+GAP = 3
+FREE_CALLS, FREE_MASKS = CpuCosts(call=0, mask=1e9), CpuCosts(call=1e9, mask=0)
+CPU_BODIES = ["reference", "cpu", "cpu-solo", "cpu-masked"]
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1 before the run (make test does)"
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One program at one site, with its tensors kept beside the arena."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    add_out: Tensor | None
+
+
+class World:
+    """An arena with NaN in all gaps, its tables, and the truth about each program."""
+
+    def __init__(self, dtype: torch.dtype, seed: int, device: str = "cpu", size: int = 1 << 18) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device
+        self.buffer = torch.full((size,), float("nan"), dtype=dtype, device=device)
+        self.tables = ProgramTables(self.buffer, SITES)
+        self.truth: dict[int, dict[int, Op]] = {}
+        self.used = GAP
+
+    def tensor(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random).to(self.dtype).to(self.device)
+
+    def add(self, handle: int, ranks: Sequence[int | None], bias: Sequence[bool]) -> None:
+        """ranks: by site; None: the program does not touch it."""
+        ops: dict[int, Operands] = {}
+        self.truth[handle] = {}
+        for site, rank in enumerate(ranks):
+            if rank is not None:
+                ops[site] = self._operands(handle, site, rank, bias[site])
+        self.tables.install(handle, ops)
+
+    def _operands(self, handle: int, site: int, rank: int, biased: bool) -> Operands:
+        shape, token = SITES[site], site == TOKEN_SITE
+        a = self.tensor(shape.in_features, rank) if token else self.tensor(rank, shape.in_features)
+        op = Op(a, self.tensor(rank, shape.out_features), 0.3 + handle % 3, None)
+        if biased:
+            op = Op(op.a, op.b, op.scale, self.tensor(shape.out_features))
+        self.truth[handle][site] = op
+        where = [self._put(t) if t is not None else -1 for t in (op.a, op.b, op.add_out)]
+        return Operands(rank, op.scale, where[0], where[1], where[2], token)
+
+    def _put(self, tensor: Tensor) -> int:
+        start = self.used
+        self.buffer[start : start + tensor.numel()] = tensor.flatten()
+        self.used = start + tensor.numel() + GAP
+        return start
+
+    def expected(self, y: Tensor, x: Tensor, site: int, rows: Sequence[tuple[tuple[int, float], ...]]) -> list[Tensor]:
+        """The result and a bound on its magnitude, both float64. x: rows of the input, or token ids."""
+        out, size = y.double().clone(), y.double().abs()
+        for row, uses in enumerate(rows):
+            for handle, weight in uses:
+                op = self.truth[handle].get(site)
+                if op is None:
+                    continue
+                a, b = op.a.double(), op.b.double()
+                xa = a[x[row]] if site == TOKEN_SITE else a @ x[row].double()
+                xa_size = xa.abs() if site == TOKEN_SITE else a.abs() @ x[row].double().abs()
+                bias = torch.zeros_like(out[row]) if op.add_out is None else op.add_out.double()
+                out[row] += weight * (op.scale * xa @ b + bias)
+                size[row] += abs(weight) * (op.scale * xa_size @ b.abs() + bias.abs())
+        return [out, size]
+
+
+def make_body(name: str, tables: ProgramTables) -> LowRankKernels:
+    if name == "cpu-solo":
+        return CpuKernels(tables, FREE_CALLS)
+    if name == "cpu-masked":
+        return CpuKernels(tables, FREE_MASKS)
+    return select_kernels(tables, name)  # type: ignore[arg-type]
+
+
+def check(body: LowRankKernels, world: World, plan: BatchPlan, rows: Sequence[tuple[tuple[int, float], ...]]) -> None:
+    """All three sites of one batch; y is a strided slice of a larger tensor whose other columns must not change."""
+    before = world.buffer.clone()
+    n = len(rows)
+    x = world.tensor(n, 2 * SITES[0].in_features)[:, ::1][:, : SITES[0].in_features]
+    tokens = torch.randint(SITES[TOKEN_SITE].in_features, (n,), generator=world.random).to(world.device)
+    shrunk = body.shrink(x, GROUP, plan)
+    for site, shape in enumerate(SITES):
+        whole = world.tensor(n, shape.out_features + 7)
+        kept, y = whole.clone(), whole[:, 4 : 4 + shape.out_features]
+        source = tokens if site == TOKEN_SITE else x
+        want, size = world.expected(y, source, site, rows)
+        if site == TOKEN_SITE:
+            body.token_low_rank(y, tokens, site, plan)
+        else:
+            body.expand(y, shrunk, site, plan)
+        error = (y.double() - want).abs()
+        assert bool((error <= 6 * torch.finfo(world.dtype).eps * size).all()), (site, error.max())
+        bare = [row for row, uses in enumerate(rows) if not any(site in world.truth[h] for h, _ in uses)]
+        assert torch.equal(y[bare], kept[bare, 4 : 4 + shape.out_features])
+        assert torch.equal(whole[:, :4], kept[:, :4])
+        assert torch.equal(whole[:, 4 + shape.out_features :], kept[:, 4 + shape.out_features :])
+    assert torch.equal(before.nan_to_num(7777.0), world.buffer.nan_to_num(7777.0))
+
+
+RANKS = st.sampled_from([0, 1, 3, 16, 77, 256])
+PROGRAM = st.tuples(
+    st.lists(st.one_of(st.none(), RANKS), min_size=3, max_size=3), st.lists(st.booleans(), min_size=3, max_size=3)
+)
+ROW_USES = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([1.0, 0.5, -1.5])), max_size=2, unique_by=lambda u: u[0])
+RUNS = st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 5, 17, 70]), ROW_USES.map(tuple)), max_size=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CPU_BODIES)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs=st.lists(PROGRAM, min_size=4, max_size=4), runs=RUNS, seed=st.integers(0, 99))
+def test_bodies_match_the_formula(name: str, dtype: str, programs: list, runs: list, seed: int) -> None:
+    world = World(DTYPES[dtype], seed)
+    for handle, (ranks, bias) in enumerate(programs):
+        world.add(handle, ranks, bias)
+    rows = [uses for length, uses in runs for _ in range(length)]
+    body, plan = make_body(name, world.tables), BatchPlan.from_runs(runs)
+    check(body, world, plan, rows)
+    check(body, world, plan, rows)
+
+
+EXAMPLES = {
+    "empty": [],
+    "base only": [(3, ())],
+    "one row each": [(1, ((h, 1.0),)) for h in range(4)],
+    "one giant": [(1, ()), (75, ((3, 0.5),))],
+    "decode beside prefill": [(1, ((0, 1.0),)), (2, ()), (70, ((1, 1.0),)), (1, ((3, 2.0),))],
+    "a row in two segments": [(1, ((0, 1.0), (1, -0.5))), (2, ((1, -0.5), (3, 1.0))), (1, ((3, 1.0),))],
+}
+
+
+def example_world(dtype: str, device: str = "cpu") -> World:
+    world = World(DTYPES[dtype], 5, device)
+    world.add(0, [1, None, 3], [False, True, False])
+    world.add(1, [77, 16, 0], [True, False, True])
+    world.add(2, [None, None, None], [False] * 3)
+    world.add(3, [16, 0, 33], [False, True, True])
+    return world
+
+
+def run_example(name: str, dtype: str, layout: str, device: str = "cpu") -> None:
+    world = example_world(dtype, device)
+    runs = EXAMPLES[layout]
+    rows = [uses for length, uses in runs for _ in range(length)]
+    check(make_body(name, world.tables), world, BatchPlan.from_runs(runs), rows)
+
+
+@pytest.mark.parametrize("layout", EXAMPLES)
+@pytest.mark.parametrize("name", CPU_BODIES)
+def test_layouts(name: str, layout: str) -> None:
+    run_example(name, "fp32", layout)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("layout", EXAMPLES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_triton_interpreted(dtype: str, layout: str) -> None:
+    run_example("triton", dtype, layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", EXAMPLES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_cuda(name: str, dtype: str, layout: str) -> None:
+    run_example(name, dtype, layout, "cuda")
+
+
+@pytest.mark.parametrize("name", CPU_BODIES)
+def test_shrunk_of_another_body_is_refused(name: str) -> None:
+    world = example_world("fp32")
+    other = "cpu" if name == "reference" else "reference"
+    plan = BatchPlan.from_rows([((0, 1.0),)])
+    shrunk = make_body(other, world.tables).shrink(torch.zeros(1, 40), GROUP, plan)
+    with pytest.raises(TypeError, match="shrunk"):
+        make_body(name, world.tables).expand(torch.zeros(1, 24), shrunk, 0, plan)
+
+
+@pytest.mark.parametrize("name", CPU_BODIES)
+def test_a_removed_program_is_refused(name: str) -> None:
+    world = example_world("fp32")
+    body, plan = make_body(name, world.tables), BatchPlan.from_rows([((0, 1.0),), ((1, 1.0),)])
+    body.shrink(torch.zeros(2, 40), GROUP, plan)
+    body.forget(0)
+    world.tables.remove(0)
+    with pytest.raises(KeyError, match="not installed"):
+        body.shrink(torch.zeros(2, 40), GROUP, plan)
+
+
+def test_bf16_is_at_most_twice_as_far_as_the_plain_bf16_path() -> None:
+    """The yardstick: PEFT's y + (x @ A.T @ B) * scale with every intermediate in bf16."""
+    world = example_world("bf16")
+    rows = [((1, 1.0),), ((3, 1.0),), ((0, 1.0),)] * 4
+    x, y = world.tensor(12, 40), world.tensor(12, 24)
+    want, _ = world.expected(y, x, 0, rows)
+    peft = y.clone()
+    for row, ((handle, _),) in enumerate(rows):
+        op = world.truth[handle][0]
+        peft[row] += (x[row] @ op.a.T @ op.b) * op.scale
+        if op.add_out is not None:
+            peft[row] += op.add_out
+    yardstick = (peft.double() - want).square().mean().sqrt()
+    for name in CPU_BODIES:
+        body, plan, mine = make_body(name, world.tables), BatchPlan.from_rows(rows), y.clone()
+        body.expand(mine, body.shrink(x, (0,), plan), 0, plan)
+        assert (mine.double() - want).square().mean().sqrt() <= 2 * yardstick
+
+
+def test_reference_is_the_slow_body() -> None:
+    assert ReferenceKernels(example_world("fp32").tables).name == "reference"
