@@ -63,7 +63,7 @@ class BlobStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, folder: Path, digest: str) -> str:
-        """Move a folder, synced already, into place and hold it; returns a ticket. An equal blob that is there stays."""
+        """Move a folder, synced already, into place and hold it; returns a ticket. An equal blob stays."""
         with self._lock:
             target = self.path(digest)
             if not target.exists():

@@ -75,6 +75,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise _bad(path.name, "its header is not UTF-8") from None
+    if text.count('"data_offsets"') > MAX_TENSORS:
+        raise AdapterTooLarge(f"{path.name}: more than {MAX_TENSORS} tensors.", param=path.name)
     tensors = {key: _tensor(path, key, value, 8 + length) for key, value in _entries(path.name, text)}
     _check_tiling(path.name, tensors, 8 + length, size)
     return tensors
@@ -87,7 +89,7 @@ def _header_length(name: str, prefix: bytes, size: int) -> int:
     if length > size - 8:
         raise _bad(name, f"it is truncated, or lies: it claims a header of {length} bytes in a file of {size}")
     if length > MAX_HEADER_BYTES:
-        raise AdapterTooLarge(f"{name}: the header has {length} bytes; at most {MAX_HEADER_BYTES} are allowed.")
+        raise AdapterTooLarge(f"{name}: the header has {length} bytes; the limit is {MAX_HEADER_BYTES}.", param=name)
     return length
 
 
@@ -102,8 +104,6 @@ def _entries(name: str, text: str) -> Iterator[tuple[str, JsonValue]]:
         if key in seen:
             raise _bad(name, f"the key {key!r} appears twice in its header")
         seen.add(key)
-        if len(seen) > MAX_TENSORS + 1:
-            raise AdapterTooLarge(f"{name}: more than {MAX_TENSORS} tensors.")
         value, at = _value(name, text, at, key)
         if key != "__metadata__":
             yield key, value
@@ -124,10 +124,12 @@ def _key(name: str, text: str, at: int) -> tuple[str, int]:
     match = _KEY.match(text, at)
     if match is None:
         raise _bad(name, "its header is not valid JSON, or a tensor's name is over 1,024 characters")
-    try:
-        key: str = json.loads(f'"{match.group(1)}"')
-    except ValueError:
-        raise _bad(name, "a tensor's name in its header is not a valid JSON string") from None
+    key: str = match.group(1)
+    if "\\" in key:
+        try:
+            key = json.loads(f'"{key}"')
+        except ValueError:
+            raise _bad(name, "a tensor's name in its header is not a valid JSON string") from None
     if not key or not key.isprintable():
         raise _bad(name, f"the tensor name {key[:100]!r} is empty or has unprintable characters")
     return key, match.end()
