@@ -33,10 +33,10 @@ def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -
     temperature = _column([p.temperature for p in params], device)
     probs = torch.softmax(logits.float() / temperature.clamp(min=1e-6), dim=-1)
     draws = _column([uniform(p.seed, at) for p, at in zip(params, positions, strict=True)], device)
-    if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
-        drawn = _draw_filtered(probs, params, draws)
-    else:
-        drawn = _draw(probs, draws)
+    drawn = _draw(probs, draws)
+    filtered = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params]
+    if any(filtered):  # only those rows take filtered draws: the other ones must not depend on their batch mates
+        drawn = torch.where(_column(filtered, device)[:, 0] > 0, _draw_filtered(probs, params, draws), drawn)
     return torch.where(temperature[:, 0] == 0.0, logits.argmax(dim=-1), drawn)
 
 

@@ -1,0 +1,32 @@
+"""Every message survives the wire unchanged."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from onebase.serve.engine import messages as m
+from onebase.serve.engine.wire import Abort, Message, Shutdown, decode, encode
+
+MESSAGES: list[Message] = [
+    m.Request("a", (1, 2), m.SamplingParams(seed=-5, stop_token_ids=(3,)), (m.AdapterUse("d", "/p", 0.5),)),
+    Abort("a"),
+    m.LoadAdapter("c", m.AdapterUse("d", "/p")),
+    m.UnloadAdapter("c", "d"),
+    Shutdown(),
+    m.EngineInfo("Llama", "f", "cpu", "float32", 10, 20, 16, 3, 4, (2,)),
+    m.EngineStats(running=1, resident={"d": 5}, running_adapters=("d",)),
+    m.TokenOutput("a", (7,), "stop"),
+    m.Failure("a", "AdapterRejected", "no", "r"),
+    m.AdapterReady("c", "d", "LORA", 8, 100, 2),
+    m.AdapterGone("c", "d", True),
+]
+
+
+def test_messages_survive() -> None:
+    assert decode(encode(MESSAGES)) == MESSAGES
+
+
+@pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x91\x92\x00\x01", encode(MESSAGES)[:-1]])
+def test_garbage_is_an_error(frame: bytes) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        decode(frame)

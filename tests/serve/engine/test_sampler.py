@@ -1,0 +1,74 @@
+"""Sampling against independent computations, and its independence of batch mates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from onebase.serve.engine.messages import SamplingParams
+from onebase.serve.engine.sampler import sample, uniform
+
+VOCAB = 50
+
+
+def _allowed(logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Tokens that may be drawn, by the plain definition of the filters, one after the other."""
+    probs = torch.softmax(logits.double() / temperature, -1).tolist()
+    ranked = sorted(range(len(probs)), key=lambda token: -probs[token])
+    ranked = ranked[: top_k or len(ranked)]
+    total = sum(probs[token] for token in ranked)
+    kept, mass = [], 0.0
+    for token in ranked:
+        if kept and mass >= top_p:
+            break
+        kept.append(token)
+        mass += probs[token] / total
+    return {token for token in kept if probs[token] >= min_p * probs[ranked[0]]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.3},
+        {"temperature": 0.9, "top_k": 12, "top_p": 0.8, "min_p": 0.05},
+        {"temperature": 1.0, "top_p": 1e-9},
+        {"temperature": 1.0, "top_k": 1},
+    ],
+)
+def test_draws_follow_the_filtered_distribution(options: dict[str, Any]) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    settings = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    allowed = _allowed(logits, **settings)
+    draws = 4000
+    params = [SamplingParams(seed=seed, **options) for seed in range(draws)]
+    drawn = sample(logits.expand(draws, -1), params, [3] * draws)
+    counts = torch.bincount(drawn, minlength=VOCAB).double() / draws
+    assert set(drawn.tolist()) <= allowed
+    probs = torch.softmax(logits.double() / settings["temperature"], -1)
+    probs = torch.where(torch.tensor([token in allowed for token in range(VOCAB)]), probs, 0.0)
+    assert float((counts - probs / probs.sum()).abs().sum()) < 0.12
+
+
+def test_a_row_draws_the_same_whatever_its_batch_mates() -> None:
+    logits = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(2))
+    params = [SamplingParams(temperature=1.0, top_p=0.9 if i % 2 else 1.0, top_k=i, seed=i) for i in range(9)]
+    together = sample(logits, params, list(range(9))).tolist()
+    alone = [sample(logits[i : i + 1], [params[i]], [i]).item() for i in range(9)]
+    assert together == alone
+
+
+def test_greedy_rows_stay_greedy_beside_sampled_ones() -> None:
+    logits = torch.randn(2, VOCAB)
+    drawn = sample(logits, [SamplingParams(temperature=0.0), SamplingParams(temperature=1.0)], [0, 0])
+    assert drawn[0] == logits[0].argmax()
+
+
+def test_uniform_depends_on_seed_and_position() -> None:
+    numbers = [uniform(seed, position) for seed in (-(2**63), 0, 1, 2**63) for position in (0, 1, 2)]
+    assert len(set(numbers)) == 12
+    assert all(0 <= number < 1 for number in numbers)
+    assert abs(sum(uniform(7, i) for i in range(4000)) / 4000 - 0.5) < 0.02
