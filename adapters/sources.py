@@ -1,0 +1,30 @@
+"""Where an adapter's files may come from, besides an upload: folders of this machine that the operator allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import AdapterRejected
+
+
+def allowed_folder(source: str, roots: Sequence[Path]) -> Path:
+    """The folder that ``source`` names, if it lies below one of the operator's roots once links are resolved.
+
+    Raises AdapterRejected, with one message for all that lies elsewhere, so that nobody can probe the disk.
+    """
+    if not roots:
+        raise AdapterRejected("Loading from a path of the server is off; --allow-path turns it on.", param="source")
+    try:
+        folder = Path(source).resolve()
+    except (OSError, RuntimeError, ValueError):
+        raise _not_below(source) from None
+    if not Path(source).is_absolute() or not any(folder.is_relative_to(root.resolve()) for root in roots):
+        raise _not_below(source)
+    if not folder.is_dir():
+        raise AdapterRejected(f"{source[:200]!r} is not a folder.", param="source")
+    return folder
+
+
+def _not_below(source: str) -> AdapterRejected:
+    return AdapterRejected(f"{source[:200]!r} is not an absolute path below an --allow-path.", param="source")
