@@ -101,10 +101,10 @@ def from_validation(error: ValidationError) -> ApiError:
     return bad_request(f"{param or 'body'}: {_say(first)}", param)
 
 
-def _rank(detail: ErrorDetails) -> tuple[int, int]:
-    """Among the alternatives of a union, the one that got furthest into the value is what the client meant."""
+def _rank(detail: ErrorDetails) -> tuple[bool, int, int]:
+    """Of a union's members, the client meant the one of the right type, or the one that got furthest into the value."""
     indices = [part for part in detail["loc"] if isinstance(part, int)]
-    return len(indices), sum(indices)
+    return not detail["type"].endswith("_type"), len(indices), sum(indices)
 
 
 def _path(detail: ErrorDetails) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
 
 from onebase.serve.api.errors import bad_request
 
@@ -17,7 +17,7 @@ MAX_ADAPTERS = 16
 MAX_MESSAGES = 4096
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], FailFast()]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Label = Annotated[str, StringConstraints(max_length=512)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -133,9 +133,9 @@ class CompletionRequest(Generation):
 
     prompt: (
         str
-        | Annotated[list[str], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[list[TokenIds], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     add_special_tokens: bool = True
 
@@ -244,7 +244,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: ModelName | None = None
-    tokens: Annotated[list[TokenId], FailFast(), Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class AdapterSource(Body):

@@ -127,8 +127,11 @@ class Site:
 
     async def settled(self) -> None:
         """Until start-up has ended, well or badly."""
-        while self.server.loaded is None and self.server.failure is None:
-            await asyncio.sleep(0.005)
+        done = asyncio.Event()
+        self.server.on_ready.append(done.set)
+        self.server.on_failure.append(done.set)
+        if self.server.loaded is None and self.server.failure is None:
+            await done.wait()
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
         return await self.http.post(path, json=body)
