@@ -1,0 +1,51 @@
+"""`onebase bench ...`: every command prints both sides of what it compares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from onebase.bench.workload import Load
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks: ours beside what people use today.")
+Out = Annotated[Path | None, typer.Option(help="Store the figures as JSON.")]
+
+
+@app.command()
+def mixed(
+    requests: Annotated[int, typer.Option(help="Requests a round.", min=1)] = 32,
+    clients: Annotated[int, typer.Option(help="Clients, and rows of a static batch.", min=1)] = 16,
+    adapters: Annotated[int, typer.Option(help="Distinct adapters, rank 8 to 64, on all linears.", min=1)] = 16,
+    tokens_in: Annotated[int, typer.Option(min=1)] = 128,
+    tokens_out: Annotated[int, typer.Option(min=2)] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    out: Out = None,
+) -> None:
+    """Tokens per second on the CPU, 135M shape: ours, `generate`, and PEFT's mixed batch."""
+    from onebase.bench.mixed import run
+
+    kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in kinds:
+        raise typer.BadParameter(f"allowed: {', '.join(kinds)}", param_hint="--dtype")
+    load = Load(requests, tokens_in, tokens_out)
+    run(load, clients=clients, num_adapters=adapters, rounds=rounds, dtype=kinds[dtype], out=out)
+
+
+@app.command()
+def step(
+    shape: Annotated[str, typer.Option(help="135m or 8b.")] = "135m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[list[int] | None, typer.Option(help="Rows a step; may be given several times.")] = None,
+    adapters: Annotated[int, typer.Option(help="Distinct adapters in the batch.", min=1)] = 16,
+    rank: Annotated[int, typer.Option(help="Their rank; 0: 8 to 64 mixed.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="Decode steps measured.", min=1)] = 32,
+    out: Out = None,
+) -> None:
+    """Decode steps of the base alone, of the base on an engine that holds adapters, and of a batch of adapters."""
+    from onebase.bench.step import run
+
+    run(shape, device, batch or [1, 16], adapters, rank, steps, out)

@@ -1,0 +1,73 @@
+"""Drives our engine in this process, as a closed loop of clients."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onebase.serve.engine.engine import Engine
+from onebase.serve.engine.messages import AdapterUse, Failure, Request, SamplingParams, TokenOutput
+
+_ids = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One closed-loop run: wall seconds and tokens generated."""
+
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def adapter_use(folder: Path) -> AdapterUse:
+    """A folder as a request names it; its path stands for the digest."""
+    return AdapterUse(str(folder), str(folder))
+
+
+def make_resident(engine: Engine, folders: Sequence[Path]) -> None:
+    """Load adapters and wait until all are on the device."""
+    for folder in folders:
+        engine.adapters.fetch(str(folder), str(folder))
+    while engine.adapters.busy or len(engine.adapters.resident()) < len(folders):
+        _raise_failures(engine.step())
+        time.sleep(0.001)
+
+
+def closed_loop(
+    engine: Engine, prompts: Sequence[Sequence[int]], adapters: Sequence[Path | None], tokens_out: int, clients: int
+) -> Run:
+    """``clients`` clients, each sending its next request when its last one is done."""
+    waiting = deque(
+        Request(
+            f"bench-{next(_ids)}",
+            tuple(prompt),
+            SamplingParams(max_tokens=tokens_out, temperature=0.0, ignore_eos=True),
+            (adapter_use(adapter),) if adapter else (),
+        )
+        for prompt, adapter in zip(prompts, adapters, strict=True)
+    )
+    start, tokens, running = time.perf_counter(), 0, 0
+    while waiting or running:
+        while waiting and running < clients:
+            _raise_failures(engine.add(waiting.popleft()))
+            running += 1
+        outputs = engine.step()
+        _raise_failures(outputs)
+        done = [output for output in outputs if isinstance(output, TokenOutput)]
+        tokens += sum(len(output.tokens) for output in done)
+        running -= sum(output.finish_reason is not None for output in done)
+    return Run(time.perf_counter() - start, tokens)
+
+
+def _raise_failures(outputs: Sequence[object]) -> None:
+    for output in outputs:
+        if isinstance(output, Failure):
+            raise RuntimeError(output.message)

@@ -1,0 +1,110 @@
+"""Decode steps by themselves: base rows without and with adapters on the device, and rows of distinct adapters.
+
+The adapters are made in memory, so that this runs where PEFT is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from onebase.adapters.base import BaseModel, SiteKind
+from onebase.bench.ours import adapter_use, make_resident
+from onebase.bench.report import ratio, show, store
+from onebase.bench.workload import LINEARS, mixed_ranks, random_model
+from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.engine import Engine
+from onebase.serve.engine.messages import Request, SamplingParams
+from onebase.serve.model.loader import prepare
+
+_ROUNDS = 5
+_PROMPT = 128
+
+
+def run(
+    shape: str, device: str, batches: Sequence[int], num_adapters: int, rank: int, steps: int, out: Path | None
+) -> None:
+    """Print seconds a step and tokens per second for each number of rows."""
+    ranks = [rank] * num_adapters if rank else mixed_ranks(num_adapters)
+    with tempfile.TemporaryDirectory(prefix="onebase-bench-") as name:
+        engine, folders = _prepare(shape, device, max(batches), ranks, Path(name))
+        results = [_measure(engine, rows, folders, steps) for rows in batches]
+    for result in results:
+        show(f"{shape} on {device}, {result['rows']} rows", {k: f"{v:.3f}" for k, v in result.items() if k != "rows"})
+    store(out, "step", {"shape": shape, "ranks": ranks, "results": results})
+
+
+def _prepare(shape: str, device: str, rows: int, ranks: Sequence[int], folder: Path) -> tuple[Engine, list[Path]]:
+    config = EngineConfig(
+        model=shape, device=device, max_num_seqs=rows, max_model_len=2048, kv_memory=4.0 if device == "cpu" else 16.0
+    )
+    base = prepare(random_model(shape, torch.bfloat16, device), config)
+    folders = [_save_adapter(base, folder / f"adapter-{i}", rank, i) for i, rank in enumerate(ranks)]
+    return Engine(config, base), folders
+
+
+def _save_adapter(base: BaseModel, folder: Path, rank: int, seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, site in base.sites.items():
+        if site.kind is SiteKind.LINEAR and path.rsplit(".", 1)[-1] in LINEARS:
+            key = f"base_model.model.{path}.lora"
+            tensors[f"{key}_A.weight"] = torch.randn(rank, site.in_features, generator=generator).bfloat16() * 0.02
+            tensors[f"{key}_B.weight"] = torch.randn(site.out_features, rank, generator=generator).bfloat16() * 0.02
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEARS)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _measure(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> dict[str, Any]:
+    without, beside, mixed = [], [], []
+    for _ in range(_ROUNDS):
+        _unload(engine, folders)
+        without.append(_seconds(engine, rows, (), steps))
+        make_resident(engine, folders)
+        beside.append(_seconds(engine, rows, (), steps))
+        mixed.append(_seconds(engine, rows, folders, steps))
+    return {
+        "rows": rows,
+        "base, none loaded: ms a step": 1e3 * statistics.median(without),
+        "base, adapters loaded: ms a step": 1e3 * statistics.median(beside),
+        "adapters: ms a step": 1e3 * statistics.median(mixed),
+        "base: tokens/s": rows / statistics.median(without),
+        "adapters: tokens/s": rows / statistics.median(mixed),
+        "base with adapters loaded / none": ratio(beside, without),
+        "adapters / base": ratio(mixed, without),
+    }
+
+
+def _unload(engine: Engine, folders: Sequence[Path]) -> None:
+    for folder in folders:
+        engine.adapters.unload(str(folder))
+
+
+def _seconds(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> float:
+    """Median seconds of a decode step of ``rows`` rows; each step ends with its tokens on the host."""
+    sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
+    prompt = tuple(range(10, 10 + _PROMPT))
+    for row in range(rows):
+        uses = (adapter_use(folders[row % len(folders)]),) if folders else ()
+        engine.add(Request(f"row-{row}", prompt, sampling, uses))
+    while any(s.num_uncomputed > 1 for s in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - start)
+    while engine.has_work:
+        engine.step()
+    return statistics.median(times)
