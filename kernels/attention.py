@@ -189,8 +189,8 @@ def _slots(
     """Where each new token goes: [T]."""
     sequence = np.repeat(np.arange(len(queries)), queries)
     position = np.arange(starts[-1]) + np.repeat(lengths - queries - starts[:-1], queries)
-    slots: NDArray[np.int64] = tables[sequence, position // page_size].astype(np.int64) * page_size + position % page_size
-    return slots
+    page = tables[sequence, position // page_size]
+    return np.add(page * np.int64(page_size), position % page_size, dtype=np.int64)
 
 
 def _upload(

@@ -189,7 +189,7 @@ def test_cpu_is_dense_attention(case: Case) -> None:
 
 
 @needs_interpreter
-@settings(LOOSE, max_examples=20)
+@settings(LOOSE, max_examples=15)
 @given(cases(40, 3, [8, 24, 64], [torch.float32, torch.bfloat16]))
 def test_triton_is_dense_attention(case: Case) -> None:
     check("triton", case)
