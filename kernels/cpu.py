@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from onebase.kernels.base import Shrunk, own
-from onebase.kernels.cpu_split import CpuCosts, CpuSplit
+from onebase.kernels.cpu_split import CpuSplit, CpuTuning
 from onebase.kernels.cpu_steps import PackedStep, Rows, Schedule, SiteStep, SoloStep, make_schedule, make_step
 from onebase.kernels.packs import Panels
 from onebase.kernels.plan import BatchPlan
+from onebase.kernels.prepack import supported
 from onebase.kernels.tables import ProgramTables, Use
 
 
@@ -39,10 +39,10 @@ class CpuKernels:
 
     name = "cpu"
 
-    def __init__(self, tables: ProgramTables, costs: CpuCosts | None = None) -> None:
+    def __init__(self, tables: ProgramTables, tuning: CpuTuning = CpuTuning()) -> None:  # noqa: B008 (frozen)
         self._tables = tables
-        self._split = CpuSplit(tables, costs)
-        self._panels = Panels(tables)
+        self._split = CpuSplit(tables, tuning)
+        self._panels = Panels(tables, tuning.prepack_after if supported(tables.buffer.dtype) else None)
 
     def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> CpuShrunk:
         self._tables.check(plan)
@@ -98,7 +98,7 @@ def _shrink_packed(x: Tensor, step: PackedStep, gathered: dict[int, Tensor]) -> 
     """The mask scales first and clears then: a neighbour's overflow times zero would not be zero."""
     if step.mask is None:
         return None
-    xa = linear(_take(x, step.rows, gathered), step.pack.a)
+    xa = step.pack.shrink(_take(x, step.rows, gathered))
     return xa.mul_(step.mask.factor).masked_fill_(step.mask.other, 0)
 
 
@@ -120,15 +120,20 @@ def _expand_solo(y: Tensor, step: SoloStep, xa: Tensor | None) -> None:
 
 def _expand_packed(y: Tensor, step: PackedStep, xa: Tensor | None) -> None:
     if xa is not None:
-        _add_product(y, step.rows, xa, step.pack.b)
-    if step.bias is not None and isinstance(step.rows, slice):
-        y[step.rows].add_(step.bias)
-    elif step.bias is not None:
-        y.index_add_(0, step.rows, step.bias)
+        _add_product(y, step, xa)
+    if step.bias is not None:
+        _add_rows(y, step.rows, step.bias)
 
 
-def _add_product(y: Tensor, rows: Rows, xa: Tensor, b: Tensor) -> None:
-    if isinstance(rows, slice):
-        y[rows].addmm_(xa, b)
+def _add_product(y: Tensor, step: PackedStep, xa: Tensor) -> None:
+    if isinstance(step.rows, slice):
+        step.pack.expand_onto(y[step.rows], xa)
     else:
-        y.index_add_(0, rows, torch.mm(xa, b))
+        y.index_add_(0, step.rows, step.pack.expand(xa))
+
+
+def _add_rows(y: Tensor, rows: Rows, delta: Tensor) -> None:
+    if isinstance(rows, slice):
+        y[rows].add_(delta)
+    else:
+        y.index_add_(0, rows, delta)

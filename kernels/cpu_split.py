@@ -15,25 +15,26 @@ from onebase.kernels.tables import ProgramTables
 
 
 @dataclass(frozen=True, slots=True)
-class CpuCosts:
-    """Microseconds, measured on two Zen 4 cores in bf16; only their ratios matter.
+class CpuTuning:
+    """Estimates in microseconds, measured on two Zen 4 cores in bf16; only their ratios matter.
 
     call: one product, whatever its size. mask: scaling and clearing xa. per_mac: a multiply-add.
-    per_byte: a weight byte read.
+    per_byte: a weight byte read. prepack_after: steps that a pack has to stand before it is prepacked.
     """
 
     call: float = 30.0
     mask: float = 15.0
     per_mac: float = 1 / 130e3
     per_byte: float = 1 / 16e3
+    prepack_after: int = 32
 
 
 class CpuSplit:
     """Estimates a site of average size."""
 
-    def __init__(self, tables: ProgramTables, costs: CpuCosts | None = None) -> None:
+    def __init__(self, tables: ProgramTables, tuning: CpuTuning) -> None:
         self._tables = tables
-        self._costs = costs or CpuCosts()
+        self._costs = tuning
         widths = [site.in_features + site.out_features for site in tables.sites]
         self._width = sum(widths) / max(1, len(widths))
         self._ranks: dict[int, int] = {}

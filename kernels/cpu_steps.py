@@ -120,9 +120,7 @@ def _solo(site: int, use: Use, tables: ProgramTables) -> SoloStep:
     return SoloStep(slice(segment.start, segment.stop), a, b, segment.scale * op.scale, bias, segment.scale)
 
 
-def _packed(
-    site: int, part: PanelRows, uses: Sequence[Use], schedule: Schedule, tables: ProgramTables
-) -> PackedStep:
+def _packed(site: int, part: PanelRows, uses: Sequence[Use], schedule: Schedule, tables: ProgramTables) -> PackedStep:
     pack = part.panel.pack(site)
     ranked = [use for use in uses if use.op.rank]
     pack.ensure({use.segment.handle: use.op for use in ranked})

@@ -30,6 +30,14 @@ _MAX_SPLITS = 8
 
 
 @triton.jit
+def _dot(left, right, WIDE: tl.constexpr):
+    """fp32 accumulation. WIDE: products in fp32 too, for the interpreter, which cannot multiply bf16."""
+    if WIDE:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
 def _shrink_kernel(
     x,  # [rows, in_features], row stride x_stride
     arena,
@@ -47,6 +55,7 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
     FIELDS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
@@ -71,7 +80,7 @@ def _shrink_kernel(
         inside = (k < in_features)[None, :]
         x_tile = tl.load(x_rows + k[None, :], mask=here[:, None] & inside, other=0.0)  # [BLOCK_M, BLOCK_K]
         a_tile = tl.load(a_rows + k[None, :], mask=(r < rank)[:, None] & inside, other=0.0)  # [BLOCK_R, BLOCK_K]
-        acc += tl.dot(x_tile, tl.trans(a_tile), input_precision="ieee")
+        acc += _dot(x_tile, tl.trans(a_tile), WIDE)
     plane = (split * group_size + member).to(tl.int64) * packed_rows
     out = xa + (plane + tl.load(tile + 1) + m)[:, None] * width + r[None, :]
     tl.store(out, acc, mask=here[:, None] & (r < rank)[None, :])
@@ -97,6 +106,7 @@ def _expand_kernel(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     TOKEN: tl.constexpr,
+    WIDE: tl.constexpr,
     ALIGN: tl.constexpr,
     FIELDS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
@@ -127,15 +137,16 @@ def _expand_kernel(
             xa_tile += tl.load(xa_rows + part * split_stride + r[None, :], mask=inside, other=0.0)
         b_mask = (r < rank)[:, None] & (n < out_features)[None, :]
         b_tile = tl.load(b_start + r.to(tl.int64)[:, None] * out_features, mask=b_mask, other=0.0)
-        acc += tl.dot(xa_tile.to(b_tile.dtype), b_tile, input_precision="ieee")
+        acc += _dot(xa_tile.to(b_tile.dtype), b_tile, WIDE)
     acc = acc * tl.load(scales + at + 4).to(tl.float32)
     if add_out >= 0:
         bias = tl.load(arena + add_out + n, mask=n < out_features, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     out = y + rows.to(tl.int64)[:, None] * y_stride + n[None, :]
     mask = here[:, None] & (n < out_features)[None, :]
-    old = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out, (old + acc * tl.load(tile_scales + tl.program_id(0) * TILE_FIELDS + 4)).to(y.dtype.element_ty), mask=mask)
+    new = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    new += acc * tl.load(tile_scales + tl.program_id(0) * TILE_FIELDS + 4)
+    tl.store(out, new.to(y.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +180,7 @@ class TritonKernels:
             x, tables.buffer, tables.device_table, tiles.data, self._group(group), xa,
             x.stride(0), in_features, len(tables.sites), tiles.packed_rows, width, len(group),
             BLOCK_M=tiles.block_m, BLOCK_R=block_r, BLOCK_K=128 if tiles.block_m == 16 else 64, SPLITS=splits,
-            ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
+            WIDE=not x.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
         )  # fmt: skip
         return TritonShrunk(group, xa)
 
@@ -215,7 +226,7 @@ class TritonKernels:
                 layer, layer.view(torch.float32), source,
                 y.stride(0), y.shape[1], site, len(tables.sites), split_stride, width,
                 BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_R=_block_r(width), SPLITS=splits, TOKEN=token,
-                ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
+                WIDE=not y.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
             )  # fmt: skip
 
     def _group(self, group: tuple[int, ...]) -> Tensor:
@@ -233,7 +244,7 @@ def _splits(tiles: Tiles, in_features: int) -> int:
 
 
 def _block_r(rank: int) -> int:
-    return max(16, min(64, triton.next_power_of_2(max(1, rank))))
+    return min(64, max(16, 1 << (rank - 1).bit_length())) if rank else 16
 
 
 def _require_rows(name: str, tensor: Tensor) -> None:

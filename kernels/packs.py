@@ -2,7 +2,8 @@
 
 A SitePack holds, for one site, A [columns, in_features] and B [columns, out_features]; each program has a range of
 columns (one per rank). A program that enters costs its own bytes once: it takes a gap that a program no longer in use
-left, or the end. What gaps waste is bounded: beyond a quarter the pack is laid out anew.
+left, or the end. What gaps waste is bounded: beyond a quarter the pack is laid out anew. A pack that stands for many
+products is prepacked (prepack.py), which doubles its bytes until its columns change.
 A Panel is the packs, over all sites, of up to PANEL_PROGRAMS programs. Panels keep the masked product from growing
 with the square of the batch.
 """
@@ -14,46 +15,72 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from onebase.kernels.prepack import prepack, product
 from onebase.kernels.tables import Operands, ProgramTables
 
 PANEL_PROGRAMS = 16
+_PREPACK_SPREAD = 32
 _GRANULE = 32  # columns a pack grows by, and may waste whatever its size
 
 
 class SitePack:
     """The columns of one panel at one site. ``version`` changes whenever any column is written."""
 
-    def __init__(self, tables: ProgramTables, site: int) -> None:
+    def __init__(self, tables: ProgramTables, site: int, prepack_after: int | None) -> None:
+        """prepack_after: products with standing columns before they are prepacked; None for never."""
         self._tables = tables
         self._site = site
         self._a = tables.buffer.new_empty((0, tables.sites[site].in_features))
         self._b = tables.buffer.new_empty((0, tables.sites[site].out_features))
+        self._prepack_after = prepack_after
+        self._products = 0
+        self._prepacked: tuple[Tensor, Tensor] | None = None
         self.columns: dict[int, tuple[int, int]] = {}
         self.used = 0
         self.version = 0
 
-    @property
-    def a(self) -> Tensor:
-        """[used, in_features]"""
-        return self._a[: self.used]
+    def shrink(self, x: Tensor) -> Tensor:
+        """x @ A.T: [rows, used], all columns."""
+        self._products += 1
+        if self._products == self._prepack_after:
+            a, b = self._a[: self.used], self._b[: self.used]
+            self._prepacked = prepack(a, x.shape[0]), prepack(b.T, x.shape[0])
+        if self._prepacked is not None:
+            return product(x, self._prepacked[0])
+        return linear(x, self._a[: self.used])
 
-    @property
-    def b(self) -> Tensor:
-        """[used, out_features]"""
-        return self._b[: self.used]
+    def expand(self, xa: Tensor) -> Tensor:
+        """xa @ B: [rows, out_features]."""
+        if self._prepacked is not None:
+            return product(xa, self._prepacked[1])
+        return torch.mm(xa, self._b[: self.used])
+
+    def expand_onto(self, y: Tensor, xa: Tensor) -> None:
+        """y += xa @ B."""
+        if self._prepacked is not None:
+            y.add_(product(xa, self._prepacked[1]))
+        else:
+            y.addmm_(xa, self._b[: self.used])
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self._a, self._b))
+        copies = 1 if self._prepacked is None else 2
+        return copies * sum(tensor.numel() * tensor.element_size() for tensor in (self._a, self._b))
 
     def ensure(self, wanted: dict[int, Operands]) -> None:
         """Give every wanted program its columns; columns of others may be overwritten. Ranks are above 0."""
         missing = [handle for handle in wanted if handle not in self.columns]
+        self._reserve(self._needed(missing, wanted))
         for handle in missing:
             self._put(handle, wanted[handle], keep=wanted)
-        if self.used > 1.25 * sum(op.rank for op in wanted.values()) + _GRANULE:
+        if max(self.used, self._a.shape[0] - _GRANULE) > _allowance(wanted):
             self._lay_out(wanted)
+
+    def _needed(self, missing: Sequence[int], wanted: dict[int, Operands]) -> int:
+        """Columns to hold them all, were the missing put at the end; no more than a new layout would be given."""
+        return min(self.used + sum(wanted[handle].rank for handle in missing), _allowance(wanted))
 
     def _lay_out(self, wanted: dict[int, Operands]) -> None:
         self.columns.clear()
@@ -74,6 +101,7 @@ class SitePack:
         self.columns[handle] = (start, stop)
         self.used = max(self.used, stop)
         self.version += 1
+        self._products, self._prepacked = 0, None
 
     def _find_gap(self, size: int, keep: Iterable[int]) -> int:
         start = 0
@@ -99,22 +127,26 @@ class SitePack:
 class Panel:
     """Packs by site, made when a site is first used."""
 
-    def __init__(self, tables: ProgramTables) -> None:
+    def __init__(self, tables: ProgramTables, prepack_after: int | None) -> None:
         self._tables = tables
+        self._prepack_after = prepack_after
         self.handles: set[int] = set()
         self.packs: dict[int, SitePack] = {}
 
     def pack(self, site: int) -> SitePack:
+        """The site's pack. Sites are prepacked in turn, so that no single step pays for all."""
         if site not in self.packs:
-            self.packs[site] = SitePack(self._tables, site)
+            after = None if self._prepack_after is None else self._prepack_after + site % _PREPACK_SPREAD
+            self.packs[site] = SitePack(self._tables, site, after)
         return self.packs[site]
 
 
 class Panels:
     """Which panel holds which program. A placement is a matter of cost only: packs fill themselves when used."""
 
-    def __init__(self, tables: ProgramTables) -> None:
+    def __init__(self, tables: ProgramTables, prepack_after: int | None) -> None:
         self._tables = tables
+        self._prepack_after = prepack_after
         self._panels: list[Panel] = []
         self._packable: dict[tuple[int, int], bool] = {}
 
@@ -162,11 +194,17 @@ class Panels:
         for panel in self._panels:
             if len(panel.handles) < PANEL_PROGRAMS:
                 return panel
-        self._panels.append(Panel(self._tables))
+        self._panels.append(Panel(self._tables, self._prepack_after))
         return self._panels[-1]
 
 
+def _allowance(wanted: dict[int, Operands]) -> int:
+    """Columns that a pack may have for these programs, gaps included."""
+    total = sum(op.rank for op in wanted.values())
+    return total + total // 4 + _GRANULE
+
+
 def _grown(old: Tensor, capacity: int, used: int) -> Tensor:
-    new = old.new_zeros((capacity, old.shape[1]))
+    new = old.new_empty((capacity, old.shape[1]))
     new[:used].copy_(old[:used])
     return new

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from onebase.kernels.plan import BatchPlan, PlanCache, Segment
 
 USES = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.5, 1.0, -2.0])), max_size=3).map(tuple)

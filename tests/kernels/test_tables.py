@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.tables import Operands, ProgramTables, SiteShape

@@ -1,0 +1,162 @@
+"""The CPU body's packs under changing membership: never stale, never contaminated, bounded."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from onebase.kernels.cpu import CpuKernels
+from onebase.kernels.cpu_split import CpuSplit, CpuTuning
+from onebase.kernels.packs import PANEL_PROGRAMS
+from onebase.kernels.plan import BatchPlan, Segment
+from onebase.kernels.reference import ReferenceKernels
+from onebase.kernels.tables import Operands, ProgramTables, SiteShape
+
+SITES = (SiteShape(32, 24), SiteShape(32, 16))
+MAX_RANK = 24
+BLOCK = MAX_RANK * (32 + 24) + 24  # room for one program at one site
+MASKED = CpuTuning(call=1e9, mask=0, prepack_after=2)
+
+
+class Server:
+    """Slots of an arena that programs come to and leave; blocks are overwritten as soon as they are free."""
+
+    def __init__(self, slots: int, tuning: CpuTuning = MASKED, dtype: torch.dtype = torch.float32) -> None:
+        self.buffer = torch.full((slots * len(SITES) * BLOCK,), float("nan"), dtype=dtype)
+        self.tables = ProgramTables(self.buffer, SITES)
+        self.body = CpuKernels(self.tables, tuning)
+        self.reference = ReferenceKernels(self.tables)
+        self.slot: dict[int, int] = {}
+        self.free = list(range(slots))
+        self.next_handle = 0
+
+    def load(self, rank: int, *, sites: tuple[int, ...] = (0, 1), bias: bool = False) -> int:
+        handle, slot = self.next_handle, self.free.pop()
+        self.next_handle += 1
+        ops = {}
+        for site in sites:
+            start = (slot * len(SITES) + site) * BLOCK
+            self.buffer[start : start + BLOCK].normal_()
+            b = start + rank * SITES[site].in_features
+            ops[site] = Operands(rank, 1 + handle % 3, start, b, start + BLOCK - 24 if bias else -1)
+        self.tables.install(handle, ops)
+        self.slot[handle] = slot
+        return handle
+
+    def unload(self, handle: int) -> None:
+        self.body.forget(handle)
+        self.tables.remove(handle)
+        slot = self.slot.pop(handle)
+        self.buffer[slot * len(SITES) * BLOCK :][: len(SITES) * BLOCK] = float("nan")
+        self.free.append(slot)
+
+    def check(self, plan: BatchPlan, x: Tensor | None = None) -> None:
+        x = torch.randn(plan.num_rows, 32, dtype=self.buffer.dtype) if x is None else x
+        mine, wanted = self.body.shrink(x, (0, 1), plan), self.reference.shrink(x, (0, 1), plan)
+        for site, shape in enumerate(SITES):
+            y = torch.randn(plan.num_rows, shape.out_features, dtype=self.buffer.dtype)
+            want = y.clone()
+            self.body.expand(y, mine, site, plan)
+            self.reference.expand(want, wanted, site, plan)
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-3)
+
+
+def random_plan(rng: random.Random, handles: list[int]) -> BatchPlan:
+    chosen = sorted(rng.sample(handles, rng.randint(1, len(handles))))
+    runs = [(rng.choice((1, 1, 1, 2, 9)), ((handle, rng.choice((1.0, 0.5))),)) for handle in chosen]
+    if rng.random() < 0.3:
+        runs.insert(rng.randrange(len(runs)), (2, ()))
+    if rng.random() < 0.3:
+        runs.append((1, tuple((handle, 0.5) for handle in rng.sample(handles, min(2, len(handles))))))
+    return BatchPlan.from_runs(runs)
+
+
+@pytest.mark.parametrize("tuning", [MASKED, CpuTuning(), CpuTuning(call=0, mask=1e9)], ids=["masked", "auto", "solo"])
+def test_churn_never_serves_stale_data(tuning: CpuTuning) -> None:
+    rng, server, plans = random.Random(3), Server(40, tuning), list[BatchPlan]()
+    torch.manual_seed(0)
+    for _ in range(300):
+        if server.free and (not server.slot or rng.random() < 0.5):
+            sites = rng.choice(((0, 1), (0, 1), (0,), (1,), ()))
+            server.load(rng.choice((0, 1, 3, 8, 16, MAX_RANK)), sites=sites, bias=rng.random() < 0.3)
+        elif server.slot and rng.random() < 0.6:
+            gone = rng.choice(list(server.slot))
+            plans = [plan for plan in plans if gone not in plan.handles]
+            server.unload(gone)
+        if server.slot:
+            plans = [*plans[-5:], random_plan(rng, list(server.slot))]
+        for plan in rng.sample(plans, min(2, len(plans))):
+            server.check(plan)
+
+
+def test_two_plans_in_turn_share_packs_without_mixing() -> None:
+    server = Server(8)
+    handles = [server.load(rank) for rank in (8, 16, 24, 3, 8, 1)]
+    first = BatchPlan.from_rows([((handle, 1.0),) for handle in handles[:4]])
+    second = BatchPlan.from_rows([((handle, 1.0),) for handle in handles[2:]])
+    for _ in range(6):
+        server.check(first)
+        server.check(second)
+
+
+def test_one_leaves_and_one_enters_keeps_packs_small() -> None:
+    server = Server(24)
+    for _ in range(16):
+        server.load(8)
+    for _ in range(100):
+        server.unload(min(server.slot))
+        server.load(random.Random(server.next_handle).choice((1, 8, MAX_RANK)))
+        server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in server.slot]))
+        live = sum(server.tables.operands(handle)[0].rank for handle in server.slot)
+        columns = live + live // 4 + 2 * 32
+        assert server.body.pack_bytes <= columns * sum(site.in_features + site.out_features for site in SITES) * 4
+
+
+def test_forgetting_everything_frees_the_packs() -> None:
+    server = Server(4)
+    handles = [server.load(8) for _ in range(4)]
+    server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles]))
+    assert server.body.pack_bytes > 0
+    for handle in handles:
+        server.unload(handle)
+    assert server.body.pack_bytes == 0
+
+
+def test_more_programs_than_a_panel_holds() -> None:
+    server = Server(3 * PANEL_PROGRAMS)
+    handles = [server.load(4) for _ in range(3 * PANEL_PROGRAMS)]
+    random.Random(0).shuffle(handles)
+    server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles]))
+    server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles[:5]]))
+    server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles]))
+
+
+@pytest.mark.parametrize("part", ["a", "b"])
+@pytest.mark.parametrize("value", [3e38, float("inf"), float("nan")])
+def test_a_neighbour_that_overflows_does_not_reach_other_rows(part: str, value: float) -> None:
+    server = Server(3)
+    bad, good, other = (server.load(8) for _ in range(3))
+    for site, op in server.tables.operands(bad).items():
+        server.tables.factors(site, op)[part == "b"].fill_(value)
+    x = torch.ones(3, 32)
+    plan = BatchPlan.from_rows([((bad, 1.0),), ((good, 1.0),), ((other, 1.0),)])
+    without = BatchPlan.from_rows([(), ((good, 1.0),), ((other, 1.0),)])
+    y, want = torch.zeros(3, 24), torch.zeros(3, 24)
+    server.body.expand(y, server.body.shrink(x, (0,), plan), 0, plan)
+    server.reference.expand(want, server.reference.shrink(x, (0,), without), 0, without)
+    torch.testing.assert_close(y[1:], want[1:], rtol=1e-4, atol=1e-3)
+
+
+def test_the_split_leaves_long_segments_and_lone_ones_to_themselves() -> None:
+    buffer = torch.zeros(1 << 20)
+    tables = ProgramTables(buffer, (SiteShape(576, 576),))
+    for handle in range(16):
+        tables.install(handle, {0: Operands(32, 1.0, 0, 0)})
+    split = CpuSplit(tables, CpuTuning())
+    decode = [(1, ((handle, 1.0),)) for handle in range(15)]
+    plan = BatchPlan.from_runs([*decode, (500, ((15, 1.0),))])
+    assert split.masked(plan) == frozenset(plan.segments[:15])
+    assert split.masked(BatchPlan(64, (Segment(0, 64, 3),))) == frozenset()
