@@ -2,7 +2,7 @@
 
 At a linear site ``y += s (B A x + bias)``, at an embedding ``y += s B A[:, token]``, with s = alpha / r, or
 alpha / sqrt(r) for rsLoRA; rank_pattern and alpha_pattern give r and alpha by module. An embedding module that scales
-what it looks up (Gemma's) scales the adapter's part too: that is the site's business, since E[t] is taken unscaled.
+what it looks up (Gemma's) scales the adapter's part too: s includes the site's output_scale.
 Targets are the modules that have tensors: target_modules and its relatives say nothing more.
 """
 
@@ -139,7 +139,7 @@ def _embedding_ops(site: Site, keys: Mapping[str, str], tensors: TensorBag, sett
         raise refused("lora_bias", True, f"{site.path} is an embedding, which PEFT gives no bias")
     rank = settings.rank(site.path)
     a, b = _factors(site, keys, (TOKEN_A, TOKEN_B), tensors, rank)
-    scale = settings.scale(site.path, rank)
+    scale = settings.scale(site.path, rank) * site.output_scale
     return SiteOps(token_low_rank=TokenLowRank(a.T.contiguous(), b.T.contiguous(), scale))
 
 

@@ -44,7 +44,8 @@ class TinyBase:
 
 def _site(path: str, module: nn.Module) -> Site | None:
     if isinstance(module, nn.Embedding):
-        return Site(path, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim)
+        scale = float(getattr(module, "embed_scale", 1.0))
+        return Site(path, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim, scale)
     if isinstance(module, nn.Linear):
         return Site(path, SiteKind.LINEAR, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
@@ -63,7 +64,7 @@ def executed(model: nn.Module, program: AdapterProgram) -> Iterator[None]:
             if (op := ops.low_rank) is not None:
                 out = out + op.scale * (x @ op.a.float().T) @ op.b.float()
             if (op := ops.token_low_rank) is not None:
-                out = out + op.scale * (op.a.float()[x] @ op.b.float()) * getattr(module, "embed_scale", 1.0)
+                out = out + op.scale * (op.a.float()[x] @ op.b.float())
             return out if ops.add_out is None else out + ops.add_out
 
         handles.append(model.get_submodule(path).register_forward_hook(hook))
