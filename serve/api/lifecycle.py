@@ -57,7 +57,11 @@ async def _boot(server: Server) -> Loaded:
         raise ModelRejected("The engine started without saying what it serves.")
     registry = await asyncio.to_thread(_open_registry, settings, info.fingerprint)
     store = AdapterStore(registry, server.engine, settings.base_name)
-    await _add_adapters(server, store)
+    try:
+        await _add_adapters(server, store)
+    except BaseException:
+        registry.close()
+        raise
     return Loaded(info, codec, store, int(time.time()))
 
 

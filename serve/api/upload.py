@@ -18,6 +18,7 @@ FORM_OVERHEAD = 1 << 20  # bytes that boundaries and headers may add to the file
 WRITE_BYTES = 1 << 20
 MAX_PARTS = 64
 MAX_FIELD_BYTES = 256
+MAX_BOUNDARY = 70  # RFC 2046
 
 
 async def receive_files(request: Request, stage: Stage, max_bytes: int) -> str:
@@ -129,6 +130,6 @@ def _unknown(field: str) -> ApiError:
 def _boundary(request: Request) -> bytes:
     _, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
-    if not boundary:
-        raise bad_request("The form has no boundary in its Content-Type.", code="invalid_form")
+    if not 0 < len(boundary) <= MAX_BOUNDARY:
+        raise bad_request(f"The Content-Type needs a boundary of 1 to {MAX_BOUNDARY} bytes.", code="invalid_form")
     return boundary
