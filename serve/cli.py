@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -70,7 +72,7 @@ def serve(
 @app.command()
 def demo(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None:
     """Serve the small model and the adapters that come with OneBase, to try it out."""
-    from onebase.serve.demo import ADAPTERS, BASE
+    from onebase.serve.demo import ADAPTERS, BASE, examples
 
     with ExitStack() as cleanup:
         folder = data_dir or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="onebase-demo-")))
@@ -81,7 +83,7 @@ def demo(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None
             "data_dir": folder,
         }
         given |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-        _run(_settings(given, None))
+        _run(_settings(given, None), examples)
 
 
 def _settings(given: dict[str, Any], config: Path | None) -> Settings:
@@ -98,8 +100,11 @@ def _problem(location: tuple[int | str, ...], message: str) -> str:
     return f"{where}: {message}" if where else message.removeprefix("Value error, ")
 
 
-def _run(settings: Settings) -> None:
-    """Serves until a signal; exit code 1 where the server could not start or lost its base model."""
+def _run(settings: Settings, tries: Mapping[str, str] | None = None) -> None:
+    """Serves until a signal; exit code 1 where the server could not start.
+
+    tries: model -> question, shown when ready.
+    """
     from onebase.serve.api.app import create_app
     from onebase.serve.engine.supervisor import SupervisedEngine
     from onebase.serve.logs import configure_logs
@@ -117,7 +122,7 @@ def _run(settings: Settings) -> None:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
     )
-    state.on_ready.append(lambda: typer.echo(_welcome(settings, http)))
+    state.on_ready.append(lambda: typer.echo(_welcome(settings, http, tries or {})))
     state.on_failure.append(lambda: setattr(http, "should_exit", True))
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -135,15 +140,17 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
-def _welcome(settings: Settings, http: uvicorn.Server) -> str:
-    """Where the server listens, and a request to try."""
+def _welcome(settings: Settings, http: uvicorn.Server, tries: Mapping[str, str]) -> str:
+    """Where the server listens, and what to try: questions for the chat, or else a completion."""
     host, port = http.servers[0].sockets[0].getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    model = next(iter(settings.adapters), settings.base_name)
     key = " -H 'Authorization: Bearer KEY'" if settings.api_key else ""
-    body = f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32}}'
-    return (
-        f"OneBase serves {settings.base_name} at {address}\n\n"
-        f"  curl {address}/v1/models{key}\n"
-        f"  curl {address}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
-    )
+    post = f"  curl {address}/v1/%s{key} -H 'Content-Type: application/json' -d '%s'"
+    lines = [f"OneBase serves {settings.base_name} at {address}", "", f"  curl {address}/v1/models{key}"]
+    for model, question in tries.items():
+        messages = [{"role": "user", "content": question}]
+        lines.append(post % ("chat/completions", json.dumps({"model": model, "messages": messages})))
+    if not tries:
+        model = next(iter(settings.adapters), settings.base_name)
+        lines.append(post % ("completions", json.dumps({"model": model, "prompt": "Hello", "max_tokens": 32})))
+    return "\n".join([*lines, ""])

@@ -55,6 +55,13 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = None
     insecure: bool = False
 
+    @field_validator("model")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        if value.startswith(("/", "./", "../")) and not Path(value).is_dir():
+            raise ValueError(f"{value} is not a folder")
+        return value
+
     @field_validator("adapter", "allow_path", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

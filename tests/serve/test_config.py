@@ -52,6 +52,8 @@ def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
     [
         {},
         {"model": ""},
+        {"model": "/no/such/folder"},
+        {"model": "./no/such/folder"},
         {"model": "m", "port": 65536},
         {"model": "m", "port": "x"},
         {"model": "m", "device": "tpu"},

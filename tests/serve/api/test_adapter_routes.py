@@ -1,9 +1,10 @@
-"""The life of an adapter over HTTP, with the real registry: upload, versions, use, unload, delete, and every refusal."""
+"""An adapter's life over HTTP, with the real registry: upload, versions, use, unload, delete, and every refusal."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_upload_use_version_delete(run: Any, open_site: Any, adapter_folder: Any
                 assert response.json()["model"] == model
                 (use,) = site.engine.requests[-1].adapters
                 assert (use.digest, use.scale) == (digest, 1.0)
-                assert Path(use.path, "adapter_config.json").is_file()
+                assert "adapter_config.json" in os.listdir(use.path)
             assert response.headers["x-onebase-adapters"] == "sql@2;scale=1"
 
             listed = (await site.http.get("/v1/models")).json()["data"]
