@@ -137,8 +137,10 @@ def select_attention(device: torch.device, choice: Choice = "auto") -> Attention
     )
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -> None:
-    """Raises ValueError unless q, k, v, the cache and the batch fit together."""
+def check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
+) -> None:
+    """Raises ValueError unless q, k, v, the cache, the batch and the sinks fit together."""
     heads, dim = cache.num_kv_heads, cache.head_dim
     if q.dim() != 3 or q.shape[0] != batch.num_tokens or q.shape[2] != dim or q.shape[1] % heads:
         raise ValueError(
@@ -150,6 +152,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: Atten
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: allowed is the cache's {cache.data.dtype}")
     if cache.page_size != batch.page_size:
         raise ValueError(f"page_size is {batch.page_size} in the batch but {cache.page_size} in the cache")
+    if options.sinks is not None and options.sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks is {list(options.sinks.shape)}: allowed is [{q.shape[1]}], one per query head")
 
 
 def _check_lengths(
@@ -190,7 +194,8 @@ def _slots(
     sequence = np.repeat(np.arange(len(queries)), queries)
     position = np.arange(starts[-1]) + np.repeat(lengths - queries - starts[:-1], queries)
     page = tables[sequence, position // page_size]
-    return np.add(page * np.int64(page_size), position % page_size, dtype=np.int64)
+    slots: NDArray[np.int64] = page * np.int64(page_size) + position % page_size
+    return slots
 
 
 def _upload(

@@ -24,9 +24,9 @@ class CpuAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:
-        check_shapes(q, k, v, cache, batch)
+        check_shapes(q, k, v, cache, batch, options)
         _write(k, v, cache, batch)
-        layout = Layout.of(cache, q.shape[1], options.window, torch.promote_types(q.dtype, torch.float32))
+        layout = Layout.of(cache, q.shape[1], options.window)
         groups = batch.once(("cpu", layout), lambda: plan(batch, layout))
         if len(groups) == 1 and isinstance(groups[0].tokens, slice):
             return _attend_group(q, k, v, cache, batch, groups[0], options)
@@ -87,24 +87,29 @@ def _attend_tile(
     q: Tensor, keys: Tensor, values: Tensor, tile: Tile, batch: AttentionBatch, options: AttentionOptions
 ) -> Tensor:
     """[n, KV, G, rows, D] from q [n, KV, G, L, D]."""
-    rows = q[:, :, :, tile.rows]
+    rows, wide = q[:, :, :, tile.rows], torch.promote_types(q.dtype, torch.float32)
     keys, values = keys[:, :, tile.columns], values[:, :, tile.columns]
     if options.softcap is None and options.sinks is None and rows.shape[3] >= FLASH_ROWS:
-        return _flash(rows, keys, values, tile, batch, options.scale)
-    return _matmul(rows, keys, values, tile.mask, options)
+        return _flash(rows, keys, values, _mask(tile, batch, q.dtype, q.shape[2]), options.scale)
+    return _matmul(rows, keys, values, _mask(tile, batch, wide, 1), options)
 
 
-def _flash(q: Tensor, keys: Tensor, values: Tensor, tile: Tile, batch: AttentionBatch, scale: float) -> Tensor:
-    group, dtype = q.shape[2], q.dtype
-    mask = batch.once(
-        ("cpu flash", id(tile), dtype), lambda: tile.mask.repeat(1, 1, group, 1, 1).flatten(2, 3).to(dtype)
-    )
+def _mask(tile: Tile, batch: AttentionBatch, dtype: torch.dtype, group: int) -> Tensor:
+    """[num_seqs or 1, 1, group * rows, columns], the same for each head of the group."""
+
+    def make() -> Tensor:
+        return tile.mask(dtype).repeat(1, group, 1)[:, None]
+
+    return batch.once(("cpu mask", id(tile), dtype, group), make) if tile.keep else make()
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask, scale=scale)
     return out.view(q.shape)
 
 
 def _matmul(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
-    logits = _logits(q, keys, mask, options)
+    logits = _logits(q, keys, mask[:, :, None], options)
     weights = torch.softmax(logits, dim=-1).to(values.dtype)
     out = torch.bmm(weights.view(-1, q.shape[2] * q.shape[3], keys.shape[2]), values.flatten(0, 1)).view(q.shape)
     return out if options.sinks is None else _with_sinks(out, logits, options.sinks)

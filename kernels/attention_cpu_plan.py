@@ -21,6 +21,7 @@ from onebase.kernels.attention import AttentionBatch, PageCache
 GROUP_OVERHEAD_BYTES = 1 << 20  # a group of its own costs about as much as gathering this much padding
 GATHER_LIMIT_BYTES = 16 << 20  # of K and V in one group: beyond this the copy leaves the last-level cache
 TILE_ROWS = 384  # query rows of one kv head in a tile
+KEPT_MASK_ITEMS = 8 << 20  # a sequence's masks beyond this are made anew by each layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,14 +38,25 @@ class Gather:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Queries ``rows`` of each sequence against its first ``columns`` slots from ``first``.
+    """Queries ``rows`` of each sequence against its gathered slots ``columns``.
 
-    mask: 0 or -inf, [num_seqs or 1, 1, 1, rows, columns].
+    queries: absolute positions, int64 [num_seqs or 1, rows, 1]; keys: [num_seqs or 1, 1, columns].
+    keep: whether the mask is small enough to stay in memory for the other layers.
     """
 
     rows: slice
     columns: slice
-    mask: Tensor
+    queries: Tensor
+    keys: Tensor
+    window: int | None
+    keep: bool
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """0 or -inf, [num_seqs or 1, rows, columns]."""
+        hidden = self.keys > self.queries
+        if self.window is not None:
+            hidden |= self.queries - self.keys >= self.window
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,13 +79,12 @@ class Layout:
     token_bytes: int  # K and V of one token
     group_heads: int
     window: int | None
-    mask_dtype: torch.dtype
 
     @classmethod
-    def of(cls, cache: PageCache, num_heads: int, window: int | None, mask_dtype: torch.dtype) -> Layout:
+    def of(cls, cache: PageCache, num_heads: int, window: int | None) -> Layout:
         heads = cache.num_kv_heads
         token_bytes = 2 * heads * cache.head_dim * cache.data.dtype.itemsize
-        return cls(cache.num_pages, heads, token_bytes, num_heads // heads, window, mask_dtype)
+        return cls(cache.num_pages, heads, token_bytes, num_heads // heads, window)
 
 
 def plan(batch: AttentionBatch, layout: Layout) -> tuple[Group, ...]:
@@ -112,9 +123,8 @@ def _decode_group(batch: AttentionBatch, layout: Layout, rows: list[int]) -> Gro
     lengths = np.asarray([batch.kv_lens[i] for i in rows])
     first = np.maximum(lengths - layout.window, 0) // batch.page_size if layout.window else np.zeros_like(lengths)
     gather, num_slots = _gather(batch, layout, rows, lengths, first)
-    positions = first[:, None] * batch.page_size + np.arange(num_slots)
-    mask = _mask(lengths[:, None, None] - 1, positions[:, None, :], layout)
-    return Group(len(rows), 1, _tokens(batch, rows), gather, (Tile(slice(0, 1), slice(0, num_slots), mask),))
+    tile = _tile(lengths[:, None] - 1, first[:, None] * batch.page_size + np.arange(num_slots), 0, 0, layout)
+    return Group(len(rows), 1, _tokens(batch, rows), gather, (tile,))
 
 
 def _fresh_group(batch: AttentionBatch, layout: Layout, rows: list[int]) -> Group:
@@ -135,22 +145,21 @@ def _tiles(query_len: int, kv_len: int, first: int, layout: Layout) -> tuple[Til
     step = max(32, TILE_ROWS // layout.group_heads)
     tiles = []
     for start in range(0, query_len, step):
-        stop = min(query_len, start + step)
-        queries = np.arange(start, stop) + kv_len - query_len
+        queries = np.arange(start, min(query_len, start + step)) + kv_len - query_len
         lowest = max(first, int(queries[0]) + 1 - layout.window) if layout.window else first
         keys = np.arange(lowest, int(queries[-1]) + 1)
-        mask = _mask(queries[None, :, None], keys[None, None, :], layout)
-        tiles.append(Tile(slice(start, stop), slice(lowest - first, int(queries[-1]) + 1 - first), mask))
+        keep = query_len * kv_len <= KEPT_MASK_ITEMS
+        tiles.append(_tile(queries[None], keys[None], start, lowest - first, layout, keep))
     return tuple(tiles)
 
 
-def _mask(queries: NDArray[np.int64], keys: NDArray[np.int64], layout: Layout) -> Tensor:
-    """From positions that broadcast to [num_seqs, rows, columns]: [num_seqs, 1, 1, rows, columns]."""
-    hidden = keys > queries
-    if layout.window:
-        hidden = hidden | (queries - keys >= layout.window)
-    mask = torch.zeros(hidden.shape, dtype=layout.mask_dtype).masked_fill_(torch.from_numpy(hidden), -torch.inf)
-    return mask[:, None, None]
+def _tile(
+    queries: NDArray[np.int64], keys: NDArray[np.int64], row: int, column: int, layout: Layout, keep: bool = True
+) -> Tile:
+    """queries: [num_seqs or 1, rows], keys: [num_seqs or 1, columns]; row, column: where the tile begins."""
+    rows, columns = slice(row, row + queries.shape[1]), slice(column, column + keys.shape[1])
+    positions = torch.from_numpy(queries[:, :, None]), torch.from_numpy(keys[:, None, :])
+    return Tile(rows, columns, *positions, layout.window, keep)
 
 
 def _gather(

@@ -16,7 +16,7 @@ class ReferenceAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:
-        check_shapes(q, k, v, cache, batch)
+        check_shapes(q, k, v, cache, batch, options)
         place = (batch.slots // batch.page_size, batch.slots % batch.page_size)
         cache.k[place], cache.v[place] = k, v
         outputs = []

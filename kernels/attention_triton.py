@@ -229,7 +229,7 @@ class TritonAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:
-        check_shapes(q, k, v, cache, batch)
+        check_shapes(q, k, v, cache, batch, options)
         if q.dtype not in DTYPES:
             raise ValueError(f"q is {q.dtype}: allowed is {', '.join(map(str, DTYPES))}")
         _run_write(k, v, cache, batch)
@@ -288,7 +288,7 @@ def _run_attend(
     size = math.prod(programs) * blocks.m if launch.splits > 1 else 0
     partial = torch.empty(size * dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(2 * size, dtype=torch.float32, device=q.device)
-    sinks = options.sinks if options.sinks is not None else q
+    sinks = options.sinks.contiguous() if options.sinks is not None else q
     shape = {"GROUP": q.shape[1] // heads, "DIM": dim, "BLOCK_M": blocks.m, "BLOCK_D": blocks.d}
     shape["HAS_SINKS"] = options.sinks is not None
     _attend[programs](

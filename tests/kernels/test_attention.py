@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from onebase.kernels import attention_cpu_plan
 from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOptions, PageCache, select_attention
 
 CPU = torch.device("cpu")
@@ -232,6 +233,22 @@ def test_bf16_logits_keep_float32_precision() -> None:
     assert (got.double() - want).norm() / want.norm() < 0.004
 
 
+def test_cpu_masks_too_large_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu_plan, "KEPT_MASK_ITEMS", 100)
+    check("cpu", Case(lens=((40, 40), (70, 150)), kv_heads=1, group=7, dim=32, window=30))
+
+
+@needs_interpreter
+def test_triton_splits_long_contexts() -> None:
+    """Split-KV decoding, with more splits than some sequences have keys for, in a step with a prompt."""
+    from onebase.kernels.attention_triton import TritonAttention
+
+    case = Case(lens=((1, 300), (1, 3), (9, 9), (1, 129)), kv_heads=1, group=3, dim=24, sinks=True, softcap=20.0)
+    for world in (World(case), World(replace(case, window=140, sinks=False))):
+        got = run(TritonAttention(processors=16, split_tokens=32), world)
+        assert (got.double() - world.expected()).abs().max() < 5e-6
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_touches_only_its_slots(name: str) -> None:
     """Every slot but the step's own is bit-identical before and after, and those hold k and v."""
@@ -303,6 +320,8 @@ def test_refuses_what_does_not_fit(name: str) -> None:
         body(q, k.bfloat16(), v, cache, batch, world.options)
     with pytest.raises(ValueError, match="page_size is 16"):
         body(q, k, v, cache, replace(batch, page_size=16), world.options)
+    with pytest.raises(ValueError, match=r"sinks is \[1\]: allowed is \[4\]"):
+        body(q, k, v, cache, batch, replace(world.options, sinks=torch.zeros(1)))
 
 
 @pytest.mark.gpu
