@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import tempfile
 import tomllib
@@ -145,12 +146,14 @@ def _welcome(settings: Settings, http: uvicorn.Server, tries: Mapping[str, str])
     host, port = http.servers[0].sockets[0].getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     key = " -H 'Authorization: Bearer KEY'" if settings.api_key else ""
-    post = f"  curl {address}/v1/%s{key} -H 'Content-Type: application/json' -d '%s'"
+    post = f"  curl {address}/v1/%s{key} -H 'Content-Type: application/json' -d %s"
     lines = [f"OneBase serves {settings.base_name} at {address}", "", f"  curl {address}/v1/models{key}"]
     for model, question in tries.items():
         messages = [{"role": "user", "content": question}]
-        lines.append(post % ("chat/completions", json.dumps({"model": model, "messages": messages})))
+        lines.append(post % ("chat/completions", shlex.quote(json.dumps({"model": model, "messages": messages}))))
     if not tries:
         model = next(iter(settings.adapters), settings.base_name)
-        lines.append(post % ("completions", json.dumps({"model": model, "prompt": "Hello", "max_tokens": 32})))
+        lines.append(
+            post % ("completions", shlex.quote(json.dumps({"model": model, "prompt": "Hello", "max_tokens": 32})))
+        )
     return "\n".join([*lines, ""])

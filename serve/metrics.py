@@ -86,11 +86,11 @@ class Metrics:
 class RequestTimer:
     """Latencies of one request, whatever the number of its choices."""
 
-    def __init__(self, metrics: Metrics, model: str, prompt_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, model: str, prompt_tokens: int, started: float) -> None:
         self._metrics = metrics
         self._model = model
         self._prompt_tokens = prompt_tokens
-        self._start = time.monotonic()
+        self._start = started
         self._first: float | None = None
         self._last: dict[int, float] = {}
         self._tokens: dict[int, int] = {}

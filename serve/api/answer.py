@@ -67,7 +67,8 @@ async def answer(request: Request, job: Job, shape: Shape, *, stream: bool, usag
     if not stream:
         body = await until_disconnect(request.receive, _whole(request, job, shape))
         return Response(body, media_type="application/json", headers=headers)
-    chunks = _chunks(job, shape, _head(request, job, shape.prefix, shape.chunk_object), usage)
+    head = _head(request, job, shape.prefix, shape.chunk_object)
+    chunks = _chunks(job, shape, head, request.state.started, usage)
     first = await until_disconnect(request.receive, anext(chunks))
     return EventStream(first, chunks, headers)
 
@@ -79,7 +80,7 @@ def _head(request: Request, job: Job, prefix: str, kind: str) -> Head:
 
 async def _whole(request: Request, job: Job, shape: Shape) -> bytes:
     choices = [_Choice() for _ in job.requests]
-    async with aclosing(job.deltas()) as deltas:
+    async with aclosing(job.deltas(request.state.started)) as deltas:
         async for delta in deltas:
             choices[delta.index].parts.append(delta.text)
             choices[delta.index].finish_reason = delta.finish_reason
@@ -88,9 +89,9 @@ async def _whole(request: Request, job: Job, shape: Shape) -> bytes:
     return encode_json({**head.as_dict(), "choices": written, "usage": job.usage.as_dict()})
 
 
-async def _chunks(job: Job, shape: Shape, head: Head, usage: bool) -> AsyncGenerator[bytes, None]:
+async def _chunks(job: Job, shape: Shape, head: Head, started: float, usage: bool) -> AsyncGenerator[bytes, None]:
     writer = _ChunkWriter(shape, head, usage)
-    async with aclosing(job.deltas()) as deltas:
+    async with aclosing(job.deltas(started)) as deltas:
         async for delta in deltas:
             data = writer.write(delta)
             if data:

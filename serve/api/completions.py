@@ -53,8 +53,7 @@ async def completions(request: Request) -> Response:
 
 async def _tokens(loaded: Loaded, prompts: Sequence[str | list[int]], special: bool) -> list[list[int]]:
     """Prompts given as ids are taken as they are: no token is added to them."""
-    limit = loaded.info.max_model_len
-    return [
-        await loaded.codec.encode(prompt, special=special, limit=limit) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts:
+        return await loaded.codec.encode(texts, special=special, limit=loaded.info.max_model_len)
+    return [prompt for prompt in prompts if not isinstance(prompt, str)]

@@ -56,9 +56,12 @@ class Job:
     stops: tuple[str, ...]
     usage: Usage
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Closing it aborts every sequence. Raises EngineError and AdapterError."""
-        timer = RequestTimer(self.server.metrics, self.target.metric, self.usage.prompt_tokens)
+    async def deltas(self, started: float) -> AsyncGenerator[Delta, None]:
+        """Closing it aborts every sequence. Raises EngineError and AdapterError.
+
+        started: when the request came, on the monotonic clock; latencies count from there.
+        """
+        timer = RequestTimer(self.server.metrics, self.target.metric, self.usage.prompt_tokens, started)
         streams = [self._sequence(index, request) for index, request in enumerate(self.requests)]
         async with aclosing(merged(streams)) as deltas:
             async for delta in deltas:
@@ -148,9 +151,10 @@ def plan(
     for prompt in prompts:
         limit = _token_limit(loaded, len(prompt), body.token_limit, default)
         _check_ids(prompt, loaded.info.vocab_size)
+        ids = tuple(prompt)
         for choice in range(body.choices):
             sampling = _sampling(body, limit, (seed + choice) % SEED_RANGE)
-            requests.append(Request(uuid.uuid4().hex, tuple(prompt), sampling, target.uses))
+            requests.append(Request(uuid.uuid4().hex, ids, sampling, target.uses))
     usage = Usage(sum(len(prompt) for prompt in prompts))
     return Job(server, loaded, target, tuple(requests), body.stops, usage)
 

@@ -34,8 +34,8 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(Headers(scope=scope).get(HEADER))
-        scope.setdefault("state", {})["request_id"] = request_id
         status, start = 0, time.monotonic()
+        scope.setdefault("state", {}).update(request_id=request_id, started=start)
 
         async def sending(message: Message) -> None:
             nonlocal status

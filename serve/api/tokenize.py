@@ -57,7 +57,8 @@ async def _loaded(request: Request, model: str | None) -> Loaded:
 async def _tokens(loaded: Loaded, body: TokenizeRequest) -> list[int]:
     if body.messages is None:
         special = body.add_special_tokens is not False
-        return await loaded.codec.encode(body.prompt or "", special=special, limit=MAX_TOKENS)
+        (tokens,) = await loaded.codec.encode([body.prompt or ""], special=special, limit=MAX_TOKENS)
+        return tokens
     messages = [message.for_template() for message in body.messages]
     special = body.add_special_tokens is True
     return await loaded.codec.encode_chat(

@@ -13,6 +13,7 @@ from onebase.adapters.errors import ModelRejected
 from onebase.serve.api.errors import bad_request
 
 LONG_TEXT = 2000  # characters; shorter texts are encoded faster than a thread is woken
+MANY_TEXTS = 16
 ENCODERS = 2
 
 
@@ -37,16 +38,17 @@ class TextCodec:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    async def encode(self, text: str, *, special: bool, limit: int) -> list[int]:
-        """Token ids. A text that must have more than ``limit`` tokens is refused before it is tokenised."""
-        if len(text) > limit * self._longest:
+    async def encode(self, texts: Sequence[str], *, special: bool, limit: int) -> list[list[int]]:
+        """Token ids of each. A text that must have more than ``limit`` tokens is refused before it is tokenised."""
+        longest = max(map(len, texts), default=0)
+        if longest > limit * self._longest:
             raise bad_request(
-                f"The prompt has {len(text)} characters, which is over the context of {limit} tokens.",
+                f"The prompt has {longest} characters, which is over the context of {limit} tokens.",
                 code="context_length_exceeded",
             )
-        if len(text) <= LONG_TEXT:
-            return self._encode(text, special)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, text, special)
+        if sum(map(len, texts)) <= LONG_TEXT and len(texts) <= MANY_TEXTS:
+            return self._encode(texts, special)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, texts, special)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, limit: int, special: bool = False, open_turn: bool = True
@@ -58,7 +60,8 @@ class TextCodec:
             )
         loop = asyncio.get_running_loop()
         text = await loop.run_in_executor(self._pool, self._render, list(messages), open_turn)
-        return await self.encode(text, special=special, limit=limit)
+        (tokens,) = await self.encode([text], special=special, limit=limit)
+        return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.backend.decode(list(tokens), skip_special_tokens=False))
@@ -83,8 +86,8 @@ class TextCodec:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+    def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        return [list(self.backend.encode(text, add_special_tokens=special).ids) for text in texts]
 
     def _render(self, messages: list[Mapping[str, str]], open_turn: bool) -> str:
         try:
