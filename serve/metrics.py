@@ -58,8 +58,9 @@ class Metrics:
         for _ in range(tokens):
             self._next.observe(seconds / tokens)
 
-    def generated(self, model: str, tokens: int) -> None:
-        self._generated.labels(self._label(model)).inc(tokens)
+    def generated(self, model: str) -> Counter:
+        """The counter of one model's tokens, looked up once for many increments."""
+        return self._generated.labels(self._label(model))
 
     def finished(self, whole: float, first: float, tokens_of_longest: int) -> None:
         self._whole.observe(whole)
@@ -90,6 +91,7 @@ class RequestTimer:
         self._metrics = metrics
         self._model = model
         self._prompt_tokens = prompt_tokens
+        self._generated = metrics.generated(model)
         self._start = started
         self._first: float | None = None
         self._last: dict[int, float] = {}
@@ -106,7 +108,7 @@ class RequestTimer:
             self._metrics.next_tokens(now - self._last[choice], count)
         self._last[choice] = now
         self._tokens[choice] = self._tokens.get(choice, 0) + count
-        self._metrics.generated(self._model, count)
+        self._generated.inc(count)
 
     def finished(self) -> None:
         whole = time.monotonic() - self._start

@@ -70,12 +70,13 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._tables = tuple(_failure_table(stop) for stop in self._stops)
+        self._firsts = frozenset(stop[0] for stop in self._stops)
         self._matched = [0] * len(self._stops)
         self._pending = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that is certain to precede any stop string, whether one was completed)."""
-        if not self._stops:
+        if not self._pending and self._firsts.isdisjoint(text):
             return text, False
         for position, char in enumerate(text):
             done = self._advance(char)

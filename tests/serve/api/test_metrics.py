@@ -81,7 +81,7 @@ def test_exactly_one_lora_series_at_any_time(run: Any, open_site: Any) -> None:
 def test_labels_are_bounded(engine: Any) -> None:
     metrics = Metrics(engine, dict)
     for index in range(MAX_MODEL_LABELS * 3):
-        metrics.generated(f"adapter-{index}", 1)
+        metrics.generated(f"adapter-{index}").inc()
     found = samples(metrics.render()[0].decode())
     assert len(found["onebase_request_generated_tokens_total"]) == MAX_MODEL_LABELS + 1
     assert value(found, "onebase_request_generated_tokens_total", model="other") == MAX_MODEL_LABELS * 2
@@ -89,7 +89,7 @@ def test_labels_are_bounded(engine: Any) -> None:
 
 def test_two_servers_in_one_process_do_not_share(engine: Any) -> None:
     one, two = Metrics(engine, dict), Metrics(engine, dict)
-    one.generated("a", 1)
+    one.generated("a").inc()
     assert "onebase_request_generated_tokens_total" not in samples(two.render()[0].decode())
 
 
