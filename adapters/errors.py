@@ -1,17 +1,17 @@
 """The tree of exceptions that a user can act on. The HTTP layer maps them in one place.
 
-    OneBaseError
-    +-- AdapterError
-    |   +-- AdapterRejected      the files are not, or not safely, an adapter for this base   400
-    |   +-- AdapterTooLarge      over a size limit                                            413
-    |   +-- AdapterNameInvalid   the name does not match ADAPTER_NAME                         400
-    |   +-- AdapterNotFound      no such name or version                                      404
-    |   +-- AdapterConflict      the name is taken, or in use                                 409
-    |   +-- ArenaFull            no room on the device at present                             503
-    +-- ModelRejected            the base model cannot be served exactly                      at start
-    +-- EngineError
-        +-- EngineDead           the engine process died; it is being restarted               503
-        +-- RequestRejected      the engine cannot run this request                           400
+OneBaseError
++-- AdapterError
+|   +-- AdapterRejected      the files are not, or not safely, an adapter for this base   400
+|   +-- AdapterTooLarge      over a size limit                                            413
+|   +-- AdapterNameInvalid   the name does not match ADAPTER_NAME                         400
+|   +-- AdapterNotFound      no such name or version                                      404
+|   +-- AdapterConflict      the name is taken, or in use                                 409
+|   +-- ArenaFull            no room on the device at present                             503
++-- ModelRejected            the base model cannot be served exactly                      at start
++-- EngineError
+    +-- EngineDead           the engine process died; it is being restarted               503
+    +-- RequestRejected      the engine cannot run this request                           400
 """
 
 from __future__ import annotations
