@@ -1,4 +1,4 @@
-"""Fixtures shared by the suites: tiny checkpoints made on the spot, engines over them, log-probabilities through pages."""
+"""Fixtures of all suites: tiny checkpoints made on the spot, engines over them, log-probabilities through pages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.engine import Engine
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams, TokenOutput
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence
-from torch import Tensor
 
 VOCAB = 128
 _SMALL: dict[str, Any] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +18,7 @@ from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import select_attention
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
+from onebase.serve.model.packed import PackedLinear, pack_linears
 from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
 from onebase.serve.model.sites import ProbedSite
 
@@ -39,18 +40,15 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+    device: torch.device
+    dtype: torch.dtype
+    packed: Mapping[nn.Module, PackedLinear]
 
     def weight(self, path: str) -> Tensor:
         """[out_features, in_features] (embedding: [vocabulary, width])."""
         module = self.model.get_submodule(path)
+        if module in self.packed:
+            return self.packed[module].dense()
         weight = module.weight
         assert isinstance(weight, Tensor)
         return weight.T if isinstance(module, Conv1D) else weight
@@ -78,7 +76,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if model_config.is_encoder_decoder:
         raise ModelRejected(f"{model_config.model_type} is an encoder-decoder; only causal decoders are served")
     dtype = pick_dtype(config.dtype, model_config, device)
-    model = _from_pretrained(config.model, dtype, hub).to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    model = _from_pretrained(config.model, dtype, hub).to(device).eval().requires_grad_(False)
     return prepare(model, config)
 
 
@@ -98,9 +96,12 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         sites={entry.site.path: entry.site for entry in result.sites},
         refused=result.refused,
         fingerprint=fingerprint(model),
+        device=model.device,
+        dtype=model.dtype,
         vocab_size=vocab_size,
         max_model_len=pick_max_model_len(text, config.max_model_len),
         eos_token_ids=_eos_ids(model.generation_config, text),
+        packed=pack_linears(entry.module for entry in result.sites),  # last: the plain weights are gone after it
     )
 
 
@@ -119,7 +120,7 @@ def _from_pretrained(path: str, dtype: torch.dtype, hub: dict[str, Any]) -> PreT
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME, **hub)
     except KeyError as error:
-        message = f"model {path!r} has a table of attention functions of its own (no {error}): paged attention cannot be put in"
+        message = f"model {path!r} has an attention table of its own without {error}: it cannot be paged"
         raise ModelRejected(message, param="model") from error
     except (OSError, ValueError) as error:
         raise ModelRejected(f"model {path!r} cannot be loaded: {error}", param="model") from error

@@ -68,7 +68,7 @@ def wrap_sites(probed: Sequence[ProbedSite], kernels: LowRankKernels, tables: Pr
         else:
             group = groups.setdefault(entry.group, SiteGroup(entry.group))
             forward = partial(_linear_forward, base, index, entry.is_head, group, kernels, tables, plans)
-        entry.module.forward = forward  # type: ignore[method-assign]
+        entry.module.forward = forward
 
 
 def _linear_forward(

@@ -136,16 +136,15 @@ def test_bfloat16_is_no_further_from_float32_than_twice_peft(
     assert ours**0.5 <= 2 * theirs**0.5
 
 
-def test_two_adapters_on_one_request_add_up(
-    make_adapter: Callable[..., Path], make_driver: Callable[..., Any]
-) -> None:
+def test_two_adapters_on_one_request_add_up(make_adapter: Callable[..., Path], make_driver: Callable[..., Any]) -> None:
     """B1 A1 x + B2 A2 x at one site is exact; scale 0 is the base, and half of an adapter twice is the adapter."""
     driver = make_driver("llama")
     one, two = (make_adapter("llama", seed, r=4, target_modules=["lm_head"]) for seed in (11, 12))
     prompt = [9, 8, 7, 6]
-    jobs = [(), (driver.use(one),), (driver.use(two),), (driver.use(one), driver.use(two, 0.5)), (driver.use(one, 0.0),)]
-    base, first, second, both, off = driver.logprobs([(prompt, use) for use in jobs], 16)
-    logits = base[3] + (first[3] - base[3]) + 0.5 * (second[3] - base[3])
+    first, second, half, none = (driver.use(*use) for use in ((one,), (two,), (two, 0.5), (one, 0.0)))
+    jobs = [(), (first,), (second,), (first, half), (none,)]
+    base, alone, other, both, off = driver.logprobs([(prompt, use) for use in jobs], 16)
+    logits = base[3] + (alone[3] - base[3]) + 0.5 * (other[3] - base[3])
     torch.testing.assert_close(both[3], torch.log_softmax(logits, -1), atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(off[3], base[3], atol=0, rtol=0)
 

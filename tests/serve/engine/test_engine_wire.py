@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+
 from onebase.serve.engine import messages as m
 from onebase.serve.engine.wire import Abort, Message, Shutdown, decode, encode
 

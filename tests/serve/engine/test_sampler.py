@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.sampler import sample, uniform
 

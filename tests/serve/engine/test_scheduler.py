@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from onebase.serve.engine.messages import Request, SamplingParams
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.scheduler import Chunk, Scheduler

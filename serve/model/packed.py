@@ -1,0 +1,52 @@
+"""Base weights in oneDNN's blocked layout: on a CPU a plain weight is rearranged again at every multiplication.
+
+At the 16 rows of a decode step that costs as much as the multiplication itself. The plain twin is the module's own
+forward; where the packed operators are missing it stays in place. The packed weight replaces the plain one, so that
+the base is held once; ``dense`` gives it back bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear:
+    """Forward of one linear module over its packed weight. x: [..., in_features] -> [..., out_features]."""
+
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+        self._bias = None if module.bias is None else module.bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+    def dense(self) -> Tensor:
+        """The plain weight, [out_features, in_features]."""
+        return self._weight.to_dense()
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build and this processor have the packed operators for the dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
+
+
+@torch.no_grad()
+def pack_linears(modules: Iterable[nn.Module]) -> dict[nn.Module, PackedLinear]:
+    """Pack every linear module and put its packed forward in place; the plain weight is let go."""
+    packed: dict[nn.Module, PackedLinear] = {}
+    for module in modules:
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and can_pack(module.weight.dtype):
+            forward = packed[module] = PackedLinear(module)
+            module.forward = forward
+            module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+    return packed
