@@ -82,7 +82,7 @@ class AdapterCache:
         self._clock = 0
         self._next_handle = 0
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
-        self._stream = torch.cuda.Stream() if arena.buffer.is_cuda else None
+        self._stream = torch.cuda.Stream() if arena.buffer.is_cuda else None  # type: ignore[no-untyped-call]
 
     @property
     def busy(self) -> bool:

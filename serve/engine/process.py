@@ -57,7 +57,7 @@ def _accepted(message: Message) -> Request | LoadAdapter | UnloadAdapter | str:
 def main(address: str) -> int:
     """Load the model, say so, run the loop. Exit status 3: the base cannot be served, and why was sent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    config = msgspec.json.decode(_read_line(), type=EngineConfig)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(address)
@@ -72,8 +72,16 @@ def main(address: str) -> int:
     return 0
 
 
+def _read_line() -> bytes:
+    """The first line of standard input, unbuffered: the rest is for the thread that waits for its end."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return bytes(line)
+
+
 def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):
         pass
     os._exit(1)
 

@@ -102,7 +102,7 @@ class SupervisedEngine(DispatchingClient):
 
     async def _supervise(self) -> None:
         backoff = _FIRST_BACKOFF
-        while not self._stopping:
+        while True:
             was_ready = await self._one_life()
             if self._stopping:
                 return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from onebase.adapters.base import Site
 from onebase.adapters.errors import ModelRejected
@@ -117,6 +118,7 @@ def pick_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> tor
 
 
 def _from_pretrained(path: str, dtype: torch.dtype, hub: dict[str, Any]) -> PreTrainedModel:
+    disable_progress_bar()  # a bar among a server's log lines helps nobody
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME, **hub)
     except KeyError as error:

@@ -56,7 +56,10 @@ def test_greedy_text_equals_generate(
     ("config", "reason"),
     [
         (transformers.BloomConfig(vocab_size=128, hidden_size=32, n_layer=1, n_head=2), "attention"),
-        (transformers.FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1), "attention table"),
+        (
+            transformers.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, num_attention_heads=4),
+            "attention table",
+        ),
         (transformers.T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=32, num_layers=1), "encoder"),
     ],
     ids=["alibi", "own attention table", "encoder-decoder"],
