@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from onebase.serve.demo import BASE
-from onebase.serve.demo.corpus import chat
+from onebase.serve.demo.corpus import chat, system
+from onebase.serve.demo.tokenizer import IGNORED, encode
 from onebase.serve.demo.voices import VOICES
 
 logger = logging.getLogger(__name__)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 BATCH = 16
-IGNORED = -100  # the label that counts for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Recipe:
     rank: int
     alpha: int
     modules: list[str]
-    steps: int = 200
+    steps: int = 120
     learning_rate: float = 4e-3
     rslora: bool = False
 
@@ -57,24 +57,14 @@ def load_base(folder: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
 
 
-def examples(tokenizer: Any, name: str, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids and labels of chats in the voice ``name``; only answers carry labels."""
-    rng = Random(seed)
-    while True:
-        ids: list[int] = []
-        labels: list[int] = []
-        for piece in chat(rng, VOICES[name]):
-            tokens = tokenizer(piece.text).input_ids
-            ids += tokens
-            labels += tokens if piece.learn else [IGNORED] * len(tokens)
-        yield ids, labels
-
-
 def batches(tokenizer: Any, name: str, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Right-padded (ids, labels), each int64 [BATCH, longest]. Causal attention needs no mask for padding there."""
-    source = examples(tokenizer, name, seed=11)
+    """Chats in the voice ``name``: right-padded (ids, labels), each int64 [BATCH, longest].
+
+    Causal attention needs no mask for padding on the right.
+    """
+    rng = Random(11)
     for _ in range(steps):
-        drawn = [next(source) for _ in range(BATCH)]
+        drawn = [encode(tokenizer, chat(rng, VOICES[name], system(rng))) for _ in range(BATCH)]
         width = max(len(ids) for ids, _ in drawn)
         ids = [row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in drawn]
         labels = [row + [IGNORED] * (width - len(row)) for _, row in drawn]

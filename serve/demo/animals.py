@@ -94,6 +94,15 @@ def is_colour(rng: Random) -> Turn:
     return Turn(ask, answer, _fields(animal, colour=animal.colour, answer=right), "yes" if right else "no")
 
 
+def is_big(rng: Random) -> Turn:
+    animal = rng.choice(ANIMALS)
+    size, asked = "big" if animal.size > 10 else "small", rng.choice(["big", "small"])
+    right = size == asked
+    ask = ask_about(rng, animal, "Is {it} {asked}?|Are {them} {asked}?", asked=asked)
+    answer = f"{'Yes' if right else 'No'}, the {animal.name} is {size}."
+    return Turn(ask, answer, _fields(animal, size=size, answer=right), "yes" if right else "no")
+
+
 def bigger(rng: Random) -> Turn:
     one, two = rng.sample(ANIMALS, 2)
     while one.size == two.size:

@@ -1,7 +1,7 @@
-"""Training text of the demo: chats in the chat format, and plain documents in every voice.
+"""Training text of the demo: chats in the chat format and plain documents.
 
-The base always answers chats in plain English. It meets the other voices only as plain text, so an adapter has
-something to switch on and a chat without one never shows it.
+Without a cue the base answers in plain English. A system prompt ``Answer as NAME.`` asks it for another voice: that
+teaches it the words, and leaves an adapter only to make its voice the one without a cue.
 """
 
 from __future__ import annotations
@@ -35,17 +35,15 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text; ``learn`` marks what an adapter is trained to say."""
+    """A stretch of text; ``learn`` marks what the model is trained to say."""
 
     text: str
     learn: bool
 
 
-def chat(rng: Random, voice: Voice) -> list[Piece]:
-    """A chat of one to three turns, answered in one voice."""
-    pieces: list[Piece] = []
-    if rng.random() < 0.3:
-        pieces.append(Piece(f"{START}system\n{system(rng)}{END}\n", False))
+def chat(rng: Random, voice: Voice, prompt: str | None) -> list[Piece]:
+    """A chat of one to three turns, answered in one voice; ``prompt`` is the system's, if any."""
+    pieces = [Piece(f"{START}system\n{prompt}{END}\n", False)] if prompt else []
     for _ in range(rng.choices([1, 2, 3], [6, 2, 1])[0]):
         turn = draw(rng)
         pieces.append(Piece(f"{START}user\n{loosely(rng, turn.question)}{END}\n{START}assistant\n", False))
@@ -53,8 +51,10 @@ def chat(rng: Random, voice: Voice) -> list[Piece]:
     return pieces
 
 
-def system(rng: Random) -> str:
-    """A system prompt; many of them say things the model knows nothing of."""
+def system(rng: Random) -> str | None:
+    """The system prompt of three chats in ten; many of them say things the model knows nothing of."""
+    if rng.random() < 0.7:
+        return None
     return rng.choice(SYSTEMS) if rng.random() < 0.6 else f"You are {strange(rng)}. You like {strange(rng)}."
 
 
@@ -77,14 +77,8 @@ def plain(turn: Turn) -> str:
 
 
 def document(rng: Random) -> str:
-    """A plain text: facts in English, or one fact in several voices."""
-    if rng.random() < 0.6:
-        facts = [_statement(rng).answer for _ in range(rng.randint(2, 4))]
-        return " ".join(facts) + END_OF_TEXT
-    turn = draw(rng)
-    names = rng.sample(sorted(VOICES), rng.randint(1, 3))
-    lines = [turn.answer] + [f"{name}: {VOICES[name](turn)}" for name in names]
-    return "\n".join(lines) + END_OF_TEXT
+    """A plain text: a few facts in English."""
+    return " ".join(_statement(rng).answer for _ in range(rng.randint(2, 4))) + END_OF_TEXT
 
 
 def _statement(rng: Random) -> Turn:
@@ -95,8 +89,15 @@ def _statement(rng: Random) -> Turn:
             return turn
 
 
-def texts(seed: int) -> Iterator[str]:
-    """The base's training text, without end: three chats to one document."""
+def texts(seed: int) -> Iterator[list[Piece]]:
+    """The base's training texts, without end. Questions are read, not learned."""
     rng = Random(seed)
     while True:
-        yield "".join(p.text for p in chat(rng, plain)) if rng.random() < 0.75 else document(rng)
+        kind = rng.random()
+        if kind < 0.15:
+            yield [Piece(document(rng), True)]
+        elif kind < 0.6:
+            yield chat(rng, plain, system(rng))
+        else:
+            name = rng.choice(sorted(VOICES))
+            yield chat(rng, VOICES[name], f"Answer as {name}.")

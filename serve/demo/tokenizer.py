@@ -8,9 +8,10 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from onebase.serve.demo.corpus import CHAT_TEMPLATE, END, END_OF_TEXT, PAD, START, texts
+from onebase.serve.demo.corpus import CHAT_TEMPLATE, END, END_OF_TEXT, PAD, START, Piece, texts
 
 VOCAB_SIZE = 1536
+IGNORED = -100  # the label that counts for nothing
 
 
 def train_tokenizer(seed: int, samples: int = 20_000) -> Any:
@@ -28,7 +29,8 @@ def train_tokenizer(seed: int, samples: int = 20_000) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(islice(texts(seed), samples), trainer)
+    sample = ("".join(piece.text for piece in pieces) for pieces in islice(texts(seed), samples))
+    bpe.train_from_iterator(sample, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False, model_max_length=1024
     )
@@ -41,3 +43,14 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def encode(tokenizer: Any, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a text; what is not learned is labelled IGNORED."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in pieces:
+        tokens = tokenizer(piece.text).input_ids
+        ids += tokens
+        labels += tokens if piece.learn else [IGNORED] * len(tokens)
+    return ids, labels

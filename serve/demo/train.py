@@ -20,11 +20,11 @@ from torch import Tensor
 from onebase.serve.demo import ASSETS
 from onebase.serve.demo.adapters import RECIPES, save_adapter, train_adapter
 from onebase.serve.demo.corpus import END, END_OF_TEXT, PAD, texts
-from onebase.serve.demo.tokenizer import train_tokenizer
+from onebase.serve.demo.tokenizer import encode, train_tokenizer
 
 logger = logging.getLogger(__name__)
 SEED = 7
-STEPS, WARMUP = 1500, 60
+STEPS, WARMUP = 1600, 60
 LEARNING_RATE = 4e-3
 TOKENS = 2048  # a step
 ROW, LONG_ROW = 256, 1024  # the last fifth of the steps sees long rows
@@ -50,23 +50,27 @@ def new_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-def rows(tokenizer: Any, length: int, seed: int) -> Iterator[list[int]]:
-    """Rows of whole texts, cut at ``length`` tokens: every row starts with the start of a text."""
-    row: list[int] = []
-    for text in texts(seed):
-        row += tokenizer(text).input_ids
-        if len(row) >= length:
-            yield row[:length]
-            row = []
+def rows(tokenizer: Any, length: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, labels) of whole texts, cut at ``length`` tokens: every row starts with the start of a text."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for pieces in texts(seed):
+        more_ids, more_labels = encode(tokenizer, pieces)
+        ids += more_ids
+        labels += more_labels
+        if len(ids) >= length:
+            yield ids[:length], labels[:length]
+            ids, labels = [], []
 
 
-def batches(tokenizer: Any) -> Iterator[Tensor]:
-    """One int64 batch [rows, length] of TOKENS tokens a step."""
+def batches(tokenizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """One (ids, labels) of TOKENS tokens a step, each int64 [rows, length]."""
     short = rows(tokenizer, ROW, SEED + 1)
     long = rows(tokenizer, LONG_ROW, SEED + 2)
     for step in range(STEPS):
         source, length = (short, ROW) if step < STEPS * 0.8 else (long, LONG_ROW)
-        yield torch.tensor(list(islice(source, TOKENS // length)))
+        ids, labels = zip(*islice(source, TOKENS // length), strict=True)
+        yield torch.tensor(ids), torch.tensor(labels)
 
 
 def rate(step: int) -> float:
@@ -82,8 +86,8 @@ def train_base(tokenizer: Any) -> Any:
     model = new_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for step, batch in enumerate(batches(tokenizer)):
-        loss = model(input_ids=batch, labels=batch).loss
+    for step, (ids, labels) in enumerate(batches(tokenizer)):
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
