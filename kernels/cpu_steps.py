@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,54 +63,53 @@ class SiteStep:
 
 @dataclass(frozen=True, slots=True)
 class PanelRows:
-    """A panel's part of a plan: its short segments, and the rows they cover in order."""
+    """A panel's part of a plan: the rows that its short segments cover, in order."""
 
     panel: Panel
-    segments: tuple[Segment, ...]
     rows: tuple[int, ...]
     index: Rows
 
 
 @dataclass(slots=True)
 class Schedule:
-    """A plan's split into panels, and the steps by site made so far."""
+    """A plan's split into panels, and the steps by site made so far.
 
-    masked: frozenset[Segment]
+    homes: the panel's number of each masked segment, by (start, handle); the others are on their own.
+    """
+
     panels: tuple[PanelRows, ...]
+    homes: dict[tuple[int, int], int]
     steps: dict[int, SiteStep] = field(default_factory=dict)
-    masks: dict[object, Mask] = field(default_factory=dict)
+    masks: dict[Hashable, Mask] = field(default_factory=dict)
 
 
 def make_schedule(plan: BatchPlan, masked: frozenset[Segment], panels: Panels) -> Schedule:
     handles = sorted({segment.handle for segment in masked})
     placed = panels.place(handles) if handles else []
-    segments = [segment for segment in plan.segments if segment in masked]
-    return Schedule(masked, tuple(_panel_rows(panel, members, segments) for panel, members in placed))
+    numbers = {handle: number for number, (_, members) in enumerate(placed) for handle in members}
+    homes = {(segment.start, segment.handle): numbers[segment.handle] for segment in masked}
+    parts = [_panel_rows(panel, [s for s in masked if s.handle in members]) for panel, members in placed]
+    return Schedule(tuple(parts), homes)
 
 
 def make_step(site: int, plan: BatchPlan, schedule: Schedule, tables: ProgramTables, panels: Panels) -> SiteStep:
     """Fill the site's packs with what the plan needs there, and prepare its step."""
-    uses = {use.segment: use for use in tables.uses(site, plan)}
-    together = {
-        segment: use
-        for segment, use in uses.items()
-        if segment in schedule.masked and (use.op.rank == 0 or panels.packable(site, segment.handle, use.op))
-    }
-    solo = tuple(_solo(site, use, tables) for segment, use in uses.items() if segment not in together)
-    packed = []
-    for part in schedule.panels:
-        mine = [together[segment] for segment in part.segments if segment in together]
-        if mine:
-            packed.append(_packed(site, part, mine, schedule, tables))
-    return SiteStep(solo, tuple(packed))
+    solo: list[SoloStep] = []
+    together: list[list[Use]] = [[] for _ in schedule.panels]
+    for use in tables.uses(site, plan):
+        home = schedule.homes.get((use.segment.start, use.segment.handle))
+        if home is None or (use.op.rank and not panels.packable(site, use.segment.handle, use.op)):
+            solo.append(_solo(site, use, tables))
+        else:
+            together[home].append(use)
+    packed = [_packed(site, number, uses, schedule, tables) for number, uses in enumerate(together) if uses]
+    return SiteStep(tuple(solo), tuple(packed))
 
 
-def _panel_rows(panel: Panel, members: Sequence[int], segments: Sequence[Segment]) -> PanelRows:
-    wanted = set(members)
-    mine = tuple(segment for segment in segments if segment.handle in wanted)
-    rows = tuple(sorted({row for segment in mine for row in range(segment.start, segment.stop)}))
+def _panel_rows(panel: Panel, segments: Sequence[Segment]) -> PanelRows:
+    rows = tuple(sorted({row for segment in segments for row in range(segment.start, segment.stop)}))
     contiguous = rows[-1] - rows[0] + 1 == len(rows)
-    return PanelRows(panel, mine, rows, slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows))
+    return PanelRows(panel, rows, slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows))
 
 
 def _solo(site: int, use: Use, tables: ProgramTables) -> SoloStep:
@@ -120,20 +119,21 @@ def _solo(site: int, use: Use, tables: ProgramTables) -> SoloStep:
     return SoloStep(slice(segment.start, segment.stop), a, b, segment.scale * op.scale, bias, segment.scale)
 
 
-def _packed(site: int, part: PanelRows, uses: Sequence[Use], schedule: Schedule, tables: ProgramTables) -> PackedStep:
+def _packed(site: int, number: int, uses: Sequence[Use], schedule: Schedule, tables: ProgramTables) -> PackedStep:
+    part = schedule.panels[number]
     pack = part.panel.pack(site)
     ranked = [use for use in uses if use.op.rank]
     pack.ensure({use.segment.handle: use.op for use in ranked})
-    mask = _mask(part, pack, ranked, schedule, tables.buffer.dtype) if ranked else None
+    mask = _mask(number, pack, ranked, schedule, tables.buffer.dtype) if ranked else None
     return PackedStep(part.index, pack, pack.version, mask, _bias(site, part, uses, tables))
 
 
-def _mask(part: PanelRows, pack: SitePack, uses: Sequence[Use], schedule: Schedule, dtype: torch.dtype) -> Mask:
+def _mask(number: int, pack: SitePack, uses: Sequence[Use], schedule: Schedule, dtype: torch.dtype) -> Mask:
     """Sites whose packs have the same layout and scales share one mask."""
-    cells = tuple((use.segment, pack.columns[use.segment.handle], use.op.scale) for use in uses)
-    key = (part.rows, pack.used, cells)
+    cells = [(use.segment, pack.columns[use.segment.handle], use.op.scale) for use in uses]
+    key = (number, pack.used, tuple((segment.start, segment.handle, *cell) for segment, *cell in cells))
     if key not in schedule.masks:
-        schedule.masks[key] = _draw_mask(part, pack.used, cells, dtype)
+        schedule.masks[key] = _draw_mask(schedule.panels[number], pack.used, cells, dtype)
     return schedule.masks[key]
 
 

@@ -5,9 +5,9 @@ rank and scale from the device table; rank tails are masked, a site that the pro
 
 Configuration, chosen by shape and never by trial at run time:
 - BLOCK_M 16 for decode, 32 or 64 where a segment is longer (tiles.block_rows).
-- shrink: BLOCK_K 128 (64 for the taller tiles), BLOCK_R the ranks' power of two within [16, 64]; for decode, K is
-  split into parts of 512 over the grid, because a few tiles alone leave most of the device idle. Parts are summed in
-  expand in a fixed order: no atomics, equal results run to run.
+- shrink: BLOCK_K 256 bytes (128 for taller tiles), BLOCK_R the largest rank's power of two, 16 to 128 bytes' worth;
+  for decode, K is split into parts of 512 over the grid, because a few tiles alone leave most of the device idle.
+  Parts are summed in expand in a fixed order: no atomics, equal results run to run.
 - expand: BLOCK_N 64 for decode (more programs in flight), 128 for taller tiles; BLOCK_R as in shrink.
 """
 
@@ -175,11 +175,11 @@ class TritonKernels:
         in_features = x.shape[1]
         splits = _splits(tiles, in_features)
         xa = torch.empty((splits, len(group), tiles.packed_rows, width), dtype=torch.float32, device=x.device)
-        block_r = _block_r(width)
+        block_r = _block_r(width, tables.buffer)
         _shrink_kernel[(tiles.count, triton.cdiv(width, block_r), len(group) * splits)](
             x, tables.buffer, tables.device_table, tiles.data, self._group(group), xa,
             x.stride(0), in_features, len(tables.sites), tiles.packed_rows, width, len(group),
-            BLOCK_M=tiles.block_m, BLOCK_R=block_r, BLOCK_K=128 if tiles.block_m == 16 else 64, SPLITS=splits,
+            BLOCK_M=tiles.block_m, BLOCK_R=block_r, BLOCK_K=_block_k(tiles, tables.buffer), SPLITS=splits,
             WIDE=not x.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
         )  # fmt: skip
         return TritonShrunk(group, xa)
@@ -218,14 +218,14 @@ class TritonKernels:
     ) -> None:
         _require_rows("y", y)
         tables, tiles = self._tables, tiles_of(plan, self._tables)
-        block_n = 64 if tiles.block_m == 16 else 128
+        block_n, block_r = 64 if tiles.block_m == 16 else 128, _block_r(width, tables.buffer)
         for start, stop in tiles.layers:
             layer = tiles.data[start:stop]
             _expand_kernel[(stop - start, triton.cdiv(y.shape[1], block_n))](
                 y, tables.buffer, tables.device_table, tables.device_table.view(torch.float64),
                 layer, layer.view(torch.float32), source,
                 y.stride(0), y.shape[1], site, len(tables.sites), split_stride, width,
-                BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_R=_block_r(width), SPLITS=splits, TOKEN=token,
+                BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLITS=splits, TOKEN=token,
                 WIDE=not y.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
             )  # fmt: skip
 
@@ -243,8 +243,13 @@ def _splits(tiles: Tiles, in_features: int) -> int:
     return max(1, min(_MAX_SPLITS, in_features // _SPLIT_SIZE))
 
 
-def _block_r(rank: int) -> int:
-    return min(64, max(16, 1 << (rank - 1).bit_length())) if rank else 16
+def _block_r(rank: int, buffer: Tensor) -> int:
+    """Rank block: a power of two from 16 to 128 bytes' worth."""
+    return max(16, min(128 // buffer.element_size(), 1 << max(0, rank - 1).bit_length()))
+
+
+def _block_k(tiles: Tiles, buffer: Tensor) -> int:
+    return (256 if tiles.block_m == 16 else 128) // buffer.element_size()
 
 
 def _require_rows(name: str, tensor: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 A SitePack holds, for one site, A [columns, in_features] and B [columns, out_features]; each program has a range of
 columns (one per rank). A program that enters costs its own bytes once: it takes a gap that a program no longer in use
-left, or the end. What gaps waste is bounded: beyond a quarter the pack is laid out anew. A pack that stands for many
-products is prepacked (prepack.py), which doubles its bytes until its columns change.
+left, or the end. What gaps waste is bounded: beyond a quarter, and a few granules, the pack is laid out anew.
+A pack that stands for many products is prepacked (prepack.py), which doubles its bytes until its columns change.
 A Panel is the packs, over all sites, of up to PANEL_PROGRAMS programs. Panels keep the masked product from growing
 with the square of the batch.
 """
@@ -99,7 +99,7 @@ class SitePack:
         self._a[start:stop].copy_(a)
         self._b[start:stop].copy_(b)
         self.columns[handle] = (start, stop)
-        self.used = max(self.used, stop)
+        self.used = max(self.used, _rounded(stop))
         self.version += 1
         self._products, self._prepacked = 0, None
 
@@ -119,7 +119,7 @@ class SitePack:
     def _reserve(self, columns: int) -> None:
         if columns <= self._a.shape[0]:
             return
-        capacity = -(-columns // _GRANULE) * _GRANULE
+        capacity = _rounded(columns + columns // 8)  # room for a larger successor
         self._a = _grown(self._a, capacity, self.used)
         self._b = _grown(self._b, capacity, self.used)
 
@@ -150,7 +150,7 @@ class Panels:
         self._panels: list[Panel] = []
         self._packable: dict[tuple[int, int], bool] = {}
 
-    def place(self, handles: Sequence[int]) -> list[tuple[Panel, tuple[int, ...]]]:
+    def place(self, handles: Sequence[int]) -> list[tuple[Panel, frozenset[int]]]:
         """The panels for these programs, as few as hold them; a program stays where it is if it can."""
         live = set(handles)
         for panel in self._panels:
@@ -162,7 +162,7 @@ class Panels:
             if handle not in placed:
                 self._roomy().handles.add(handle)
                 placed.add(handle)
-        return [(panel, tuple(sorted(panel.handles))) for panel in self._panels]
+        return [(panel, frozenset(panel.handles)) for panel in self._panels]
 
     def packable(self, site: int, handle: int, op: Operands) -> bool:
         """Whether B is finite: zero times a neighbour's infinity would not be zero."""
@@ -201,10 +201,16 @@ class Panels:
 def _allowance(wanted: dict[int, Operands]) -> int:
     """Columns that a pack may have for these programs, gaps included."""
     total = sum(op.rank for op in wanted.values())
-    return total + total // 4 + _GRANULE
+    return _rounded(total + total // 4 + _GRANULE)
+
+
+def _rounded(columns: int) -> int:
+    """Up to the granule: oneDNN compiles a kernel for each new shape, so there had better be few."""
+    return -(-columns // _GRANULE) * _GRANULE
 
 
 def _grown(old: Tensor, capacity: int, used: int) -> Tensor:
     new = old.new_empty((capacity, old.shape[1]))
     new[:used].copy_(old[:used])
+    new[used:].zero_()
     return new

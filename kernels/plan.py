@@ -39,13 +39,16 @@ class BatchPlan:
     __slots__ = ("_memo", "handles", "num_rows", "segments")
 
     def __init__(self, num_rows: int, segments: Iterable[Segment] = ()) -> None:
-        """Raises ValueError for an empty segment, one outside the rows, or a scale that is zero or not finite."""
+        """Raises ValueError for an empty segment, one outside the rows, a scale that is zero or not finite, or a
+        program with two segments over one row."""
         self.num_rows = num_rows
         self.segments = tuple(sorted(segments, key=lambda s: (s.start, s.handle)))
         self.handles = frozenset(s.handle for s in self.segments)
         self._memo: dict[Hashable, Any] = {}
+        stops: dict[int, int] = {}
         for segment in self.segments:
-            _check(segment, num_rows)
+            _check(segment, num_rows, stops.get(segment.handle, 0))
+            stops[segment.handle] = segment.stop
 
     @classmethod
     def from_rows(cls, uses: Sequence[Uses]) -> BatchPlan:
@@ -120,11 +123,13 @@ class PlanCache:
             del self._plans[key]
 
 
-def _check(segment: Segment, num_rows: int) -> None:
+def _check(segment: Segment, num_rows: int, taken: int) -> None:
     if segment.length < 1 or segment.start < 0 or segment.stop > num_rows:
         raise ValueError(f"segments: {segment} is empty or outside the {num_rows} rows of the batch")
     if segment.scale == 0 or not math.isfinite(segment.scale):
         raise ValueError(f"segments: scale of {segment} must be finite and not zero")
+    if segment.start < taken:
+        raise ValueError(f"segments: {segment} overlaps another of its program")
 
 
 def _canonical(uses: Uses) -> tuple[tuple[int, float], ...]:

@@ -102,16 +102,17 @@ def test_two_plans_in_turn_share_packs_without_mixing() -> None:
         server.check(second)
 
 
-def test_one_leaves_and_one_enters_keeps_packs_small() -> None:
+@pytest.mark.parametrize("ranks", [(1,), (1, 8, MAX_RANK)])
+def test_one_leaves_and_one_enters_keeps_packs_small(ranks: tuple[int, ...]) -> None:
     server = Server(24)
     for _ in range(16):
-        server.load(8)
-    for _ in range(100):
+        server.load(MAX_RANK)
+    for turn in range(60):
         server.unload(min(server.slot))
-        server.load(random.Random(server.next_handle).choice((1, 8, MAX_RANK)))
+        server.load(ranks[turn % len(ranks)])
         server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in server.slot]))
         live = sum(server.tables.operands(handle)[0].rank for handle in server.slot)
-        columns = live + live // 4 + 2 * 32
+        columns = live + live // 4 + 4 * 32
         assert server.body.pack_bytes <= columns * sum(site.in_features + site.out_features for site in SITES) * 4
 
 
@@ -123,6 +124,22 @@ def test_forgetting_everything_frees_the_packs() -> None:
     for handle in handles:
         server.unload(handle)
     assert server.body.pack_bytes == 0
+
+
+def test_sites_that_differ_only_in_a_rank_do_not_share_a_mask() -> None:
+    server = Server(1)
+    server.buffer.normal_()
+    server.tables.install(0, {0: Operands(3, 1.0, 0, 96), 1: Operands(8, 1.0, BLOCK, BLOCK + 256)})
+    server.tables.install(1, {})
+    server.check(BatchPlan.from_rows([((0, 1.0),), ((1, 1.0),)]))
+
+
+def test_sites_that_differ_only_in_the_program_do_not_share_a_mask() -> None:
+    server = Server(2)
+    first, second = server.load(3, sites=(0,)), server.next_handle + 2
+    server.tables.install(second, {1: Operands(3, 1.0, 0, 96)})
+    server.buffer[:BLOCK].normal_()
+    server.check(BatchPlan.from_rows([((first, 1.0), (second, 0.5))]))
 
 
 def test_more_programs_than_a_panel_holds() -> None:

@@ -70,6 +70,12 @@ def test_segments_outside_the_batch_are_refused(segment: Segment) -> None:
         BatchPlan(3, (segment,))
 
 
+def test_a_program_has_a_row_once() -> None:
+    BatchPlan(3, (Segment(0, 2, 0), Segment(1, 2, 1), Segment(2, 1, 0)))
+    with pytest.raises(ValueError, match="overlaps"):
+        BatchPlan(3, (Segment(0, 2, 0), Segment(1, 2, 0)))
+
+
 def test_negative_runs_are_refused() -> None:
     with pytest.raises(ValueError, match="runs:"):
         BatchPlan.from_runs([(-1, ())])

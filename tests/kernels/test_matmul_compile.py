@@ -1,0 +1,67 @@
+"""The Triton kernels compile for real GPUs, without one: the interpreter accepts more than the compiler does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from onebase.kernels import matmul_triton as kernels
+
+target, dtype, tall = GPUTarget("cuda", int(sys.argv[1]), 32), sys.argv[2], sys.argv[3] == "tall"
+size, block_m = 4 if dtype == "fp32" else 2, 64 if tall else 16
+splits, fields = 1 if tall else 4, dict(WIDE=False, ALIGN=16 // size, FIELDS=5, TILE_FIELDS=8)
+
+def build(kernel, pointers, integers, **constants):
+    signature = pointers | {name: "i32" for name in integers} | {name: "constexpr" for name in constants}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers) + 2)}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    compiled = triton.compile(source, target=target)
+    assert compiled.metadata.shared <= 99 * 1024, compiled.metadata.shared
+    assert ("mma" in compiled.asm["ptx"]) == (dtype != "fp32")
+
+common = dict(arena="*" + dtype, table="*i64", tiles="*i32")
+build(
+    kernels._shrink_kernel,
+    dict(x="*" + dtype, **common, sites="*i32", xa="*fp32"),
+    ["x_stride", "in_features", "n_sites", "packed_rows", "width", "group_size"],
+    BLOCK_M=block_m, BLOCK_R=128 // size, BLOCK_K=(128 if tall else 256) // size, SPLITS=splits, **fields,
+)
+for token in (False, True):
+    build(
+        kernels._expand_kernel,
+        dict(y="*" + dtype, **common, scales="*fp64", tile_scales="*fp32", source="*i64" if token else "*fp32"),
+        ["y_stride", "out_features", "site", "n_sites", "split_stride", "width"],
+        BLOCK_M=block_m, BLOCK_N=128 if tall else 64, BLOCK_R=128 // size,
+        SPLITS=1 if token else splits, TOKEN=token, **fields,
+    )
+"""
+
+
+def compile_for(capability: int, dtype: str, shape: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-W", "ignore", "-c", PROGRAM, str(capability), dtype, shape]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_decode_compiles_for_ampere() -> None:
+    compile_for(80, "bf16", "flat")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["flat", "tall"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_configuration_compiles(capability: int, dtype: str, shape: str) -> None:
+    compile_for(capability, dtype, shape)
