@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import AdapterRejected
+from onebase.adapters.errors import AdapterNotFound, AdapterRejected
 
 
 def allowed_folder(source: str, roots: Sequence[Path]) -> Path:
     """The folder that ``source`` names, if it lies below one of the operator's roots once links are resolved.
 
-    Raises AdapterRejected, with one message for all that lies elsewhere, so that nobody can probe the disk.
+    Raises AdapterRejected, with one message for all that lies elsewhere, so that nobody can probe the disk;
+    AdapterNotFound where it lies below a root but is no folder.
     """
     if not roots:
         raise AdapterRejected("Loading from a path of the server is off; --allow-path turns it on.", param="source")
@@ -22,7 +23,7 @@ def allowed_folder(source: str, roots: Sequence[Path]) -> Path:
     if not Path(source).is_absolute() or not any(folder.is_relative_to(root.resolve()) for root in roots):
         raise _not_below(source)
     if not folder.is_dir():
-        raise AdapterRejected(f"{source[:200]!r} is not a folder.", param="source")
+        raise AdapterNotFound(f"{source[:200]!r} is not a folder.", param="source")
     return folder
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-
-from onebase.bench.workload import Load
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: ours beside what people use today.")
 Out = Annotated[Path | None, typer.Option(help="Store the figures as JSON.")]
@@ -26,7 +23,10 @@ def mixed(
     out: Out = None,
 ) -> None:
     """Tokens per second on the CPU, 135M shape: ours, `generate`, and PEFT's mixed batch."""
+    import torch
+
     from onebase.bench.mixed import run
+    from onebase.bench.workload import Load
 
     kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in kinds:

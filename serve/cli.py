@@ -17,11 +17,14 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
+from onebase.bench.cli import app as bench
 from onebase.serve.config import Settings, load_settings
 
 SHUTDOWN_SECONDS = 30
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+app.add_typer(bench, name="bench")
 
 Port = Annotated[int | None, typer.Option(help="Port to listen on.  [default: 8000]")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")]

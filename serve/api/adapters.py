@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, Response
 
 from onebase.adapters.blobs import Blob, Stage
 from onebase.adapters.registry import AdapterEntry
+from onebase.adapters.sources import allowed_folder
 from onebase.serve.api.auth import require_admin_key
 from onebase.serve.api.body import content_type, json_body, read_json
 from onebase.serve.api.schemas import AdapterSource
 from onebase.serve.api.state import Server, server_of
-from onebase.serve.api.store import allowed_folder
 from onebase.serve.api.upload import receive_files
 
 router = APIRouter(dependencies=[Depends(require_admin_key)])

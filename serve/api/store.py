@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from onebase.adapters.blobs import Blob
-from onebase.adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected, EngineError
+from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineError
 from onebase.adapters.names import check_name
 from onebase.adapters.registry import AdapterEntry, Registry
 from onebase.serve.engine.client import EngineClient
@@ -60,12 +60,12 @@ class AdapterStore:
         try:
             self.check_new_name(name)
             ready = await self._engine.load_adapter(AdapterUse(blob.digest, str(blob.path)))
+            entry = await asyncio.to_thread(
+                self.registry.commit, name, blob, source, family=ready.family, rank=ready.rank, nbytes=ready.nbytes
+            )
         except BaseException:
             await asyncio.shield(asyncio.to_thread(self.registry.discard, blob))
             raise
-        entry = await asyncio.to_thread(
-            self.registry.commit, name, blob, source, family=ready.family, rank=ready.rank, nbytes=ready.nbytes
-        )
         await self.refresh()
         return entry
 
@@ -83,22 +83,6 @@ class AdapterStore:
             with suppress(EngineError):  # a dead engine holds no adapter
                 await self._engine.unload_adapter(digest)
         return removed
-
-
-def allowed_folder(path: str, allowed: Iterable[Path]) -> Path:
-    """The real path of a folder named by a client. Raises AdapterRejected unless it lies below an allowed one."""
-    roots = tuple(allowed)
-    if not roots:
-        raise AdapterRejected(
-            "Loading from a path of the server is off: start it with --allow-path DIR.", param="source"
-        )
-    try:
-        real = Path(path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise AdapterRejected("The path cannot be read.", param="source") from error
-    if not any(real.is_relative_to(root) for root in roots):
-        raise AdapterRejected("The path is not below any --allow-path of the server.", param="source")
-    return real
 
 
 def _by_digest(entries: Iterable[AdapterEntry]) -> dict[str, tuple[str, ...]]:

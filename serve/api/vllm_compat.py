@@ -16,12 +16,13 @@ from onebase.adapters.errors import (
     AdapterRejected,
     AdapterTooLarge,
 )
+from onebase.adapters.sources import allowed_folder
 from onebase.serve.api.auth import require_admin_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import ApiError, bad_request
 from onebase.serve.api.schemas import LoadLora, UnloadLora
 from onebase.serve.api.state import server_of
-from onebase.serve.api.store import AdapterStore, allowed_folder
+from onebase.serve.api.store import AdapterStore
 
 router = APIRouter(dependencies=[Depends(require_admin_key)])
 

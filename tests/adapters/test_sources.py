@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.errors import AdapterNotFound, AdapterRejected
 from onebase.adapters.sources import allowed_folder
 
 
@@ -37,5 +37,5 @@ def test_off_by_default(root: Path) -> None:
 
 def test_files_are_no_folders(root: Path) -> None:
     (root / "file").write_text("")
-    with pytest.raises(AdapterRejected, match="not a folder"):
+    with pytest.raises(AdapterNotFound, match="not a folder"):
         allowed_folder(str(root / "file"), [root])
