@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .check import CHUNK_BYTES, FileRole, check_finite, check_folder, file_role, served_files
-from .errors import AdapterError, AdapterRejected, AdapterTooLarge
+from onebase.adapters.check import CHUNK_BYTES, FileRole, check_finite, check_folder, file_role, served_files
+from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
 
 DEFAULT_MAX_BYTES = 16 << 30
 

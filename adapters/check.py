@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import AdapterRejected, AdapterTooLarge
-from .safetensors_header import TensorInfo, read_header
-from .strict_json import JsonError, JsonValue, parse_strict
+from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
+from onebase.adapters.safetensors_header import TensorInfo, read_header
+from onebase.adapters.strict_json import JsonError, JsonValue, parse_strict
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20

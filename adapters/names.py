@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from .errors import AdapterNameInvalid
+from onebase.adapters.errors import AdapterNameInvalid
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")

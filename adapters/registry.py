@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from .blobs import DEFAULT_MAX_BYTES, Blob, BlobStore, Stage, copy_folder
-from .errors import AdapterConflict, AdapterNotFound
-from .names import check_name, parse_reference
+from onebase.adapters.blobs import DEFAULT_MAX_BYTES, Blob, BlobStore, Stage, copy_folder
+from onebase.adapters.errors import AdapterConflict, AdapterNotFound
+from onebase.adapters.names import check_name, parse_reference
 
 # names.last outlives the versions, so that a number is never used for two adapters; current is NULL once deleted.
 _SCHEMA_VERSION = 1

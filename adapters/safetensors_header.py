@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .errors import AdapterRejected, AdapterTooLarge
-from .strict_json import JsonError, JsonValue, parse_strict
+from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
+from onebase.adapters.strict_json import JsonError, JsonValue, parse_strict
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 100_000

@@ -3,7 +3,7 @@
 To add a family, write ``formats/<family>.py`` with a compiler under ``@register("PEFT_TYPE")`` and import it here.
 """
 
-from . import lora as lora
-from .register import compile_folder, families, register
+from onebase.adapters.formats import lora as lora
+from onebase.adapters.formats.register import compile_folder, families, register
 
 __all__ = ["compile_folder", "families", "register"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..check import CONFIG_FILE
-from ..errors import AdapterRejected
-from ..strict_json import JsonValue
+from onebase.adapters.check import CONFIG_FILE
+from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.strict_json import JsonValue
 
 MAX_RANK = 4096
 _ALWAYS_HARMLESS = (

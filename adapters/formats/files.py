@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..check import check_folder, ensure_finite, read_values
-from ..errors import AdapterRejected
-from ..safetensors_header import TensorInfo
-from .fields import Fields
+from onebase.adapters.check import check_folder, ensure_finite, read_values
+from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.fields import Fields
+from onebase.adapters.safetensors_header import TensorInfo
 
 FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

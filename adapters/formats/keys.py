@@ -10,9 +10,9 @@ from collections.abc import Collection
 
 import torch
 
-from ..base import BaseModel, Site
-from ..errors import AdapterRejected
-from .files import TensorBag
+from onebase.adapters.base import BaseModel, Site
+from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.files import TensorBag
 
 _PREFIXES = ("base_model.model.", "base_model.", "")
 _ADAPTER_NAME = "default"

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..base import BaseModel, Site, SiteKind
-from ..errors import AdapterRejected
-from ..program import LowRank, SiteOps, TokenLowRank
-from .fields import MAX_RANK, Fields, refused
-from .files import AdapterFiles, TensorBag
-from .keys import check_shape, group_by_site, take_base_copy
-from .patterns import PatternTable
-from .register import register
+from onebase.adapters.base import BaseModel, Site, SiteKind
+from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
+from onebase.adapters.formats.files import AdapterFiles, TensorBag
+from onebase.adapters.formats.keys import check_shape, group_by_site, take_base_copy
+from onebase.adapters.formats.patterns import PatternTable
+from onebase.adapters.formats.register import register
+from onebase.adapters.program import LowRank, SiteOps, TokenLowRank
 
 A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 TOKEN_A, TOKEN_B = "lora_embedding_A", "lora_embedding_B"

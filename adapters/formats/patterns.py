@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import AdapterTooLarge
-from .automaton import Automaton, PatternError, parse_pattern
-from .fields import refused
+from onebase.adapters.errors import AdapterTooLarge
+from onebase.adapters.formats.automaton import Automaton, PatternError, parse_pattern
+from onebase.adapters.formats.fields import refused
 
 MAX_KEYS = 8192
 MAX_SHAPES = 256

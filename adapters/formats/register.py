@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..base import BaseModel
-from ..errors import AdapterRejected
-from ..program import AdapterProgram, SiteOps
-from .files import AdapterFiles
+from onebase.adapters.base import BaseModel
+from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.files import AdapterFiles
+from onebase.adapters.program import AdapterProgram, SiteOps
 
 Compiler = Callable[[AdapterFiles, BaseModel], Mapping[str, SiteOps]]
 
