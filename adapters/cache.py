@@ -255,8 +255,8 @@ class AdapterCache:
         self._tables.install(entry.handle, operands)
 
     def _uninstall(self, entry: Entry) -> None:
-        self._tables.remove(entry.handle)
         self._kernels.forget(entry.handle)
+        self._tables.remove(entry.handle)
 
     def _evict_one(self, reserved: Collection[str]) -> bool:
         free = [
