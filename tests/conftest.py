@@ -17,11 +17,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from onebase.adapters.base import Site, SiteKind
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.engine import Engine
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams, TokenOutput
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence
+from onebase.serve.model.loader import load_model
 
 VOCAB = 128
 _SMALL: dict[str, Any] = {
@@ -85,9 +87,14 @@ class EngineDriver:
     """Drives an Engine by hand in a test."""
 
     engine: Engine
+    sites: list[Site]
     made: int = 0
     outputs: dict[str, list[int]] = field(default_factory=dict)
     failures: dict[str, Any] = field(default_factory=dict)
+
+    def base_sites(self) -> list[Site]:
+        """The linear sites of the base."""
+        return [site for site in self.sites if site.kind is SiteKind.LINEAR]
 
     def use(self, folder: Path, scale: float = 1.0) -> AdapterUse:
         """An adapter folder as a request names it; its path stands for the digest."""
@@ -170,7 +177,8 @@ def make_driver(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Engin
     def make(architecture: str, **options: Any) -> EngineDriver:
         defaults = {"dtype": "float32", "device": "cpu", "page_size": 8, "kv_memory": 0.01, "adapter_memory": 0.05}
         config = EngineConfig(model=str(checkpoint(architecture)), **(defaults | options))
-        drivers.append(EngineDriver(Engine(config)))
+        base = load_model(config)
+        drivers.append(EngineDriver(Engine(config, base), [entry.site for entry in base.probed]))
         return drivers[-1]
 
     yield make
