@@ -7,7 +7,6 @@ OneBaseError
 |   +-- AdapterNameInvalid   the name does not match ADAPTER_NAME                         400
 |   +-- AdapterNotFound      no such name or version                                      404
 |   +-- AdapterConflict      the name is taken, or in use                                 409
-|   +-- ArenaFull            no room on the device at present                             503
 +-- ModelRejected            the base model cannot be served exactly                      at start
 +-- EngineError
     +-- EngineDead           the engine process died; it is being restarted               503
@@ -48,10 +47,6 @@ class AdapterNotFound(AdapterError):
 
 class AdapterConflict(AdapterError):
     """The name is taken, or the adapter is in use."""
-
-
-class ArenaFull(AdapterError):
-    """The adapter does not fit the device budget while others hold it."""
 
 
 class ModelRejected(OneBaseError):

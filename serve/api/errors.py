@@ -66,7 +66,6 @@ _ANSWERS: Mapping[type[tree.OneBaseError], _Answer] = {
     tree.AdapterNameInvalid: _Answer(400, "adapter_name_invalid"),
     tree.AdapterNotFound: _Answer(404, "model_not_found"),
     tree.AdapterConflict: _Answer(409, "adapter_conflict"),
-    tree.ArenaFull: _Answer(503, "arena_full"),
     tree.AdapterError: _Answer(400, "adapter_rejected"),
     tree.EngineDead: _Answer(503, "engine_dead"),
     tree.RequestRejected: _Answer(400, "request_rejected"),

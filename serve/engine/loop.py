@@ -13,7 +13,7 @@ _STATS_EVERY = 0.05  # seconds between two EngineStats while the loop is busy
 _LOADING_WAIT = 0.002  # seconds to wait for messages while an adapter is on its way and nothing runs
 
 
-class Stop(Exception):  # noqa: N818  a signal, not an error
+class Stop(Exception):
     """Raised by a link when the loop has to end."""
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from onebase.kernels import prepack
+
 
 class PackedLinear:
     """Forward of one linear module over its packed weight. x: [..., in_features] -> [..., out_features]."""
@@ -19,25 +21,15 @@ class PackedLinear:
     __slots__ = ("_bias", "_weight")
 
     def __init__(self, module: nn.Linear) -> None:
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+        self._weight = prepack.prepack(module.weight.detach())
         self._bias = None if module.bias is None else module.bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return out
+        return prepack.product(x, self._weight, self._bias)
 
     def dense(self) -> Tensor:
         """The plain weight, [out_features, in_features]."""
         return self._weight.to_dense()
-
-
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build and this processor have the packed operators for the dtype."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype is torch.float32
 
 
 @torch.no_grad()
@@ -45,8 +37,8 @@ def pack_linears(modules: Iterable[nn.Module]) -> dict[nn.Module, PackedLinear]:
     """Pack every linear module and put its packed forward in place; the plain weight is let go."""
     packed: dict[nn.Module, PackedLinear] = {}
     for module in modules:
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and can_pack(module.weight.dtype):
-            forward = packed[module] = PackedLinear(module)
-            module.forward = forward
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype):
+            packed[module] = PackedLinear(module)
+            setattr(module, "forward", packed[module])  # noqa: B010  a method for the type checker
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
     return packed

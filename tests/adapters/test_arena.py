@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from onebase.adapters.arena import BLOCK_ALIGN, Arena, pack, shifted
 from onebase.adapters.program import AdapterProgram, LowRank, SiteOps, TokenLowRank
 

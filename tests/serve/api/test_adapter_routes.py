@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from onebase.adapters.errors import AdapterRejected, ArenaFull
+from onebase.adapters.errors import AdapterRejected, EngineDead
 
 
 def files_of(folder: Path) -> list[tuple[str, tuple[str, bytes]]]:
@@ -89,7 +89,7 @@ def test_refused_files_leave_nothing_behind(run: Any, open_site: Any, adapter_fo
             response = await upload(site, "bad", folder)
             assert response.status_code == 400
             assert "tensors say 3" in response.json()["error"]["message"]
-            site.engine.load_failure = ArenaFull("no room")
+            site.engine.load_failure = EngineDead("it died")
             assert (await upload(site, "bad", folder)).status_code == 503
             site.engine.load_failure = None
 

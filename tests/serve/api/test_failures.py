@@ -11,7 +11,6 @@ import pytest
 from onebase.adapters.errors import (
     AdapterNotFound,
     AdapterRejected,
-    ArenaFull,
     EngineDead,
     ModelRejected,
     RequestRejected,
@@ -66,7 +65,6 @@ def test_stopping_while_starting_does_not_hang(run: Any, open_site: Any, engine:
         (RequestRejected("too long", param="prompt"), 400),
         (AdapterRejected("bad rank"), 400),
         (AdapterNotFound("no blob"), 404),
-        (ArenaFull("no room"), 503),
     ],
 )
 def test_failures_before_the_first_token_have_their_status(

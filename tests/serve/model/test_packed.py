@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from onebase.serve.model.packed import can_pack, pack_linears
+from onebase.kernels.prepack import supported
+from onebase.serve.model.packed import pack_linears
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 16, 100])
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_equals_plain(dtype: torch.dtype, rows: int, bias: bool) -> None:
-    if not can_pack(dtype):
+    if not supported(dtype):
         pytest.skip(f"this processor has no packed {dtype} operators")
     plain = nn.Linear(96, 72, bias=bias, dtype=dtype).requires_grad_(False)
     packed = nn.Linear(96, 72, bias=bias, dtype=dtype).requires_grad_(False)
@@ -28,7 +29,7 @@ def test_packed_equals_plain(dtype: torch.dtype, rows: int, bias: bool) -> None:
 
 
 def test_a_tied_embedding_keeps_its_table() -> None:
-    if not can_pack(torch.float32):
+    if not supported(torch.float32):
         pytest.skip("this processor has no packed operators")
     table, head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
     head.weight = table.weight
