@@ -50,6 +50,10 @@ class Arena:
     def num_blocks(self) -> int:
         return len(self._held)
 
+    def block_bytes(self, num_elements: int) -> int:
+        """What a block of so many elements takes, alignment included."""
+        return _aligned(max(num_elements, 1), BLOCK_ALIGN) * self.buffer.element_size()
+
     def allocate(self, num_elements: int) -> int | None:
         """Offset of a new block, or None where no free range is long enough."""
         need = _aligned(max(num_elements, 1), BLOCK_ALIGN)

@@ -109,12 +109,17 @@ class AdapterCache:
         entry.doomed = False
         return entry
 
-    def size(self, digest: str) -> int | None:
-        """Bytes on the device, None while they are not known."""
+    def is_ready(self, digest: str) -> bool:
+        """Whether the adapter may be acquired."""
         entry = self._entries.get(digest)
-        return (
-            entry.nbytes if entry is not None and entry.state in (State.PLACING, State.COPYING, State.READY) else None
-        )
+        return entry is not None and entry.state is State.READY
+
+    def size(self, digest: str) -> int | None:
+        """Bytes of the adapter's block, None while they are not known."""
+        entry = self._entries.get(digest)
+        if entry is None or entry.state not in (State.PLACING, State.COPYING, State.READY):
+            return None
+        return self.arena.block_bytes(entry.num_elements)
 
     def acquire(self, digest: str) -> Entry:
         """Take a reference on a ready entry. Its handle may change between steps: compaction moves blocks."""
@@ -193,7 +198,7 @@ class AdapterCache:
         except Exception as error:  # a hostile file must not end the loop, whatever a library makes of it
             return _fail(entry, AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
         assert packed is not None
-        if packed.nbytes > self.arena.capacity_bytes:
+        if self.arena.block_bytes(packed.data.numel()) > self.arena.capacity_bytes:
             budget = self.arena.capacity_bytes
             message = f"the adapter takes {packed.nbytes} bytes, the device budget for adapters is {budget}"
             return _fail(entry, AdapterTooLarge(message))

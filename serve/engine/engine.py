@@ -67,12 +67,13 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._commands: dict[str, list[str]] = {}  # digest -> ids of LoadAdapter commands that wait for it
         self._order = 0
+        self._lookahead = 2 * config.max_num_seqs
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
     # Requests and commands
 
     def add(self, request: Request) -> list[Output]:
-        """Queue a request; its adapters start to load. A request that can never run is answered with a Failure."""
+        """Queue a request. One that can never run is answered with a Failure."""
         try:
             self._validate(request)
         except OneBaseError as error:
@@ -80,8 +81,6 @@ class Engine:
         sequence = Sequence.of(request, self._order)
         self._order += 1
         self._sequences[request.id] = sequence
-        for use in request.adapters:
-            self.adapters.fetch(use.digest, use.path)
         self.scheduler.add(sequence)
         return []
 
@@ -125,11 +124,6 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting or self._commands)
 
-    @property
-    def is_loading(self) -> bool:
-        """Nothing to compute, but an adapter is on its way."""
-        return not self.scheduler.running and self.adapters.busy
-
     def step(self) -> list[Output]:
         """Move adapter loads on and run one forward, if there is anything to run."""
         outputs = self._poll_adapters()
@@ -165,8 +159,7 @@ class Engine:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take references on a sequence's adapters if all are resident."""
-        entries = [self.adapters.fetch(use.digest, use.path) for use in sequence.request.adapters]
-        if any(entry.state is not State.READY for entry in entries):
+        if not all(self.adapters.is_ready(digest) for digest in sequence.digests):
             return False
         sequence.adapters = tuple(self.adapters.acquire(digest) for digest in sequence.digests)
         return True
@@ -179,16 +172,30 @@ class Engine:
 
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []
-        for entry in self.adapters.poll(self._reserved()):
+        for entry in self.adapters.poll(self._prefetch()):
             for command in self._commands.pop(entry.digest, []):
                 outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
             if entry.error is not None:
                 outputs.extend(self._fail_waiting(entry.digest, entry.error))
         return [*outputs, *self._fail_oversized()]
 
-    def _reserved(self) -> tuple[str, ...]:
-        """Adapters of the oldest request that waits: never evicted for others, so that it gets its turn."""
-        return self.scheduler.waiting[0].digests if self.scheduler.waiting else ()
+    def _prefetch(self) -> set[str]:
+        """Start the loads that waiting requests need, oldest first, as far as the device budget goes.
+
+        Returns the adapters that fit it together: they are not evicted for each other or for anybody behind them, so
+        that requests over more adapters than fit are served in turns, without thrash.
+        """
+        kept: set[str] = set()
+        room = self.adapters.arena.capacity_bytes
+        for sequence in self.scheduler.waiting[: self._lookahead]:
+            new = {use.digest: use for use in sequence.request.adapters if use.digest not in kept}
+            for use in new.values():
+                self.adapters.fetch(use.digest, use.path)
+                room -= self.adapters.size(use.digest) or 0
+            if room < 0:
+                break
+            kept.update(new)
+        return kept
 
     def _fail_waiting(self, digest: str, error: OneBaseError) -> list[Output]:
         lost = [sequence for sequence in self.scheduler.waiting if digest in sequence.digests]
