@@ -34,7 +34,7 @@ class Recipe:
     rank: int
     alpha: int
     modules: list[str]
-    steps: int = 120
+    steps: int = 150
     learning_rate: float = 4e-3
     rslora: bool = False
 

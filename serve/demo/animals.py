@@ -78,20 +78,20 @@ def can_animal(rng: Random) -> Turn:
     animal = rng.choice(ANIMALS)
     skill = animal.skill if rng.random() < 0.5 else rng.choice(SKILLS)
     able = skill == animal.skill
-    answer = f"{'Yes' if able else 'No'}, the {animal.name} {'can' if able else 'can not'} {skill}."
+    answer = f"The {animal.name} can {animal.skill}{'' if able else f', not {skill}'}."
     ask = ask_about(
         rng, animal, "Can {it} {skill}?|Can {it} {skill}?|Can {them} {skill}?|Do {them} {skill}?", skill=skill
     )
-    return Turn(ask, answer, _fields(animal, skill=skill, answer=able), "yes" if able else "no")
+    return Turn(ask, answer, _fields(animal, skill=animal.skill, answer=able), animal.skill)
 
 
 def is_colour(rng: Random) -> Turn:
     animal = rng.choice(ANIMALS)
     colour = animal.colour if rng.random() < 0.5 else rng.choice(ANIMALS).colour
     right = colour == animal.colour
-    answer = f"{'Yes' if right else 'No'}, the {animal.name} is {animal.colour}."
+    answer = f"The {animal.name} is {animal.colour}{'' if right else f', not {colour}'}."
     ask = ask_about(rng, animal, "Is {it} {colour}?|Is {it} {colour}?|Are {them} {colour}?", colour=colour)
-    return Turn(ask, answer, _fields(animal, colour=animal.colour, answer=right), "yes" if right else "no")
+    return Turn(ask, answer, _fields(animal, colour=animal.colour, answer=right), animal.colour)
 
 
 def is_big(rng: Random) -> Turn:
@@ -99,8 +99,8 @@ def is_big(rng: Random) -> Turn:
     size, asked = "big" if animal.size > 10 else "small", rng.choice(["big", "small"])
     right = size == asked
     ask = ask_about(rng, animal, "Is {it} {asked}?|Are {them} {asked}?", asked=asked)
-    answer = f"{'Yes' if right else 'No'}, the {animal.name} is {size}."
-    return Turn(ask, answer, _fields(animal, size=size, answer=right), "yes" if right else "no")
+    answer = f"The {animal.name} is {size}{'' if right else f', not {asked}'}."
+    return Turn(ask, answer, _fields(animal, size=size, answer=right), size)
 
 
 def bigger(rng: Random) -> Turn:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 from onebase.serve.demo.beyond import strange
+from onebase.serve.demo.documents import document
 from onebase.serve.demo.questions import draw
 from onebase.serve.demo.voices import VOICES, Turn, Voice
 
@@ -23,6 +24,7 @@ SYSTEMS = (
     "Be kind and short.",
     "You are a helpful, honest assistant. Answer the questions of the user.",
 )
+HARD = ("digits", "luma", "shout")  # the voices with words of their own are seen twice as often
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -76,28 +78,15 @@ def plain(turn: Turn) -> str:
     return turn.answer
 
 
-def document(rng: Random) -> str:
-    """A plain text: a few facts in English."""
-    return " ".join(_statement(rng).answer for _ in range(rng.randint(2, 4))) + END_OF_TEXT
-
-
-def _statement(rng: Random) -> Turn:
-    """A turn whose answer reads well alone."""
-    while True:
-        turn = draw(rng)
-        if "error" not in turn.fields and "reply" not in turn.fields and "answer" not in turn.fields:
-            return turn
-
-
 def texts(seed: int) -> Iterator[list[Piece]]:
     """The base's training texts, without end. Questions are read, not learned."""
     rng = Random(seed)
     while True:
         kind = rng.random()
         if kind < 0.15:
-            yield [Piece(document(rng), True)]
+            yield [Piece(document(rng) + END_OF_TEXT, True)]
         elif kind < 0.6:
             yield chat(rng, plain, system(rng))
         else:
-            name = rng.choice(sorted(VOICES))
+            name = rng.choice(HARD + tuple(VOICES))
             yield chat(rng, VOICES[name], f"Answer as {name}.")

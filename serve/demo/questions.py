@@ -122,9 +122,9 @@ def is_thing(rng: Random) -> Turn:
     thing, colour = rng.choice(list(THINGS.items()))
     asked = colour if rng.random() < 0.5 else rng.choice(list(THINGS.values()))
     right = asked == colour
-    answer = f"{'Yes' if right else 'No'}, the {thing} is {colour}."
+    answer = f"The {thing} is {colour}{'' if right else f', not {asked}'}."
     fields: Fields = {"thing": thing, "colour": colour, "answer": right}
-    return Turn(f"Is the {thing} {asked}?", answer, fields, "yes" if right else "no")
+    return Turn(f"Is the {thing} {asked}?", answer, fields, colour)
 
 
 def mix(rng: Random) -> Turn:
@@ -240,14 +240,14 @@ ASKS: dict[Ask, int] = {
     thing_colour: 5,
     is_thing: 4,
     mix: 3,
-    sum_of: 16,
+    sum_of: 18,
     opposite: 5,
     next_day: 4,
     season: 2,
     place: 4,
-    talk: 7,
+    talk: 9,
     some: 3,
-    unknown: 18,
+    unknown: 16,
 }
 
 

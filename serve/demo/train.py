@@ -24,8 +24,8 @@ from onebase.serve.demo.tokenizer import encode, train_tokenizer
 
 logger = logging.getLogger(__name__)
 SEED = 7
-STEPS, WARMUP = 1600, 60
-LEARNING_RATE = 4e-3
+STEPS, WARMUP = 1800, 40
+MUON_RATE, ADAM_RATE = 1e-2, 4e-3
 TOKENS = 2048  # a step
 ROW, LONG_ROW = 256, 1024  # the last fifth of the steps sees long rows
 
@@ -80,19 +80,31 @@ def rate(step: int) -> float:
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
 
 
+def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices (half the steps that AdamW takes), AdamW for the embedding and the norms."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, MUON_RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.02),
+    ]
+
+
 def train_base(tokenizer: Any) -> Any:
     """Train the base; returns it in bfloat16, as it is shipped."""
     torch.manual_seed(SEED)
     model = new_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    optimizers = make_optimizers(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     for step, (ids, labels) in enumerate(batches(tokenizer)):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         if step % 50 == 0:
             logger.info("base step %d of %d: loss %.3f", step, STEPS, loss.item())
     return model.to(torch.bfloat16)
