@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel
     """A model of the shape with random weights, made on the device."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype)
+        model = AutoModelForCausalLM.from_config(deepcopy(SHAPES[shape]), dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)
 
