@@ -147,16 +147,20 @@ def plan(
 ) -> Job:
     """Checks lengths and makes the engine's requests. ``default``: tokens where the body sets no limit."""
     requests: list[Request] = []
-    seed = secrets.randbelow(SEED_RANGE) if body.seed is None else body.seed
     for prompt in prompts:
         limit = _token_limit(loaded, len(prompt), body.token_limit, default)
         _check_ids(prompt, loaded.info.vocab_size)
         ids = tuple(prompt)
         for choice in range(body.choices):
-            sampling = _sampling(body, limit, (seed + choice) % SEED_RANGE)
+            sampling = _sampling(body, limit, _seed(body.seed, choice))
             requests.append(Request(uuid.uuid4().hex, ids, sampling, target.uses))
     usage = Usage(sum(len(prompt) for prompt in prompts))
     return Job(server, loaded, target, tuple(requests), body.stops, usage)
+
+
+def _seed(asked: int | None, choice: int) -> int:
+    """Of one sequence: random unless asked for, since equal prompts of one request must not draw the same."""
+    return secrets.randbelow(SEED_RANGE) if asked is None else (asked + choice) % SEED_RANGE
 
 
 def _sampling(body: Generation, limit: int, seed: int) -> SamplingParams:

@@ -138,6 +138,18 @@ def test_seeds_differ_between_requests_and_repeat_when_given(run: Any, open_site
     run(body())
 
 
+def test_equal_prompts_of_one_request_draw_apart_unless_seeded(run: Any, open_site: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            await site.complete(prompt=["x", "x", "x"], n=2, max_tokens=1)
+            assert len({r.sampling.seed for r in site.engine.requests}) == 6
+            site.engine.requests.clear()
+            await site.complete(prompt=["x", "x"], n=2, seed=7, max_tokens=1)
+            assert sorted(r.sampling.seed for r in site.engine.requests) == [7, 7, 8, 8]
+
+    run(body())
+
+
 def test_stop_string_across_tokens_is_not_returned_and_aborts(run: Any, open_site: Any, replies: Any) -> None:
     async def body() -> None:
         async with open_site() as site:
