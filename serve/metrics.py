@@ -152,9 +152,8 @@ class EngineCollector(Collector):
 
 
 def _load(stats: EngineStats) -> Iterator[Metric]:
-    waiting = stats.waiting + stats.waiting_for_adapter
     yield _gauge("vllm:num_requests_running", "Sequences in the batch.", stats.running)
-    yield _gauge("vllm:num_requests_waiting", "Sequences that wait, those for an adapter included.", waiting)
+    yield _gauge("vllm:num_requests_waiting", "Sequences that wait, those for an adapter included.", stats.waiting)
     yield _gauge(
         "onebase_requests_waiting_for_adapter", "Sequences whose adapter is loading.", stats.waiting_for_adapter
     )

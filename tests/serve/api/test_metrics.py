@@ -54,7 +54,8 @@ def test_gateway_names(run: Any, open_site: Any, adapter_folder: Any) -> None:
             site.engine.restarts = 2
             found = samples((await site.http.get("/metrics")).text)
             assert value(found, "vllm:num_requests_running") == 3
-            assert value(found, "vllm:num_requests_waiting") == 3
+            assert value(found, "vllm:num_requests_waiting") == 2, "those for an adapter are among them"
+            assert value(found, "onebase_requests_waiting_for_adapter") == 1
             assert value(found, "vllm:kv_cache_usage_perc") == 0.75
             assert value(found, "vllm:cache_config_info", block_size="16", num_gpu_blocks="100") == 1
             (lora,) = found["vllm:lora_requests_info"]
