@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.program import AdapterProgram, SiteOps
 from onebase.kernels.tables import Operands
 
@@ -114,7 +115,7 @@ def shifted(op: Operands, block: int) -> Operands:
 
 
 def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -> PackedProgram:
-    """Lay a program out as it will lie in the arena, cast to the arena's dtype."""
+    """Lay a program out as it will lie in the arena, cast to its dtype. AdapterRejected where a value overflows."""
     operands: dict[str, Operands] = {}
     placed: list[tuple[int, Tensor]] = []
     size = 0
@@ -131,7 +132,18 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -
     data = torch.zeros(size, dtype=dtype, pin_memory=pinned)
     for offset, tensor in placed:
         data[offset : offset + tensor.numel()].copy_(tensor.reshape(-1))
+    _check_finite(program, operands, data)
     return PackedProgram(program, data, operands)
+
+
+def _check_finite(program: AdapterProgram, operands: Mapping[str, Operands], data: Tensor) -> None:
+    """Finite files may overflow in the arena's dtype (float16 ends at 65,504)."""
+    if bool(torch.isfinite(data).all()):
+        return
+    starts = {path: min(at for at in (op.a, op.b, op.add_out) if at >= 0) for path, op in operands.items()}
+    first = int(torch.nonzero(~torch.isfinite(data))[0])
+    path = max((path for path, start in starts.items() if start <= first), key=lambda path: starts[path])
+    raise AdapterRejected(f"{path}: its values overflow in {data.dtype}, the type the base runs in", param=path)
 
 
 def _place(ops: SiteOps, place: Callable[[Tensor], int]) -> Operands:

@@ -74,6 +74,7 @@ class AdapterCache:
         self.arena = arena
         self.loads = 0
         self.evictions = 0
+        self.blocked = False
         self._tables = tables
         self._kernels = kernels
         self._site_index = site_index
@@ -88,6 +89,10 @@ class AdapterCache:
     def busy(self) -> bool:
         """Whether a thread is at work, so that poll() will have something to do soon."""
         return any(entry.work is not None for entry in self._entries.values())
+
+    @property
+    def num_compiling(self) -> int:
+        return sum(entry.state is State.COMPILING for entry in self._entries.values())
 
     @property
     def num_references(self) -> int:
@@ -106,13 +111,12 @@ class AdapterCache:
             entry = self._entries[digest] = Entry(digest, path, State.COMPILING)
             entry.work = self._threads.submit(self._load, Path(path), digest)
         entry.last_used = self._clock
-        entry.doomed = False
         return entry
 
     def is_ready(self, digest: str) -> bool:
-        """Whether the adapter may be acquired."""
+        """Whether the adapter may be acquired. One that is being unloaded may not: it comes back as a new entry."""
         entry = self._entries.get(digest)
-        return entry is not None and entry.state is State.READY
+        return entry is not None and entry.state is State.READY and not entry.doomed
 
     def size(self, digest: str) -> int | None:
         """Bytes of the adapter's block, None while they are not known."""
@@ -149,17 +153,28 @@ class AdapterCache:
         return True
 
     def poll(self, reserved: Collection[str] = ()) -> list[Entry]:
-        """Move loads on; entries that became ready or failed. ``reserved`` digests are not evicted for others."""
+        """Move loads on; the entries that are now known to be good (compiled, and small enough) or failed.
+
+        ``reserved`` digests are not evicted for others. ``blocked`` says whether one of them found no room.
+        """
         changed: list[Entry] = []
         for entry in list(self._entries.values()):
             before = entry.state
             self._advance(entry, reserved)
-            if entry.state is not before and entry.state in (State.READY, State.FAILED):
+            if entry.state is State.FAILED or (before is State.COMPILING and entry.state is not State.COMPILING):
                 changed.append(entry)
         for entry in changed:
             if entry.state is State.FAILED:
                 del self._entries[entry.digest]
+        waiting = (entry.digest for entry in self._entries.values() if entry.state is State.PLACING)
+        self.blocked = any(digest in reserved for digest in waiting)
         return changed
+
+    def forget_unplaced(self, wanted: Collection[str]) -> None:
+        """Drop packed programs that found no room and that nobody waits for any more."""
+        for entry in list(self._entries.values()):
+            if entry.state is State.PLACING and entry.digest not in wanted:
+                self._drop(entry)
 
     def check(self) -> None:
         """Prove that blocks and entries agree. Raises RuntimeError where they do not."""
@@ -217,7 +232,15 @@ class AdapterCache:
             block = self.arena.allocate(entry.num_elements)
         if block is not None:
             entry.block, entry.state = block, State.COPYING
-            entry.work = self._threads.submit(self._copy, entry.packed, block)
+            entry.work = self._threads.submit(self._copy, entry.packed, block, self._mark())
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """The kernels and moves queued so far: they may still read what lay in a block before."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _compact(self) -> bool:
         """Move every block to the front, so that the free room is one range. False while a copy is in flight.
@@ -239,20 +262,28 @@ class AdapterCache:
                 self._install(entry)
         return True
 
-    def _copy(self, packed: PackedProgram, block: int) -> None:
+    def _copy(self, packed: PackedProgram, block: int, after: torch.cuda.Event | None) -> None:
         target = self.arena.buffer[block : block + packed.data.numel()]
-        if self._stream is None:
+        if self._stream is None or after is None:
             target.copy_(packed.data)
             return
+        self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             target.copy_(packed.data, non_blocking=True)
         self._stream.synchronize()  # of this thread: the engine's loop goes on
 
     def _copied(self, entry: Entry) -> None:
-        entry.work = entry.packed = None
+        future, entry.work, entry.packed = entry.work, None, None
+        try:
+            future.result()  # type: ignore[union-attr]
+        except Exception as error:  # the block holds anything now
+            self.arena.free(entry.block)
+            entry.block = -1
+            return _fail(entry, AdapterError(f"the adapter could not be copied to the device: {error}"))
         self._install(entry)
         entry.state = State.READY
         self.loads += 1
+        return None
 
     def _install(self, entry: Entry) -> None:
         entry.handle, self._next_handle = self._next_handle, self._next_handle + 1

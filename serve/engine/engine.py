@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onebase.adapters.arena import Arena
 from onebase.adapters.cache import AdapterCache, Entry, State
-from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, OneBaseError, RequestRejected
+from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, EngineError, OneBaseError, RequestRejected
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
 from onebase.kernels.dispatch import select_kernels
@@ -28,11 +28,14 @@ from onebase.serve.engine.messages import (
 )
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.runner import ModelRunner
-from onebase.serve.engine.sampler import sample
+from onebase.serve.engine.sampler import NOT_FINITE, sample
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.model.loader import LoadedModel, load_model
 from onebase.serve.model.sites import StepPlans, wrap_sites
+
+# Loads that are started before their sizes are known; each takes host memory until it is placed or dropped.
+_MOST_COMPILING = 4
 
 Output = TokenOutput | Failure | AdapterReady | AdapterGone
 
@@ -68,6 +71,8 @@ class Engine:
         self._commands: dict[str, list[str]] = {}  # digest -> ids of LoadAdapter commands that wait for it
         self._order = 0
         self._lookahead = 2 * config.max_num_seqs
+        self._wanted: set[str] = set()  # adapters that the first waiting requests need
+        self._kept: set[str] = set()  # those of them that fit the device together
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
     # Requests and commands
@@ -92,9 +97,13 @@ class Engine:
             self.scheduler.finish(sequence)
 
     def load(self, command: LoadAdapter) -> list[Output]:
-        """Make an adapter resident; answered at once or by a later step()."""
+        """Compile an adapter and make it resident; answered once it is known to be good, at once or by a later step().
+
+        It goes to the device right after, if there is room; if not, with the first request that needs it.
+        """
         entry = self.adapters.fetch(command.use.digest, command.use.path)
-        if entry.state is State.READY:
+        entry.doomed = False
+        if entry.state is not State.COMPILING:
             return [_ready(command.id, entry)]
         self._commands.setdefault(entry.digest, []).append(command.id)
         return []
@@ -149,7 +158,12 @@ class Engine:
             self._prompt_tokens += min(prompt_left, chunk.num_tokens)
             sequence.num_computed += chunk.num_tokens
 
-    def _deliver(self, sequence: Sequence, token: int) -> TokenOutput:
+    def _deliver(self, sequence: Sequence, token: int) -> Output:
+        if token == NOT_FINITE:
+            self.abort(sequence.id)
+            return _failure(
+                sequence.id, EngineError("the model's logits are not finite: its weights or the adapter's overflow")
+            )
         sequence.tokens.append(token)
         self._generated_tokens += 1
         reason = sequence.finish_reason(self._eos, self.max_model_len)
@@ -161,6 +175,8 @@ class Engine:
         """Take references on a sequence's adapters if all are resident."""
         if not all(self.adapters.is_ready(digest) for digest in sequence.digests):
             return False
+        if self.adapters.blocked and not self._kept.issuperset(sequence.digests):
+            return False  # new references would keep an older request's adapter out of the arena for ever
         sequence.adapters = tuple(self.adapters.acquire(digest) for digest in sequence.digests)
         return True
 
@@ -172,7 +188,9 @@ class Engine:
 
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []
-        for entry in self.adapters.poll(self._prefetch()):
+        self._kept = self._prefetch()
+        self.adapters.forget_unplaced(self._wanted)
+        for entry in self.adapters.poll(self._kept):
             for command in self._commands.pop(entry.digest, []):
                 outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
             if entry.error is not None:
@@ -186,15 +204,18 @@ class Engine:
         that requests over more adapters than fit are served in turns, without thrash.
         """
         kept: set[str] = set()
+        self._wanted.clear()
         room = self.adapters.arena.capacity_bytes
         for sequence in self.scheduler.waiting[: self._lookahead]:
             new = {use.digest: use for use in sequence.request.adapters if use.digest not in kept}
+            if room < 0 or (new and self.adapters.num_compiling > _MOST_COMPILING):
+                break
             for use in new.values():
                 self.adapters.fetch(use.digest, use.path)
                 room -= self.adapters.size(use.digest) or 0
-            if room < 0:
-                break
-            kept.update(new)
+            self._wanted.update(new)
+            if room >= 0:
+                kept.update(new)
         return kept
 
     def _fail_waiting(self, digest: str, error: OneBaseError) -> list[Output]:

@@ -19,9 +19,7 @@ from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.engine import Engine, Output
 from onebase.serve.engine.loop import Stop, run
 from onebase.serve.engine.messages import EngineStats, Failure, LoadAdapter, Request, UnloadAdapter
-from onebase.serve.engine.wire import Abort, Message, Shutdown, decode, encode
-
-EXIT_REJECTED = 3
+from onebase.serve.engine.wire import EXIT_REJECTED, Abort, Message, Shutdown, decode, encode
 
 
 class SocketLink:
@@ -56,7 +54,8 @@ def _accepted(message: Message) -> Request | LoadAdapter | UnloadAdapter | str:
 
 def main(address: str) -> int:
     """Load the model, say so, run the loop. Exit status 3: the base cannot be served, and why was sent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides when to end
+        signal.signal(number, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from onebase.serve.engine.messages import SamplingParams
 
+NOT_FINITE = -1  # in place of a token where a row's logits hold NaN or +inf
+# Rows are drawn in blocks of about this many probabilities, so that the temporaries stay small beside the model.
+_BLOCK = 1 << 24
+
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) from blake2b(seed, position): 53 bits, the same on every machine."""
@@ -26,42 +30,60 @@ def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -
     """Next token of each row. logits: [rows, vocabulary], any float dtype; returns int64 [rows] on the same device.
 
     positions: index of the token being drawn in its sequence. Order of the filters: temperature, top_k, top_p, min_p.
+    A row whose logits are not finite gives NOT_FINITE.
     """
-    if all(p.temperature == 0.0 for p in params):
-        return logits.argmax(dim=-1)
-    device = logits.device
-    temperature = _column([p.temperature for p in params], device)
-    probs = torch.softmax(logits.float() / temperature.clamp(min=1e-6), dim=-1)
-    draws = _column([uniform(p.seed, at) for p, at in zip(params, positions, strict=True)], device)
-    drawn = _draw(probs, draws)
-    filtered = [p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params]
-    if any(filtered):  # only those rows take filtered draws: the other ones must not depend on their batch mates
-        drawn = torch.where(_column(filtered, device)[:, 0] > 0, _draw_filtered(probs, params, draws), drawn)
-    return torch.where(temperature[:, 0] == 0.0, logits.argmax(dim=-1), drawn)
+    best, tokens = logits.max(dim=-1)
+    plain = [row for row, p in enumerate(params) if p.temperature > 0.0 and not _is_filtered(p)]
+    filtered = [row for row, p in enumerate(params) if p.temperature > 0.0 and _is_filtered(p)]
+    for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
+        step = max(1, _BLOCK // logits.shape[-1])
+        for block in (rows[at : at + step] for at in range(0, len(rows), step)):
+            chosen = [params[row] for row in block]
+            draws = [uniform(params[row].seed, positions[row]) for row in block]
+            index = _upload(torch.tensor(block), logits.device)
+            tokens[index] = draw(_probabilities(logits[index], chosen), chosen, _column(draws, logits.device))
+    return tokens.masked_fill(~torch.isfinite(best), NOT_FINITE)
+
+
+def _is_filtered(p: SamplingParams) -> bool:
+    return p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _column(values: Rows[float], device: torch.device) -> Tensor:
-    column = torch.tensor(values, dtype=torch.float64).unsqueeze(1)
-    return column.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else column
+    """[rows, 1] float32."""
+    return _upload(torch.tensor(values, dtype=torch.float32).unsqueeze(1), device)
 
 
-def _draw(weights: Tensor, draws: Tensor) -> Tensor:
+def _probabilities(logits: Tensor, params: Rows[SamplingParams]) -> Tensor:
+    temperature = _column([max(p.temperature, 1e-6) for p in params], logits.device)
+    return torch.softmax(logits.float() / temperature, dim=-1)
+
+
+def _invert(weights: Tensor, draws: Tensor) -> Tensor:
     """Invert the cumulative distribution. weights: [rows, n], not necessarily normalised; zero is never drawn."""
-    cumulative = weights.double().cumsum(dim=-1)
+    cumulative = weights.cumsum(dim=-1)
     target = draws * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)[:, 0]
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.uint8).argmax(dim=-1)  # draws may round up to 1
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True)[:, 0], last)
+
+
+def _draw_plain(probs: Tensor, params: Rows[SamplingParams], draws: Tensor) -> Tensor:
+    return _invert(probs, draws)
 
 
 def _draw_filtered(probs: Tensor, params: Rows[SamplingParams], draws: Tensor) -> Tensor:
-    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
-    device, vocabulary = probs.device, probs.shape[-1]
-    top_k = _column([p.top_k or vocabulary for p in params], device)
-    top_p = _column([p.top_p for p in params], device)
-    min_p = _column([p.min_p for p in params], device)
-    rank = torch.arange(vocabulary, device=device)
-    kept = ordered.double().masked_fill(rank >= top_k, 0.0)
+    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)  # stable: equal ones keep one order everywhere
+    device, count = probs.device, ordered.shape[-1]
+    top_k = _column([p.top_k or count for p in params], device)
+    rank = torch.arange(count, device=device)
+    kept = ordered.masked_fill(rank >= top_k, 0.0)
     kept = kept / kept.sum(dim=-1, keepdim=True)
     before = kept.cumsum(dim=-1) - kept  # mass of the more likely tokens: the one that crosses top_p is kept
-    kept = kept.masked_fill((before >= top_p) & (rank > 0), 0.0)
-    kept = kept.masked_fill(kept < min_p * kept[:, :1], 0.0)
-    return tokens.gather(-1, _draw(kept, draws).unsqueeze(1))[:, 0]
+    top_p = _column([p.top_p for p in params], device)
+    kept = kept.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), 0.0)
+    kept = kept.masked_fill(kept < _column([p.min_p for p in params], device) * kept[:, :1], 0.0)
+    return tokens.gather(-1, _invert(kept, draws).unsqueeze(1))[:, 0]

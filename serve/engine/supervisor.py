@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
@@ -34,9 +35,10 @@ from onebase.serve.engine.messages import (
     UnloadAdapter,
 )
 from onebase.serve.engine.quarantine import Quarantine
-from onebase.serve.engine.wire import Abort, Message, Shutdown, decode, encode
+from onebase.serve.engine.wire import EXIT_REJECTED, Abort, Message, Shutdown, decode, encode
 
 _FIRST_BACKOFF, _MOST_BACKOFF = 0.2, 30.0  # seconds between a death and the next start; doubles while none gets ready
+_LAST_WORDS = 100  # milliseconds without a message after which a dead process has said all
 _GRACE = 5.0  # seconds for a clean end before the process is killed
 _log = structlog.get_logger("engine")
 
@@ -120,8 +122,9 @@ class SupervisedEngine(DispatchingClient):
         self._process = process = await self._spawn(address)
         reader = asyncio.create_task(self._read(self._socket), name="engine-reader")
         code = await process.wait()
-        await asyncio.sleep(0)  # what came in before the end is delivered first
         reader.cancel()
+        while await self._socket.poll(_LAST_WORDS):  # what was sent before the end is delivered first
+            self._read_frame(await self._socket.recv())
         was_ready, self._ready = self._ready, False
         self._socket.close(linger=0)
         self._socket = None
@@ -146,8 +149,11 @@ class SupervisedEngine(DispatchingClient):
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            for message in decode(await socket.recv()):
-                self._receive(message)
+            self._read_frame(await socket.recv())
+
+    def _read_frame(self, frame: bytes) -> None:
+        for message in decode(frame):
+            self._receive(message)
 
     def _receive(self, message: Message) -> None:
         match message:
@@ -155,7 +161,7 @@ class SupervisedEngine(DispatchingClient):
                 self._stats = message
             case EngineInfo():
                 self._info, self._ready = message, True
-                _log.info("engine ready", architecture=message.architecture, device=message.device, dtype=message.dtype)
+                _log.info("engine ready", **asdict(message))
                 self._resolve_start(None)
             case Failure(id=""):
                 self._resolve_start(error_of(message))
@@ -172,7 +178,8 @@ class SupervisedEngine(DispatchingClient):
         self._fail_all(EngineDead(f"the engine process ended (exit status {code}) while it served this request"))
         if self._started is not None and not self._started.done():
             self._stopping = True
-            self._resolve_start(EngineDead(f"the engine process ended with exit status {code} before it was ready"))
+            kind = ModelRejected if code == EXIT_REJECTED else EngineDead
+            self._resolve_start(kind(f"the engine process ended with exit status {code} before it was ready"))
 
     def _resolve_start(self, error: Exception | None) -> None:
         if self._started is None or self._started.done():

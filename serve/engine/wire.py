@@ -19,6 +19,8 @@ from onebase.serve.engine.messages import (
     UnloadAdapter,
 )
 
+EXIT_REJECTED = 3  # exit status of an engine process whose base cannot be served
+
 
 @dataclass(frozen=True, slots=True)
 class Abort:

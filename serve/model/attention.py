@@ -70,6 +70,7 @@ class AttentionContext:
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     caches: dict[int, PageCache] = field(default_factory=dict)
     calls: int = 0
+    windows: set[int | None] = field(default_factory=set)  # what the layers passed as their sliding window
 
     def attach(self, model: nn.Module) -> None:
         """Make the context reachable from every attention module."""
@@ -120,6 +121,7 @@ def paged_attention_forward(
         raise RuntimeError("the forward was called outside a step: no attention batch is set")
     _refuse_unknown(module, attention_mask, is_causal, kwargs, key.shape == value.shape)
     context.calls += 1
+    context.windows.add(sliding_window)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else float(scaling)
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     layer: int = module.layer_idx  # type: ignore[assignment]

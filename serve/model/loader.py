@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         device=model.device,
         dtype=model.dtype,
         vocab_size=vocab_size,
-        max_model_len=pick_max_model_len(text, config.max_model_len),
+        max_model_len=pick_max_model_len(text, config.max_model_len, context.windows),
         eos_token_ids=_eos_ids(model.generation_config, text),
         packed=pack_linears(entry.module for entry in result.sites),  # last: the plain weights are gone after it
     )
@@ -130,19 +130,25 @@ def _from_pretrained(path: str, dtype: torch.dtype, hub: dict[str, Any]) -> PreT
     return model
 
 
-def pick_max_model_len(config: PreTrainedConfig, asked: int | None) -> int:
-    """The longest sequence served: what was asked for, within what the positions allow."""
-    limit = int(config.max_position_embeddings)
-    reason = "max_position_embeddings"
+def pick_max_model_len(config: PreTrainedConfig, asked: int | None, windows: Collection[int | None] = (None,)) -> int:
+    """The longest sequence that is served exactly: what was asked for, within the limits of the architecture.
+
+    windows: the sliding windows that the layers passed to attention. One that they keep to the mask is not seen by
+    paged attention, which is exact only up to its length.
+    """
+    limits = [(int(config.max_position_embeddings), "max_position_embeddings")]
     for rope in _rope_parameters(config):
-        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
-            reason = f"{rope['rope_type']} rope: beyond this its tables depend on the other sequences of a batch"
-    if asked is None:
-        return limit
-    if asked > limit:
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and original:
+            limits.append((int(original), f"beyond it the {rope['rope_type']} rope depends on the other sequences"))
+    for name in ("sliding_window", "attention_chunk_size"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0 and length not in windows:
+            limits.append((length, f"{name}, which the layers do not pass to attention"))
+    limit, reason = min(limits)
+    if asked is not None and asked > limit:
         raise ModelRejected(f"max_model_len: {asked} is over the model's {limit} ({reason})", param="max_model_len")
-    return asked
+    return limit if asked is None else asked
 
 
 def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
@@ -168,13 +174,13 @@ def _eos_ids(generation: GenerationConfig | None, config: PreTrainedConfig) -> t
 
 def fingerprint(model: PreTrainedModel) -> str:
     """sha256 over the config and a strided sample of every parameter: cheap, and different for different bases."""
-    state = model.config.to_dict()
+    state = model.config.to_diff_dict()  # not to_dict: new releases add fields, with defaults
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         state.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()  # the same under every --dtype
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

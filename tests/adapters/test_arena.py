@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onebase.adapters.arena import BLOCK_ALIGN, Arena, pack, shifted
+from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.program import AdapterProgram, LowRank, SiteOps, TokenLowRank
 
 
@@ -72,3 +73,12 @@ def test_pack_keeps_every_value_where_its_operands_say() -> None:
     assert torch.equal(buffer[a.add_out : a.add_out + 7], bias)
     assert torch.equal(buffer[e.a : e.a + 22].view(11, 2), token.a)
     assert (a.rank, a.scale, e.token, e.add_out) == (3, 2.0, True, -1)
+
+
+def test_values_that_overflow_in_the_arenas_type_are_refused() -> None:
+    good = LowRank(torch.ones(1, 4), torch.ones(1, 4), 1.0)
+    bad = LowRank(torch.ones(1, 4), torch.full((1, 4), 1e5), 1.0)
+    program = AdapterProgram("d", "LORA", {"first": SiteOps(good), "second": SiteOps(bad), "third": SiteOps(good)})
+    pack(program, torch.bfloat16)
+    with pytest.raises(AdapterRejected, match=r"second.*float16"):
+        pack(program, torch.float16)

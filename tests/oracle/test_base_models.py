@@ -98,3 +98,20 @@ def test_max_model_len_stays_within_the_positions_and_the_ropes() -> None:
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
     config = transformers.LlamaConfig(max_position_embeddings=512, rope_parameters=dynamic)
     assert pick_max_model_len(config, None) == 128
+
+
+def test_a_window_that_only_the_mask_knows_limits_the_context() -> None:
+    config = transformers.PhimoeConfig(max_position_embeddings=512, sliding_window=32)
+    assert pick_max_model_len(config, None) == 32
+    assert pick_max_model_len(config, None, windows=(None, 32)) == 512
+    chunked = transformers.Llama4TextConfig(max_position_embeddings=512, attention_chunk_size=64)
+    with pytest.raises(ModelRejected, match="attention_chunk_size"):
+        pick_max_model_len(chunked, 65)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_fingerprint_is_the_checkpoints(dtype: str, checkpoint: Callable[..., Path]) -> None:
+    loaded = load_model(EngineConfig(model=str(checkpoint("llama")), device="cpu", dtype=dtype))
+    again = load_model(EngineConfig(model=str(checkpoint("llama")), device="cpu", dtype="float32"))
+    other = load_model(EngineConfig(model=str(checkpoint("qwen2")), device="cpu"))
+    assert loaded.fingerprint == again.fingerprint != other.fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from onebase.serve.engine.messages import AdapterReady, LoadAdapter
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -146,3 +149,79 @@ def test_requests_that_cannot_run_are_refused(prompt: list[int], reason: str, ma
     request_id = driver.submit(prompt)
     assert reason in driver.failures[request_id].message
     assert not driver.engine.has_work
+
+
+def _room_for_one(adapters: list[Path], make_driver: Callable[..., Any]) -> Any:
+    """The two largest adapters are 64 and 72 KiB: a budget of 80 KiB holds either."""
+    return make_driver("llama", adapter_memory=80 / (1 << 20), max_num_seqs=4)
+
+
+def test_a_stream_of_younger_requests_does_not_starve_an_adapter(
+    adapters: list[Path], make_driver: Callable[..., Any]
+) -> None:
+    driver = _room_for_one(adapters, make_driver)
+    busy, waiting = driver.use(adapters[4]), driver.use(adapters[3])
+    driver.generate([1], busy, max_tokens=1)
+    for _ in range(3):
+        driver.submit([1], busy, max_tokens=6)
+    driver.step()
+    old = driver.submit([1, 2], waiting, max_tokens=2)
+    for _ in range(400):
+        if len(driver.engine.scheduler.running) + len(driver.engine.scheduler.waiting) < 6:
+            driver.submit([1], busy, max_tokens=6)  # traffic never pauses
+        driver.step()
+        if len(driver.outputs.get(old, [])) == 2:
+            break
+        time.sleep(0.001)
+    assert len(driver.outputs.get(old, [])) == 2
+    driver.run()
+
+
+def test_an_upload_is_answered_while_the_device_is_full(adapters: list[Path], make_driver: Callable[..., Any]) -> None:
+    driver = _room_for_one(adapters, make_driver)
+    driver.submit([1], driver.use(adapters[4]), max_tokens=200)
+    while not driver.engine.scheduler.running:
+        driver.step()
+    assert driver.engine.load(LoadAdapter("c", driver.use(adapters[3]))) == []
+    for _ in range(100):
+        driver.step()
+        if "c" in driver.failures:
+            break
+        time.sleep(0.005)
+    assert isinstance(driver.failures["c"], AdapterReady)
+    assert driver.failures["c"].rank == 8
+    driver.run()
+
+
+def test_a_copy_that_fails_is_not_served(
+    adapters: list[Path], make_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver("llama")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(driver.engine.adapters, "_copy", broken)
+    lost = driver.submit([1, 2], driver.use(adapters[0]))
+    driver.run()
+    assert "the device is gone" in driver.failures[lost].message
+    assert driver.engine.adapters.arena.used == 0
+
+
+def test_aborted_requests_leave_nothing_in_host_memory(adapters: list[Path], make_driver: Callable[..., Any]) -> None:
+    driver = _room_for_one(adapters, make_driver)
+    driver.submit([1], driver.use(adapters[4]), max_tokens=100)
+    while not driver.engine.scheduler.running:
+        driver.step()
+    lost = [driver.submit([1], driver.use(folder)) for folder in adapters[:4]]
+    for _ in range(20):
+        driver.step()
+        time.sleep(0.002)
+    for request_id in lost:
+        driver.engine.abort(request_id)
+    before = driver.engine.stats().adapter_evictions
+    driver.run()
+    driver.engine.step()
+    assert len(driver.engine.adapters.resident()) <= 2
+    assert not driver.engine.adapters.busy
+    assert driver.engine.stats().adapter_evictions == before, "nobody is evicted for those who left"

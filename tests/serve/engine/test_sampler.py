@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from onebase.serve.engine import sampler
 from onebase.serve.engine.messages import SamplingParams
-from onebase.serve.engine.sampler import sample, uniform
+from onebase.serve.engine.sampler import NOT_FINITE, sample, uniform
 
 VOCAB = 50
 
@@ -73,3 +74,23 @@ def test_uniform_depends_on_seed_and_position() -> None:
     assert len(set(numbers)) == 12
     assert all(0 <= number < 1 for number in numbers)
     assert abs(sum(uniform(7, i) for i in range(4000)) / 4000 - 0.5) < 0.02
+
+
+def test_rows_that_are_not_finite_are_marked_and_harm_nobody() -> None:
+    logits = torch.randn(4, VOCAB)
+    logits[1, 7] = float("nan")
+    logits[2, 9] = float("inf")
+    logits[3, :5] = float("-inf")
+    params = [SamplingParams(temperature=t) for t in (0.0, 0.0, 1.0, 1.0)]
+    tokens = sample(logits, params, [0] * 4).tolist()
+    assert tokens[0] == logits[0].argmax()
+    assert tokens[1:3] == [NOT_FINITE] * 2
+    assert tokens[3] >= 5
+
+
+def test_large_batches_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(4))
+    params = [SamplingParams(temperature=1.0, top_p=0.5 if i % 3 else 1.0, seed=i) for i in range(9)]
+    whole = sample(logits, params, list(range(9)))
+    monkeypatch.setattr(sampler, "_BLOCK", 2 * VOCAB)
+    assert torch.equal(sample(logits, params, list(range(9))), whole)
