@@ -90,7 +90,7 @@ def _report(load: Load, clients: int, num_adapters: int, runs: dict[str, list[Ru
     ratios = {
         "base: ours / generate": ratio(rates["ours, base"], rates["generate, base"]),
         "adapters: ours / PEFT": ratio(rates["ours, adapters"], rates["PEFT, adapters"]),
-        "ours: adapters / base": ratio(rates["ours, adapters"], rates["ours, base"]),
+        "ours: adapters / base, in tokens/s": ratio(rates["ours, adapters"], rates["ours, base"]),
     }
     rows = {f"{name}, tokens/s": str(Spread(tuple(values))) for name, values in rates.items()}
     title = f"{clients} clients, {load.tokens_in} in, {load.tokens_out} out, {num_adapters} adapters of rank 8 to 64"

@@ -36,9 +36,11 @@ def make_resident(engine: Engine, folders: Sequence[Path]) -> None:
     """Load adapters and wait until all are on the device."""
     for folder in folders:
         engine.adapters.fetch(str(folder), str(folder))
-    while engine.adapters.busy or len(engine.adapters.resident()) < len(folders):
+    while engine.adapters.busy:
         _raise_failures(engine.step())
         time.sleep(0.001)
+    if len(engine.adapters.resident()) < len(folders):
+        raise RuntimeError(f"the {len(folders)} adapters do not fit the device budget together")
 
 
 def closed_loop(
