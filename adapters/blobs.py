@@ -1,7 +1,8 @@
 """Blob folders: adapter files under the name of their content, staged, checked and moved into place whole.
 
 A blob folder exists complete or not at all: files are written under staging/, checked, fsynced, and the folder is
-renamed to blobs/<digest>. A blob that a caller has staged and not yet committed is held, so that nobody removes it.
+renamed to blobs/<digest>. A blob that a caller has staged and not yet committed, or that a request may still read, is
+held, so that nobody removes it. Holds end with the process: start-up removes what only they kept.
 """
 
 from __future__ import annotations
@@ -69,24 +70,35 @@ class BlobStore:
             if not target.exists():
                 os.rename(folder, target)
                 sync(self._blobs)
+            return self.hold(digest)
+
+    def hold(self, digest: str) -> str:
+        """Keep the blob until the ticket that this returns is released."""
+        with self._lock:
             ticket = secrets.token_hex(16)
             self._held[ticket] = digest
             return ticket
 
-    def is_held(self, blob: Blob) -> bool:
+    def is_staged(self, blob: Blob) -> bool:
         with self._lock:
             return self._held.get(blob.ticket) == blob.digest
 
-    def release(self, blob: Blob) -> None:
-        """Let go of a hold; a second time does nothing."""
+    def is_held(self, digest: str) -> bool:
         with self._lock:
-            self._held.pop(blob.ticket, None)
+            return digest in self._held.values()
+
+    def release(self, ticket: str) -> str | None:
+        """Let go of a hold and say what it held; a second time does nothing."""
+        with self._lock:
+            return self._held.pop(ticket, None)
 
     def remove(self, digest: str) -> bool:
-        """Remove the blob, unless it is held. Readers that opened its files keep them."""
+        """Remove the blob, and say so, unless it is held. Readers that opened its files keep them."""
         with self._lock:
-            if digest in self._held.values() or not self.path(digest).exists():
+            if self.is_held(digest):
                 return False
+            if not self.path(digest).exists():
+                return True
             trash = self._temporary()
             os.rename(self.path(digest), trash)
         shutil.rmtree(trash, ignore_errors=True)

@@ -1,8 +1,8 @@
 """The durable registry: names -> versions -> digest -> blob.
 
 SQLite (WAL, synchronous=FULL) beside content-addressed blob folders. A version is acknowledged when its row is
-committed, which is after its blob is durable; a blob is removed after its last row is. So a crash at any point leaves
-at most a blob without a row, and start-up removes those. Entries belong to a base model's fingerprint, and only the
+committed, which is after its blob is durable; a blob is removed after its last row is and its last hold has ended. So a
+crash at any point leaves at most a blob without a row, and start-up removes those. Entries belong to a base model's fingerprint, and only the
 entries of this base are visible. One process holds the registry; its methods may be called from any thread.
 """
 
@@ -59,7 +59,16 @@ class AdapterEntry:
 
 
 Entries: TypeAlias = list[AdapterEntry]
+Digests: TypeAlias = list[str]
 Lines: TypeAlias = list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """The versions that went, and the digests that this base has no use for any more: no name, no hold."""
+
+    entries: Entries
+    unused: Digests
 
 
 class Registry:
@@ -101,7 +110,7 @@ class Registry:
         """
         check_name(name)
         with self._lock:
-            if not self._blobs.is_held(blob):
+            if not self._blobs.is_staged(blob):
                 raise AdapterConflict("The upload was discarded, or committed before.", param="name")
             with self._transaction():
                 self._add_version(name, (blob.digest, family, rank, nbytes, source, time.time()))
@@ -109,13 +118,23 @@ class Registry:
             return self.get(name)
 
     def discard(self, blob: Blob) -> None:
-        """Give a staged blob up. It goes unless a version refers to it, or another caller has staged it too.
+        """Give a staged blob up. It goes unless a version refers to it, or somebody else holds it too.
 
         A second time does nothing.
         """
+        self.release(blob.ticket)
+
+    def hold(self, reference: str) -> tuple[AdapterEntry, str]:
+        """As ``get``, and keeps the files until the ticket is released, whatever is deleted meanwhile."""
         with self._lock:
-            self._blobs.release(blob)
-            self._collect([blob.digest])
+            entry = self.get(reference)
+            return entry, self._blobs.hold(entry.digest)
+
+    def release(self, ticket: str) -> Digests:
+        """End a hold. Returns the digest where this base has no use for it any more. A second time does nothing."""
+        with self._lock:
+            digest = self._blobs.release(ticket)
+            return [] if digest is None else self._collect([digest])
 
     def get(self, reference: str) -> AdapterEntry:
         """The current version of ``name``, or ``name@3``. Raises AdapterNotFound, AdapterNameInvalid."""
@@ -144,22 +163,24 @@ class Registry:
             return entry
 
     def pin(self, name: str, pinned: bool) -> AdapterEntry:
-        """Pinned names are loaded at start and kept. Raises AdapterNotFound."""
+        """Mark a name, or take the mark off: new versions keep it, a delete ends it. Raises AdapterNotFound.
+
+        It is recorded and shown. Loading and eviction do not look at it.
+        """
         with self._lock, self._transaction():
             self.get(check_name(name))
             self._db.execute("UPDATE names SET pinned = ? WHERE base = ? AND name = ?", (pinned, self._base, name))
             return self.get(name)
 
-    def delete(self, name: str) -> Entries:
-        """Remove a name with all its versions, and blobs that nobody else refers to. Raises AdapterNotFound."""
+    def delete(self, name: str) -> Deletion:
+        """Remove a name with all its versions, and blobs that nobody else refers to or holds. Raises AdapterNotFound."""
         with self._lock:
             with self._transaction():
                 gone = self.versions(name)
                 key = (self._base, name)
                 self._db.execute("DELETE FROM versions WHERE base = ? AND name = ?", key)
                 self._db.execute("UPDATE names SET current = NULL, pinned = 0 WHERE base = ? AND name = ?", key)
-            self._collect(sorted({entry.digest for entry in gone}))
-            return gone
+            return Deletion(gone, self._collect(sorted({entry.digest for entry in gone})))
 
     def close(self) -> None:
         with self._lock:
@@ -192,11 +213,15 @@ class Registry:
         path = self._blobs.path(digest)
         return AdapterEntry(name, version, digest, path, family, rank, nbytes, source, created, bool(pinned))
 
-    def _collect(self, digests: Iterable[str]) -> None:
-        """Remove those blobs that no version of any base refers to."""
-        for digest in digests:
-            if not self._db.execute("SELECT 1 FROM versions WHERE digest = ? LIMIT 1", (digest,)).fetchone():
-                self._blobs.remove(digest)
+    def _collect(self, digests: Iterable[str]) -> Digests:
+        """Those that this base has no use for. Blobs that no version of any base refers to are removed."""
+        return [digest for digest in digests if self._is_unused(digest)]
+
+    def _is_unused(self, digest: str) -> bool:
+        bases = {row[0] for row in self._db.execute("SELECT DISTINCT base FROM versions WHERE digest = ?", (digest,))}
+        if self._base in bases or self._blobs.is_held(digest):
+            return False
+        return bool(bases) or self._blobs.remove(digest)
 
     def _reconcile(self) -> Lines:
         digests = {row[0] for row in self._db.execute("SELECT DISTINCT digest FROM versions")}

@@ -55,7 +55,7 @@ async def list_versions(request: Request, name: str) -> dict[str, Any]:
 
 @router.delete("/v1/adapters/{name}")
 async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Removes the name with all its versions. Requests in flight finish."""
+    """Removes the name with all its versions. Requests in flight finish; the files go with the last of them."""
     removed = await server_of(request).require_loaded().store.delete(name)
     return {"name": name, "object": "adapter", "deleted": True, "versions": [entry.version for entry in removed]}
 
@@ -64,9 +64,7 @@ async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
 async def load_adapter(request: Request, name: str) -> dict[str, Any]:
     """Makes a version resident before the first request needs it."""
     server = server_of(request)
-    store = server.require_ready().store
-    entry = await store.get(name)
-    await store.load(entry)
+    entry = await server.require_ready().store.load(name)
     return {**_card(server, entry), "tier": "device"}
 
 

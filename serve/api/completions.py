@@ -45,7 +45,7 @@ async def completions(request: Request) -> Response:
     body = await read_json(request, CompletionRequest)
     server = server_of(request)
     loaded = server.require_ready()
-    target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters)
+    target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
     prompts = await _tokens(loaded, body.prompts, body.add_special_tokens)
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS)
     return await answer(request, job, CompletionShape(), stream=bool(body.stream), usage=body.wants_usage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from contextlib import AsyncExitStack
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +23,8 @@ log = structlog.get_logger("onebase.http")
 class RequestContext:
     """Gives every request an id (the client's, if printable and short), logs it and counts it by route and status.
 
-    The id is for logs and response ids only: engine requests have keys of their own.
+    The id is for logs and response ids only: engine requests have keys of their own. ``request.state.held`` is what
+    the request holds on to (reservations, files); it is let go once the response has ended, however it ended.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -35,7 +37,8 @@ class RequestContext:
             return
         request_id = request_id_of(Headers(scope=scope).get(HEADER))
         status, start = 0, time.monotonic()
-        scope.setdefault("state", {}).update(request_id=request_id, started=start)
+        held = AsyncExitStack()
+        scope.setdefault("state", {}).update(request_id=request_id, started=start, held=held)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -45,7 +48,8 @@ class RequestContext:
             await send(message)
 
         try:
-            await self._app(scope, receive, sending)
+            async with held:
+                await self._app(scope, receive, sending)
         finally:
             self._record(scope, status or 499, request_id, time.monotonic() - start)
 

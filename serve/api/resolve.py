@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from onebase.adapters.errors import AdapterNameInvalid, AdapterNotFound
@@ -30,13 +31,18 @@ class Target:
     uses: tuple[AdapterUse, ...]
 
 
-async def resolve(store: AdapterStore, base_name: str, model: str, extra: Sequence[AdapterScale] = ()) -> Target:
-    """Raises ApiError 404 for a name that is neither the base, an adapter, nor ``name@version`` of one."""
+async def resolve(
+    store: AdapterStore, base_name: str, model: str, extra: Sequence[AdapterScale], until: AsyncExitStack
+) -> Target:
+    """What the names mean now; the files of their adapters stay until ``until`` closes.
+
+    Raises ApiError 404 for a name that is neither the base, an adapter, nor ``name@version`` of one.
+    """
     found: list[tuple[AdapterEntry, float]] = []
     if model != base_name:
-        found.append((await find_model(store, model, "model"), 1.0))
+        found.append((await find_model(store, model, "model", until), 1.0))
     for index, item in enumerate(extra):
-        found.append((await find_model(store, item.name, f"adapters.{index}.name"), item.scale))
+        found.append((await find_model(store, item.name, f"adapters.{index}.name", until), item.scale))
     if len({entry.digest for entry, _ in found}) < len(found):
         raise bad_request("The same adapter is named twice: give it once, with the scale you want.", "adapters")
     return Target(
@@ -47,9 +53,12 @@ async def resolve(store: AdapterStore, base_name: str, model: str, extra: Sequen
     )
 
 
-async def find_model(store: AdapterStore, reference: str, param: str) -> AdapterEntry:
+async def find_model(
+    store: AdapterStore, reference: str, param: str, until: AsyncExitStack | None = None
+) -> AdapterEntry:
+    """The adapter, held if ``until`` is given. Raises ApiError 404."""
     try:
-        return await store.get(reference)
+        return await (store.get(reference) if until is None else store.hold(reference, until))
     except (AdapterNotFound, AdapterNameInvalid) as error:
         message = f"The model {reference!r} does not exist: /v1/models lists what does."
         raise ApiError(404, message, param=param, code="model_not_found") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from onebase.adapters.blobs import Blob
@@ -12,7 +12,7 @@ from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineErro
 from onebase.adapters.names import check_name
 from onebase.adapters.registry import AdapterEntry, Registry
 from onebase.serve.engine.client import EngineClient
-from onebase.serve.engine.messages import AdapterReady, AdapterUse
+from onebase.serve.engine.messages import AdapterUse
 
 
 class AdapterStore:
@@ -34,6 +34,12 @@ class AdapterStore:
 
     async def get(self, reference: str) -> AdapterEntry:
         return await asyncio.to_thread(self.registry.get, reference)
+
+    async def hold(self, reference: str, until: AsyncExitStack) -> AdapterEntry:
+        """As ``get``, and its files stay until the stack closes: the engine may have to read them again."""
+        entry, ticket = await asyncio.to_thread(self.registry.hold, reference)
+        until.push_async_callback(self._release, ticket)
+        return entry
 
     async def versions(self, name: str) -> list[AdapterEntry]:
         return await asyncio.to_thread(self.registry.versions, check_name(name))
@@ -69,20 +75,30 @@ class AdapterStore:
         await self.refresh()
         return entry
 
-    async def load(self, entry: AdapterEntry) -> AdapterReady:
-        return await self._engine.load_adapter(AdapterUse(entry.digest, str(entry.path)))
+    async def load(self, reference: str) -> AdapterEntry:
+        """Makes a version resident. Raises AdapterError."""
+        async with AsyncExitStack() as held:
+            entry = await self.hold(reference, held)
+            await self._engine.load_adapter(AdapterUse(entry.digest, str(entry.path)))
+            return entry
 
     async def unload(self, digest: str) -> bool:
         return await self._engine.unload_adapter(digest)
 
     async def delete(self, name: str) -> list[AdapterEntry]:
-        """Removes all versions, and frees the device where no other name has the same content."""
-        removed = await asyncio.to_thread(self.registry.delete, check_name(name))
-        kept = {version.digest for entry in await self.refresh() for version in await self.versions(entry.name)}
-        for digest in {entry.digest for entry in removed} - kept:
+        """Removes all versions. Content that no other name has is freed once no request in flight uses it."""
+        gone = await asyncio.to_thread(self.registry.delete, check_name(name))
+        await self.refresh()
+        await self._free(gone.unused)
+        return gone.entries
+
+    async def _release(self, ticket: str) -> None:
+        await self._free(await asyncio.to_thread(self.registry.release, ticket))
+
+    async def _free(self, digests: Iterable[str]) -> None:
+        for digest in digests:
             with suppress(EngineError):  # a dead engine holds no adapter
                 await self._engine.unload_adapter(digest)
-        return removed
 
 
 def _by_digest(entries: Iterable[AdapterEntry]) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import bad_request
-from onebase.serve.api.resolve import resolve
+from onebase.serve.api.resolve import find_model
 from onebase.serve.api.schemas import MAX_TOKENS, DetokenizeRequest, TokenizeRequest
 from onebase.serve.api.state import Loaded, server_of
 
@@ -49,8 +49,8 @@ async def _loaded(request: Request, model: str | None) -> Loaded:
     """The tokenizer is the base's whatever adapter is named, but the name must exist."""
     server = server_of(request)
     loaded = server.require_loaded()
-    if model is not None:
-        await resolve(loaded.store, server.settings.base_name, model)
+    if model is not None and model != server.settings.base_name:
+        await find_model(loaded.store, model, "model")
     return loaded
 
 

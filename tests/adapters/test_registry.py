@@ -114,7 +114,9 @@ def test_versions_rollback_and_delete(registry: Registry, root: Path, adapter: P
     assert push(registry, "a", other).version == 3, "what is not current is a new version"
     assert push(registry, "b", other).version == 1
 
-    assert [entry.version for entry in registry.delete("a")] == [1, 2, 3]
+    gone = registry.delete("a")
+    assert [entry.version for entry in gone.entries] == [1, 2, 3]
+    assert gone.unused == [first.digest]
     assert on_disk(root) == {second.digest}, "b still refers to it"
     for missing in ("a", "a@1"):
         with pytest.raises(AdapterNotFound):
@@ -155,10 +157,11 @@ def test_only_this_base_is_visible(root: Path, adapter: Path) -> None:
     for fingerprint in ("one", "two"):
         registry = Registry(root, fingerprint)
         assert registry.list() == []
-        assert push(registry, "a", adapter).version == 1
+        entry = push(registry, "a", adapter)
+        assert entry.version == 1
         registry.close()
     registry = Registry(root, "one")
-    registry.delete("a")
+    assert registry.delete("a").unused == [entry.digest], "this base has no use for it any more"
     registry.close()
     registry = Registry(root, "two")
     assert registry.get("a").path.is_dir(), "the blob is shared with the other base"
@@ -235,6 +238,46 @@ def test_discard(registry: Registry, root: Path, adapter: Path) -> None:
     assert on_disk(root) == {blob.digest}, "an upload under way holds it"
     registry.discard(last)
     assert on_disk(root) == set()
+
+
+def test_a_held_version_outlives_its_name_until_the_last_hold_ends(
+    registry: Registry, root: Path, adapter: Path
+) -> None:
+    push(registry, "a", adapter)
+    entry, first = registry.hold("a")
+    again, second = registry.hold("a@1")
+    assert again == entry
+    gone = registry.delete("a")
+    assert (gone.entries, gone.unused) == ([entry], [])
+    with pytest.raises(AdapterNotFound):
+        registry.hold("a")
+    assert registry.release(first) == []
+    assert registry.release(first) == [], "a second time does nothing"
+    assert (entry.path / TENSORS).is_file()
+    assert registry.release(second) == [entry.digest]
+    assert on_disk(root) == set()
+
+
+def test_releasing_what_is_still_named_removes_nothing(registry: Registry, root: Path, adapter: Path) -> None:
+    push(registry, "a", adapter)
+    push(registry, "b", adapter)
+    entry, ticket = registry.hold("a")
+    assert registry.delete("a").unused == []
+    assert registry.release(ticket) == []
+    assert on_disk(root) == {entry.digest}
+    assert registry.delete("b").unused == [entry.digest]
+
+
+def test_holds_end_with_the_process(root: Path, adapter: Path) -> None:
+    registry = Registry(root, "base")
+    push(registry, "a", adapter)
+    registry.hold("a")
+    registry.delete("a")
+    registry.close()
+    registry = Registry(root, "base")
+    assert len(registry.recovered) == 1
+    assert on_disk(root) == set()
+    registry.close()
 
 
 def test_two_servers_cannot_share_a_folder(registry: Registry, root: Path) -> None:

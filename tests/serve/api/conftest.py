@@ -60,6 +60,7 @@ class FakeEngine:
         self.load_failure: Exception | None = None
         self.start_failure: Exception | None = None
         self.gate: asyncio.Event | None = None
+        self.pause: asyncio.Event | None = None
         self.stopped = False
 
     async def start(self) -> None:
@@ -77,6 +78,8 @@ class FakeEngine:
         if self.failure is not None:
             raise self.failure
         try:
+            if self.pause is not None:
+                await self.pause.wait()
             for count, output in enumerate(self.reply(request)):
                 if self.die_after is not None and count >= self.die_after:
                     self.ready = False

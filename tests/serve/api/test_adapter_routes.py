@@ -231,6 +231,52 @@ def test_deleting_one_of_two_names_keeps_the_shared_blob(run: Any, open_site: An
     run(body())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_in_flight_keep_the_files_of_a_deleted_adapter(
+    run: Any, open_site: Any, adapter_folder: Any, tmp_path: Path, stream: bool
+) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            for seed, name in enumerate(("a", "b")):
+                await upload(site, name, adapter_folder(name, seed))
+            site.engine.pause = asyncio.Event()
+            calls = [
+                asyncio.create_task(site.complete(model=model, stream=stream, n=2, max_tokens=4))
+                for model in ("a", "a@1", "b")
+            ]
+            while len(site.engine.requests) < 6:
+                await asyncio.sleep(0.001)
+            for name in ("a", "b"):
+                assert (await site.http.delete(f"/v1/adapters/{name}")).status_code == 200
+                assert (await site.complete(model=name)).status_code == 404
+            paths = {Path(use.path) for request in site.engine.requests for use in request.adapters}
+            assert len(paths) == 2
+            assert all((path / "adapter_config.json").is_file() for path in paths)
+            assert len(site.engine.stats.resident) == 2
+            site.engine.pause.set()
+            assert [(await call).status_code for call in calls] == [200, 200, 200]
+            assert not any(path.exists() for path in paths)
+            assert site.engine.stats.resident == {}
+
+    run(body())
+
+
+def test_concurrent_deletes_free_what_nobody_names(run: Any, open_site: Any, adapter_folder: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            for index in range(8):
+                await upload(site, f"n{index}", adapter_folder(f"f{index}", index // 2))
+            queries: list[str] = []
+            site.server.loaded.store.registry._db.set_trace_callback(queries.append)
+            answers = await asyncio.gather(*(site.http.delete(f"/v1/adapters/n{index}") for index in range(7)))
+            assert [answer.status_code for answer in answers] == [200] * 7
+            assert len(site.engine.stats.resident) == 1
+            assert len(queries) < 7 * 10, "a delete asks for nothing by the number of names"
+            assert (await site.complete(model="n7", max_tokens=1)).status_code == 200
+
+    run(body())
+
+
 def test_concurrent_uploads_of_one_name_are_versions(run: Any, open_site: Any, adapter_folder: Any) -> None:
     async def body() -> None:
         async with open_site() as site:
