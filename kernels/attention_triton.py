@@ -5,6 +5,7 @@ A program takes the queries of one tile (sequence, first query) that share one k
 its rows, so K and V are read once per kv head. The softmax is FlashAttention's online one, in float32 and base 2.
 Few rows over long contexts leave most of the device idle: their keys are split over programs, whose partial sums a
 second kernel adds up (Flash-Decoding). Grids come from lengths known on the host; nothing waits for the device.
+Triton compiles anew for each class of an argument (one, a multiple of 16): what changes with the batch is exempt.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SPLITS = 64
 INTERPRETER_PROCESSORS = 4
+BATCH_VIEWS = ["tables", "query_starts", "kv_lens"]  # cut from one upload: their alignment changes with the batch
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def _store_partial(acc, top, total, partial, stats, dim, DIM: tl.constexpr, BLOC
     tl.store(partial + item[:, None] * DIM + dim[None, :], acc, mask=dim[None, :] < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=BATCH_VIEWS)
 def _attend(
     q, k_pages, v_pages, out, partial, stats, tables, query_starts, kv_lens, tiles, sinks,
     q_t, q_h, q_d, page_stride, slot_stride, head_stride, dim_stride, out_t, out_h, table_stride,
@@ -154,7 +156,7 @@ def _attend(
         _finish(acc, top, total, out, sinks, start + query, head, dim, live, out_t, out_h, DIM, HAS_SINKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["query_starts"])
 def _reduce(
     partial, stats, out, query_starts, tiles, sinks, out_t, out_h, splits,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -249,14 +251,15 @@ class TritonAttention:
                 decode = bool(lens[rows[0]] == 1)
                 blocks = _Blocks.of(group, cache.head_dim, cache.data.dtype.itemsize, decode)
                 tiles = _tiles(batch, rows, blocks.m // group)
-                longest = min(max(batch.kv_lens[i] for i in rows), window or batch.kv_lens[rows[0]])
-                splits = self._splits(len(tiles) * cache.num_kv_heads, longest) if decode else 1
+                longest = max(batch.kv_lens[i] for i in rows)
+                keys = min(longest, window) if window else longest
+                splits = self._splits(len(tiles) * cache.num_kv_heads, keys) if decode else 1
                 launches.append(_Launch(_upload(tiles, batch.slots.device), blocks, splits))
         return launches
 
-    def _splits(self, programs: int, longest: int) -> int:
+    def _splits(self, programs: int, keys: int) -> int:
         """Enough to give each processor two programs, none shorter than split_tokens."""
-        return max(1, min(-(-2 * self.processors // programs), longest // self.split_tokens, MAX_SPLITS))
+        return max(1, min(-(-2 * self.processors // programs), keys // self.split_tokens, MAX_SPLITS))
 
 
 def _tiles(batch: AttentionBatch, rows: np.ndarray, tokens: int) -> np.ndarray:

@@ -9,6 +9,9 @@ Configuration, chosen by shape and never by trial at run time:
   for decode, K is split into parts of 512 over the grid, because a few tiles alone leave most of the device idle.
   Parts are summed in expand in a fixed order: no atomics, equal results run to run.
 - expand: BLOCK_N 64 for decode (more programs in flight), 128 for taller tiles; BLOCK_R as in shrink.
+
+Triton compiles anew for each class of an argument (one, a multiple of 16, aligned or not), which would stall a step.
+So what changes with the batch is exempt, or always a multiple of 16: xa's rows are padded to that.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -39,7 +42,7 @@ def _dot(left, right, WIDE: tl.constexpr):
     return tl.dot(left, right, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed_rows", "group_size"])
 def _shrink_kernel(
     x,  # [rows, in_features], row stride x_stride
     arena,
@@ -88,7 +91,7 @@ def _shrink_kernel(
     tl.store(out, acc, mask=here[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def _expand_kernel(
     y,  # [rows, out_features], row stride y_stride
     arena,
@@ -153,10 +156,10 @@ def _expand_kernel(
 
 @dataclass(frozen=True, slots=True)
 class TritonShrunk(Shrunk):
-    """xa: [splits, group, packed_rows, width] fp32, or None where no program has a rank at the group."""
+    """xa: [splits, group, packed_rows, width] fp32; width: the largest rank, up to a multiple of 16."""
 
     group: tuple[int, ...]
-    xa: Tensor | None
+    xa: Tensor
 
 
 class TritonKernels:
@@ -170,10 +173,8 @@ class TritonKernels:
 
     def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> TritonShrunk:
         tables, tiles = self._tables, tiles_of(plan, self._tables)
-        width = tables.max_rank(group, plan)
-        if width == 0:
-            return TritonShrunk(group, None)
         _require_rows("x", x)
+        width = _padded(tables.max_rank(group, plan))
         in_features = x.shape[1]
         splits = _splits(tiles, in_features)
         xa = torch.empty((splits, len(group), tiles.packed_rows, width), dtype=torch.float32, device=x.device)
@@ -190,9 +191,6 @@ class TritonKernels:
         mine = own(shrunk, TritonShrunk)
         if not self._tables.uses(site, plan):
             return
-        if mine.xa is None:
-            self._expand(y, y, site, plan, splits=1, split_stride=0, width=0, token=False)
-            return
         splits, _, packed_rows, width = mine.xa.shape
         member = mine.xa[:, mine.group.index(site)]
         stride = len(mine.group) * packed_rows * width
@@ -200,7 +198,7 @@ class TritonKernels:
 
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         if self._tables.uses(site, plan, token=True):
-            width = self._tables.max_rank((site,), plan)
+            width = _padded(self._tables.max_rank((site,), plan))
             self._expand(y, tokens.contiguous(), site, plan, splits=1, split_stride=0, width=width, token=True)
 
     def forget(self, handle: int) -> None:
@@ -243,6 +241,10 @@ def _splits(tiles: Tiles, in_features: int) -> int:
     if tiles.block_m > 16:
         return 1
     return max(1, min(_MAX_SPLITS, in_features // _SPLIT_SIZE))
+
+
+def _padded(rank: int) -> int:
+    return max(16, triton.cdiv(rank, 16) * 16)
 
 
 def _block_r(rank: int, buffer: Tensor) -> int:

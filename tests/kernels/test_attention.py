@@ -249,6 +249,18 @@ def test_triton_splits_long_contexts() -> None:
         assert (got.double() - world.expected()).abs().max() < 5e-6
 
 
+@pytest.mark.parametrize(("window", "splits"), [(None, 64), (1024, 4), (200_000, 64)])
+def test_triton_splits_by_the_longest_row(window: int | None, splits: int) -> None:
+    """Whichever row it is, and by no more keys than a window leaves."""
+    from onebase.kernels.attention_triton import TritonAttention
+
+    cache = PageCache.allocate(1, 16, 1, 16, torch.float32, CPU)
+    for kv_lens in ((20, 100_000), (100_000, 20)):
+        batch = AttentionBatch.build([1, 1], kv_lens, [[0] * 6250] * 2, 16, CPU)
+        (launch,) = TritonAttention(processors=132)._launches(batch, cache, 1, window)
+        assert launch.splits == splits
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_touches_only_its_slots(name: str) -> None:
     """Every slot but the step's own is bit-identical before and after, and those hold k and v."""
