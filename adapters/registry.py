@@ -1,9 +1,10 @@
 """The durable registry: names -> versions -> digest -> blob.
 
 SQLite (WAL, synchronous=FULL) beside content-addressed blob folders. A version is acknowledged when its row is
-committed, which is after its blob is durable; a blob is removed after its last row is and its last hold has ended. So a
-crash at any point leaves at most a blob without a row, and start-up removes those. Entries belong to a base model's fingerprint, and only the
-entries of this base are visible. One process holds the registry; its methods may be called from any thread.
+committed, which is after its blob is durable; a blob is removed after its last row is and its last hold has ended.
+So a crash at any point leaves at most blobs without a row, and start-up removes those. Entries belong to a base
+model's fingerprint, and only the entries of this base are visible. One process holds the registry; its methods may be
+called from any thread.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class Registry:
             return self.get(name)
 
     def delete(self, name: str) -> Deletion:
-        """Remove a name with all its versions, and blobs that nobody else refers to or holds. Raises AdapterNotFound."""
+        """Remove a name with all its versions, and blobs that nobody refers to or holds. Raises AdapterNotFound."""
         with self._lock:
             with self._transaction():
                 gone = self.versions(name)

@@ -52,6 +52,10 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Context: prompt and answer, in tokens.")] = None,
     max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
+    max_inflight_seqs: Annotated[
+        int | None, typer.Option(help="Sequences accepted at once, running or waiting; over it 429.")
+    ] = None,
+    max_inflight_tokens: Annotated[int | None, typer.Option(help="Their prompt tokens; over it 429.")] = None,
     device_memory: Annotated[float | None, typer.Option(help="Share of the device to use, 0 to 1.")] = None,
     kv_memory: Annotated[float | None, typer.Option(help="GiB for KV pages.")] = None,
     adapter_memory: Annotated[float | None, typer.Option(help="GiB for adapters on the device.")] = None,

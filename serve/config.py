@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(default=None, ge=1, le=1 << 24)
     max_batch_tokens: int = Field(default=2048, ge=1, le=1 << 20)
     max_num_seqs: int = Field(default=64, ge=1, le=1 << 16)
+    max_inflight_seqs: int = Field(default=4096, ge=1, le=1 << 20)
+    max_inflight_tokens: int = Field(default=1 << 23, ge=1, le=1 << 32)
     device_memory: float = Field(default=0.9, gt=0, le=1)
     kv_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
     adapter_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
@@ -96,6 +98,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host {self.host} is reachable from other machines: set --api-key and --admin-key, "
                 "or say --insecure to serve without them"
+            )
+        if self.max_inflight_seqs < self.max_num_seqs:
+            raise ValueError(
+                f"max_inflight_seqs is {self.max_inflight_seqs}, below max_num_seqs, {self.max_num_seqs}: "
+                "so many could never run at once"
             )
         for name in self.adapters:
             if name == self.base_name:

@@ -9,6 +9,7 @@ from functools import partial
 from fastapi import FastAPI
 
 from onebase.serve.api import adapters, chat, completions, health, models, openapi, tokenize, vllm_compat
+from onebase.serve.api.admission import Admission
 from onebase.serve.api.errors import install_handlers
 from onebase.serve.api.lifecycle import running
 from onebase.serve.api.middleware import RequestContext
@@ -21,7 +22,8 @@ from onebase.serve.metrics import Metrics, Names
 def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     """The application; its lifespan starts and stops the engine. ``app.state.server`` is the Server."""
     metrics = Metrics(engine, lambda: _names(server))
-    server = Server(settings, engine, metrics)
+    admission = Admission(settings.max_inflight_seqs, settings.max_inflight_tokens)
+    server = Server(settings, engine, metrics, admission)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:

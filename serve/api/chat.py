@@ -47,8 +47,10 @@ async def chat_completions(request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     server = server_of(request)
     loaded = server.require_ready()
+    server.admission.sequences.take(body.choices, request.state.held, "n")
     target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
     messages = [message.for_template() for message in body.messages]
     prompt = await loaded.codec.encode_chat(messages, limit=loaded.info.max_model_len)
     job = plan(server, loaded, target, body, [prompt], None)
+    server.admission.tokens.take(job.prompt_tokens, request.state.held, "messages")
     return await answer(request, job, ChatShape(), stream=bool(body.stream), usage=body.wants_usage)

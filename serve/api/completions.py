@@ -45,9 +45,11 @@ async def completions(request: Request) -> Response:
     body = await read_json(request, CompletionRequest)
     server = server_of(request)
     loaded = server.require_ready()
+    server.admission.sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
     target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
     prompts = await _tokens(loaded, body.prompts, body.add_special_tokens)
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS)
+    server.admission.tokens.take(job.prompt_tokens, request.state.held, "prompt")
     return await answer(request, job, CompletionShape(), stream=bool(body.stream), usage=body.wants_usage)
 
 

@@ -56,6 +56,11 @@ class Job:
     stops: tuple[str, ...]
     usage: Usage
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all sequences: each choice runs its prompt."""
+        return sum(len(request.prompt) for request in self.requests)
+
     async def deltas(self, started: float) -> AsyncGenerator[Delta, None]:
         """Closing it aborts every sequence. Raises EngineError and AdapterError.
 

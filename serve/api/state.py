@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from fastapi import Request
 
+from onebase.serve.api.admission import Admission
 from onebase.serve.api.errors import not_ready
 from onebase.serve.config import Settings
 from onebase.serve.engine.client import EngineClient
@@ -44,6 +45,7 @@ class Server:
     settings: Settings
     engine: EngineClient
     metrics: Metrics
+    admission: Admission
     loaded: Loaded | None = None
     failure: str | None = None
     on_ready: list[Callable[[], None]] = field(default_factory=list)

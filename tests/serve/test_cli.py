@@ -141,7 +141,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "served_model_name": "n", "adapter": "a=/x", "host": "::1", "port": "1", "revision": "r", "dtype": "float32",
         "device": "cpu", "max_model_len": "2", "max_batch_tokens": "3", "max_num_seqs": "4", "device_memory": "0.5",
         "kv_memory": "6", "adapter_memory": "7", "data_dir": "/d", "allow_path": str(tmp_path), "max_upload_gib": "8",
-        "api_key": "k", "admin_key": "l",
+        "max_inflight_seqs": "9", "max_inflight_tokens": "10", "api_key": "k", "admin_key": "l",
     }  # fmt: skip
     arguments = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
     done = CliRunner().invoke(app, ["serve", "m", "--trust-remote-code", "--insecure", *arguments])

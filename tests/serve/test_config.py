@@ -23,9 +23,10 @@ def test_precedence_is_command_line_environment_file_default(tmp_path: Path, mon
     file.write_text('model = "file"\nport = 1\nmax_num_seqs = 2\nhost = "localhost"\nadapter = ["a=/x", "b=/y"]\n')
     monkeypatch.setenv("ONEBASE_PORT", "3")
     monkeypatch.setenv("ONEBASE_MAX_NUM_SEQS", "4")
+    monkeypatch.setenv("ONEBASE_MAX_INFLIGHT_SEQS", "6")
     settings = load_settings({"max_num_seqs": 5}, file)
     assert (settings.model, settings.max_num_seqs, settings.port, settings.host) == ("file", 5, 3, "localhost")
-    assert settings.max_batch_tokens == 2048
+    assert (settings.max_batch_tokens, settings.max_inflight_seqs) == (2048, 6)
     assert settings.adapters == {"a": Path("/x"), "b": Path("/y")}
 
 
@@ -62,6 +63,9 @@ def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
         {"model": "m", "device_memory": 1.1},
         {"model": "m", "max_model_len": 0},
         {"model": "m", "kv_memory": -1},
+        {"model": "m", "max_inflight_seqs": 0},
+        {"model": "m", "max_inflight_tokens": 0},
+        {"model": "m", "max_num_seqs": 8, "max_inflight_seqs": 7},
         {"model": "m", "adapter": ["noequals"]},
         {"model": "m", "adapter": ["a="]},
         {"model": "m", "adapter": ["../a=/x"]},

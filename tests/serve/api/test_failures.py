@@ -172,5 +172,7 @@ def test_a_client_that_leaves_aborts_its_sequences(
             await asyncio.wait_for(call_and_leave(site, after, stream=stream, n=n, max_tokens=100), 5)
             assert len(site.engine.requests) == n
             assert sorted(site.engine.aborted) == sorted(r.id for r in site.engine.requests)
+            admission = site.server.admission
+            assert (admission.sequences.taken, admission.tokens.taken) == (0, 0)
 
     run(body())
