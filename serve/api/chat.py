@@ -50,7 +50,7 @@ async def chat_completions(request: Request) -> Response:
     server.admission.sequences.take(body.choices, request.state.held, "n")
     target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
     messages = [message.for_template() for message in body.messages]
-    prompt = await loaded.codec.encode_chat(messages, limit=loaded.info.max_model_len)
+    prompt = await loaded.codec.encode_chat(messages, max_chars=loaded.max_chars)
     job = plan(server, loaded, target, body, [prompt], None)
     server.admission.tokens.take(job.prompt_tokens, request.state.held, "messages")
     return await answer(request, job, ChatShape(), stream=bool(body.stream), usage=body.wants_usage)

@@ -57,5 +57,5 @@ async def _tokens(loaded: Loaded, prompts: Sequence[str | list[int]], special: b
     """Prompts given as ids are taken as they are: no token is added to them."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts:
-        return await loaded.codec.encode(texts, special=special, limit=loaded.info.max_model_len)
+        return await loaded.codec.encode(texts, special=special, max_chars=loaded.max_chars)
     return [prompt for prompt in prompts if not isinstance(prompt, str)]

@@ -30,6 +30,7 @@ async def running(server: Server) -> AsyncGenerator[None, None]:
         with suppress(asyncio.CancelledError):
             await task
         await server.engine.stop()
+        server.parsers.shutdown(wait=False, cancel_futures=True)
         if server.loaded is not None:
             server.loaded.codec.close()
             server.loaded.store.registry.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from onebase.serve.metrics import Metrics
 
 VERSION = version("onebase")
+PARSERS = 2
+CHARS_PER_TOKEN = 32  # prose has 4 or 5 in a token, code with deep indents fewer than 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ class Loaded:
     created: int  # unix seconds; what /v1/models says of the base
 
     @property
+    def max_chars(self) -> int:
+        """Of a prompt. Far over what fits the context, and no more work than one prompt may be."""
+        return self.info.max_model_len * CHARS_PER_TOKEN
+
+    @property
     def fingerprint(self) -> str:
         """OpenAI's system_fingerprint: equal where base weights and server version are."""
         return f"onebase-{VERSION}-{self.info.fingerprint[:12]}"
@@ -40,7 +48,10 @@ class Loaded:
 
 @dataclass(slots=True)
 class Server:
-    """``loaded`` is set when start-up is complete; ``failure`` when it cannot complete, and the server ends."""
+    """``loaded`` is set when start-up is complete; ``failure`` when it cannot complete, and the server ends.
+
+    parsers: threads for long bodies, of their own so that a few of them do not hold up the registry's calls.
+    """
 
     settings: Settings
     engine: EngineClient
@@ -48,6 +59,7 @@ class Server:
     admission: Admission
     loaded: Loaded | None = None
     failure: str | None = None
+    parsers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PARSERS, "parse"))
     on_ready: list[Callable[[], None]] = field(default_factory=list)
     on_failure: list[Callable[[], None]] = field(default_factory=list)
 

@@ -10,8 +10,10 @@ from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.resolve import find_model
-from onebase.serve.api.schemas import MAX_TOKENS, DetokenizeRequest, TokenizeRequest
+from onebase.serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from onebase.serve.api.state import Loaded, server_of
+
+COUNTED_CHARS = 1 << 20  # texts up to this length can be counted, however short the context
 
 router = APIRouter(dependencies=[Depends(require_api_key)])
 
@@ -55,12 +57,13 @@ async def _loaded(request: Request, model: str | None) -> Loaded:
 
 
 async def _tokens(loaded: Loaded, body: TokenizeRequest) -> list[int]:
+    max_chars = max(loaded.max_chars, COUNTED_CHARS)
     if body.messages is None:
         special = body.add_special_tokens is not False
-        (tokens,) = await loaded.codec.encode([body.prompt or ""], special=special, limit=MAX_TOKENS)
+        (tokens,) = await loaded.codec.encode([body.prompt or ""], special=special, max_chars=max_chars)
         return tokens
     messages = [message.for_template() for message in body.messages]
     special = body.add_special_tokens is True
     return await loaded.codec.encode_chat(
-        messages, limit=MAX_TOKENS, special=special, open_turn=body.add_generation_prompt
+        messages, max_chars=max_chars, special=special, open_turn=body.add_generation_prompt
     )

@@ -32,35 +32,32 @@ class TextCodec:
         backend.no_truncation()
         backend.no_padding()
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="tokenise")
-        self._longest = max((len(token) for token in backend.get_vocab()), default=1)
 
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    async def encode(self, texts: Sequence[str], *, special: bool, limit: int) -> list[list[int]]:
-        """Token ids of each. A text that must have more than ``limit`` tokens is refused before it is tokenised."""
-        longest = max(map(len, texts), default=0)
-        if longest > limit * self._longest:
-            raise bad_request(
-                f"The prompt has {longest} characters, which is over the context of {limit} tokens.",
-                code="context_length_exceeded",
-            )
+    async def encode(
+        self, texts: Sequence[str], *, special: bool, max_chars: int, param: str = "prompt"
+    ) -> list[list[int]]:
+        """Token ids of each. A text over ``max_chars`` is refused before it is tokenised: ApiError 400 on ``param``."""
+        _check_length(max(map(len, texts), default=0), max_chars, param)
         if sum(map(len, texts)) <= LONG_TEXT and len(texts) <= MANY_TEXTS:
             return self._encode(texts, special)
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, texts, special)
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, limit: int, special: bool = False, open_turn: bool = True
+        self, messages: Sequence[Mapping[str, str]], *, max_chars: int, special: bool = False, open_turn: bool = True
     ) -> list[int]:
-        """The template's text as token ids; the template writes the special tokens itself."""
+        """The template's text as token ids; the template writes the special tokens itself. See ``encode``."""
         if self._hf.chat_template is None:
             raise bad_request(
                 "The base model has no chat template: use /v1/completions.", "messages", "no_chat_template"
             )
+        _check_length(sum(len(message["content"]) for message in messages), max_chars, "messages")
         loop = asyncio.get_running_loop()
         text = await loop.run_in_executor(self._pool, self._render, list(messages), open_turn)
-        (tokens,) = await self.encode([text], special=special, limit=limit)
+        (tokens,) = await self.encode([text], special=special, max_chars=max_chars, param="messages")
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -96,3 +93,12 @@ class TextCodec:
             raise bad_request(
                 f"The chat template refuses the messages: {error}", "messages", "chat_template"
             ) from error
+
+
+def _check_length(characters: int, allowed: int, param: str) -> None:
+    if characters > allowed:
+        raise bad_request(
+            f"{param}: {characters} characters; at most {allowed} are tokenised, far more than the context holds.",
+            param,
+            "context_length_exceeded",
+        )

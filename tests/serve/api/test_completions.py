@@ -184,7 +184,7 @@ def test_the_text_of_a_stop_token_is_left_out_but_counted(run: Any, open_site: A
     [
         ({"prompt": [65] * 256}, ("256",)),
         ({"prompt": [65] * 200, "max_tokens": 57}, ("200", "57", "256")),
-        ({"prompt": "x" * 100_000}, ("100000", "256")),
+        ({"prompt": "x" * 100_000}, ("prompt", "100000", "8192")),
         ({"prompt": [300]}, ("300", "299")),
         ({"prompt": ""}, ("one",)),
         ({"prompt": []}, ()),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import httpx
 import pytest
+
+from onebase.serve.api.schemas import CompletionRequest
 
 COMPLETION_CASES: list[tuple[dict[str, Any], str]] = [
     ({"model": 5}, "model"),
@@ -231,6 +234,49 @@ def test_tokenize_routes(run: Any, open_site: Any) -> None:
                 assert (await site.post("/tokenize", **bad)).status_code in {400, 404}
             for tokens in ([300], [-1], "x", [2**40]):
                 assert (await site.post("/detokenize", tokens=tokens)).status_code == 400
+
+    run(body())
+
+
+def test_text_far_over_the_context_is_refused_before_it_is_tokenised(
+    run: Any, open_site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            monkeypatch.setattr(site.server.loaded.codec, "_encode", None)
+            monkeypatch.setattr(site.server.loaded.codec, "_render", None)
+            long, longer = "x" * (256 * 32 + 1), "x" * ((1 << 20) + 1)
+            halves = [{"role": "user", "content": text} for text in (long[:5000], long[5000:])]
+            for response, param in (
+                (await site.complete(prompt=["x", long]), "prompt"),
+                (await site.chat(messages=halves), "messages"),
+                (await site.post("/tokenize", prompt=longer), "prompt"),
+                (await site.post("/tokenize", messages=[{"role": "user", "content": longer}]), "messages"),
+            ):
+                error = response.json()["error"]
+                assert (response.status_code, error["param"]) == (400, param), error
+                assert error["code"] == "context_length_exceeded"
+
+    run(body())
+
+
+def test_long_bodies_are_parsed_off_the_event_loop(run: Any, open_site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+    real = CompletionRequest.model_validate_json
+
+    def parse(data: Any) -> CompletionRequest:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return real(data)
+
+    monkeypatch.setattr(CompletionRequest, "model_validate_json", parse)
+
+    async def body() -> None:
+        async with open_site() as site:
+            assert (await site.complete()).status_code == 200
+            assert (await site.complete(prompt=[65] * 70_000)).json()["error"]["code"] == "context_length_exceeded"
+            assert (await site.complete(prompt=["x"] * 70_000)).json()["error"]["param"] == "prompt"
+            assert (await site.complete(user="x" * 70_000)).json()["error"]["param"] == "user"
+            assert threads == [True, False, False, False]
 
     run(body())
 
