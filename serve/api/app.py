@@ -6,10 +6,11 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from onebase.serve.api import adapters, chat, completions, health, models, openapi, tokenize, vllm_compat
 from onebase.serve.api.admission import Admission
+from onebase.serve.api.auth import require_local_host
 from onebase.serve.api.errors import install_handlers
 from onebase.serve.api.lifecycle import running
 from onebase.serve.api.middleware import RequestContext
@@ -30,7 +31,8 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
         async with running(server):
             yield
 
-    app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None)
+    local = Depends(require_local_host)
+    app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None, dependencies=[local])
     app.state.server = server
     for module in (health, models, completions, chat, tokenize, adapters, vllm_compat):
         app.include_router(module.router)

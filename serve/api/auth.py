@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -10,6 +11,28 @@ from pydantic import SecretStr
 
 from onebase.serve.api.errors import ApiError
 from onebase.serve.api.state import server_of
+from onebase.serve.config import is_loopback
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]*)?", re.IGNORECASE)
+
+
+def require_local_host(request: Request) -> None:
+    """Every route of a server that is open to its own machine alone: the Host must be a name of that machine.
+
+    A web page can make its own name resolve to 127.0.0.1, and is then of the same origin as what it asks. But its
+    name stands in the Host header. An API key guards against that as well, and --insecure turns the check off.
+    """
+    settings = server_of(request).settings
+    if settings.api_key is not None or settings.insecure or not is_loopback(settings.host):
+        return
+    host = _HOST.fullmatch(request.headers.get("host", ""))
+    if host is None or not is_loopback(host[1].lower()):
+        raise ApiError(
+            403,
+            "The Host header must be localhost, 127.0.0.1 or [::1]: the server has no API key and is for its own "
+            "machine. Behind a proxy, set --api-key and --admin-key.",
+            code="host_not_allowed",
+        )
 
 
 def require_api_key(request: Request) -> None:

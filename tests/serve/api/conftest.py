@@ -125,7 +125,7 @@ class Site:
         self.app = create_app(settings, engine)  # type: ignore[arg-type]
         self.server = self.app.state.server
         self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test"
+            transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://localhost"
         )
 
     async def settled(self) -> None:

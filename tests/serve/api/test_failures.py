@@ -154,7 +154,7 @@ async def call_and_leave(site: Any, after: int, **options: Any) -> list[dict[str
         "scheme": "http",
         "server": ("test", 80),
         "client": ("test", 1),
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
     }
     await site.app(scope, receive, send)
     return sent
