@@ -6,7 +6,9 @@ many adapters is then bound by reading weights, not by calls. docs of the parts:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -43,6 +45,7 @@ class CpuKernels:
         self._tables = tables
         self._split = CpuSplit(tables, tuning)
         self._panels = Panels(tables, tuning.prepack_after if supported(tables.buffer.dtype) else None)
+        self._schedules: WeakKeyDictionary[BatchPlan, Schedule] = WeakKeyDictionary()
 
     def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> CpuShrunk:
         self._tables.check(plan)
@@ -63,21 +66,25 @@ class CpuKernels:
     def forget(self, handle: int) -> None:
         self._panels.forget(handle)
         self._split.forget(handle)
+        self._keep_schedules(lambda plan, schedule: handle not in plan.handles and schedule.stands)
 
-    @property
-    def pack_bytes(self) -> int:
-        """Host memory that the packs hold beside the arena."""
-        return self._panels.num_bytes
+    def _keep_schedules(self, condition: Callable[[BatchPlan, Schedule], bool]) -> None:
+        """Schedules hold packs, so they live here and not on the plans, which others keep for their own reasons."""
+        for plan in [plan for plan, schedule in self._schedules.items() if not condition(plan, schedule)]:
+            del self._schedules[plan]
 
     def _step(self, site: int, plan: BatchPlan) -> SiteStep:
-        schedule = plan.memo((self, "schedule"), lambda: self._schedule(plan))
+        schedule = self._schedules.get(plan) or self._schedule(plan)
         step = schedule.steps.get(site)
         if step is None or not step.stands:
             step = schedule.steps[site] = make_step(site, plan, schedule, self._tables, self._panels)
         return step
 
     def _schedule(self, plan: BatchPlan) -> Schedule:
-        return make_schedule(plan, self._split.masked(plan), self._panels)
+        schedule = make_schedule(plan, self._split.masked(plan), self._panels)
+        self._keep_schedules(lambda _, kept: kept.stands)
+        self._schedules[plan] = schedule
+        return schedule
 
     def _token_segment(self, y: Tensor, tokens: Tensor, site: int, use: Use) -> None:
         segment, op = use

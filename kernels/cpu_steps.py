@@ -82,6 +82,11 @@ class Schedule:
     steps: dict[int, SiteStep] = field(default_factory=dict)
     masks: dict[Hashable, Mask] = field(default_factory=dict)
 
+    @property
+    def stands(self) -> bool:
+        """Whether its panels are still in use. A panel that was given up has no programs."""
+        return all(part.panel.handles for part in self.panels)
+
 
 def make_schedule(plan: BatchPlan, masked: frozenset[Segment], panels: Panels) -> Schedule:
     handles = sorted({segment.handle for segment in masked})

@@ -244,7 +244,7 @@ def _splits(tiles: Tiles, in_features: int) -> int:
 
 
 def _padded(rank: int) -> int:
-    return max(16, triton.cdiv(rank, 16) * 16)
+    return max(16, -(-rank // 16) * 16)
 
 
 def _block_r(rank: int, buffer: Tensor) -> int:

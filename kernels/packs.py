@@ -64,11 +64,6 @@ class SitePack:
         else:
             y.addmm_(xa, self._b[: self.used])
 
-    @property
-    def num_bytes(self) -> int:
-        copies = 1 if self._prepacked is None else 2
-        return copies * sum(tensor.numel() * tensor.element_size() for tensor in (self._a, self._b))
-
     def ensure(self, wanted: dict[int, Operands]) -> None:
         """Give every wanted program its columns; columns of others may be overwritten. Ranks are above 0."""
         missing = [handle for handle in wanted if handle not in self.columns]
@@ -181,13 +176,10 @@ class Panels:
         for site in range(len(self._tables.sites)):
             self._packable.pop((handle, site), None)
 
-    @property
-    def num_bytes(self) -> int:
-        """Host memory that the packs hold."""
-        return sum(pack.num_bytes for panel in self._panels for pack in panel.packs.values())
-
     def _dissolve(self, limit: int) -> None:
         self._panels.sort(key=lambda panel: -len(panel.handles))
+        for panel in self._panels[limit:]:
+            panel.handles.clear()
         del self._panels[limit:]
 
     def _roomy(self) -> Panel:

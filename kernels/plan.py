@@ -36,7 +36,7 @@ class Segment:
 class BatchPlan:
     """Segments over ``num_rows`` rows, ordered by (start, handle). Immutable but for its memo."""
 
-    __slots__ = ("_memo", "handles", "num_rows", "segments")
+    __slots__ = ("__weakref__", "_memo", "handles", "num_rows", "segments")
 
     def __init__(self, num_rows: int, segments: Iterable[Segment] = ()) -> None:
         """Raises ValueError for an empty segment, one outside the rows, a scale that is zero or not finite, or a
@@ -116,11 +116,6 @@ class PlanCache:
         while len(self._plans) > self._capacity:
             self._plans.popitem(last=False)
         return plan
-
-    def forget(self, handle: int) -> None:
-        """Drop the plans that use a program about to be removed."""
-        for key in [key for key, plan in self._plans.items() if handle in plan.handles]:
-            del self._plans[key]
 
 
 def _check(segment: Segment, num_rows: int, taken: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from onebase.kernels.cpu import CpuKernels
 from onebase.kernels.cpu_split import CpuSplit, CpuTuning
-from onebase.kernels.packs import PANEL_PROGRAMS
+from onebase.kernels.packs import PANEL_PROGRAMS, SitePack
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.reference import ReferenceKernels
 from onebase.kernels.tables import Operands, ProgramTables, SiteShape
@@ -64,6 +65,13 @@ class Server:
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-3)
 
 
+def pack_bytes(tables: ProgramTables) -> int:
+    """Host memory of every pack that is alive for these tables, whoever keeps it."""
+    packs = [found for found in gc.get_objects() if type(found) is SitePack and found._tables is tables]
+    held = [tensor for pack in packs for tensor in (pack._a, pack._b, *(pack._prepacked or ()))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
 def random_plan(rng: random.Random, handles: list[int]) -> BatchPlan:
     chosen = sorted(rng.sample(handles, rng.randint(1, len(handles))))
     runs = [(rng.choice((1, 1, 1, 2, 9)), ((handle, rng.choice((1.0, 0.5))),)) for handle in chosen]
@@ -113,17 +121,32 @@ def test_one_leaves_and_one_enters_keeps_packs_small(ranks: tuple[int, ...]) -> 
         server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in server.slot]))
         live = sum(server.tables.operands(handle)[0].rank for handle in server.slot)
         columns = live + live // 4 + 4 * 32
-        assert server.body.pack_bytes <= columns * sum(site.in_features + site.out_features for site in SITES) * 4
+        assert pack_bytes(server.tables) <= columns * sum(site.in_features + site.out_features for site in SITES) * 4
 
 
 def test_forgetting_everything_frees_the_packs() -> None:
+    """Even while others keep the plans."""
     server = Server(4)
     handles = [server.load(8) for _ in range(4)]
-    server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles]))
-    assert server.body.pack_bytes > 0
+    plan = BatchPlan.from_rows([((handle, 1.0),) for handle in handles])
+    server.check(plan)
+    assert pack_bytes(server.tables) > 0
     for handle in handles:
         server.unload(handle)
-    assert server.body.pack_bytes == 0
+    assert pack_bytes(server.tables) == 0
+    assert plan.handles == set(handles)
+
+
+def test_plans_that_are_kept_do_not_keep_dissolved_packs() -> None:
+    server = Server(3 * PANEL_PROGRAMS, CpuTuning(call=1e9, mask=0))  # none is prepacked so soon
+    handles = [server.load(4) for _ in range(3 * PANEL_PROGRAMS)]
+    thirds = [handles[i::3] for i in range(3)]
+    plans = [BatchPlan.from_rows([((handle, 1.0),) for handle in third]) for third in thirds]
+    server.check(plans[0])
+    one = pack_bytes(server.tables)
+    for plan in [*plans, *plans]:
+        server.check(plan)
+        assert pack_bytes(server.tables) == one
 
 
 def test_sites_that_differ_only_in_a_rank_do_not_share_a_mask() -> None:
