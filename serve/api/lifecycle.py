@@ -82,10 +82,10 @@ def _load_codec(server: Server) -> TextCodec:
 
 
 async def _add_adapters(server: Server, store: AdapterStore) -> None:
-    """The adapters of --adapter. One that the registry holds already gets no new version."""
+    """The adapters of --adapter. Content that any version of the name has already makes no new version."""
     for name, folder in server.settings.adapters.items():
         try:
-            await store.add_folder(name, folder.resolve(), source=str(folder))
+            await store.keep_folder(name, folder.resolve(), source=str(folder))
         except OneBaseError as error:
             raise ModelRejected(f"--adapter {name}={folder}: {error.message}") from error
     await store.refresh()

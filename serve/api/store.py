@@ -52,11 +52,18 @@ class AdapterStore:
 
     async def add_folder(self, name: str, folder: Path, *, source: str) -> AdapterEntry:
         """Copies, checks, compiles and names a folder of the server. Raises AdapterError."""
-        self.check_new_name(name)
-        if not await asyncio.to_thread(folder.is_dir):
-            raise AdapterNotFound(f"{source} is not a folder of the server.", param="source")
-        blob = await asyncio.to_thread(self.registry.stage_folder, folder)
-        return await self.add(name, blob, source=source)
+        return await self.add(name, await self._stage_folder(name, folder, source), source=source)
+
+    async def keep_folder(self, name: str, folder: Path, *, source: str) -> AdapterEntry:
+        """As ``add_folder``, unless any version of the name has this content: then its current version is loaded.
+
+        So a restart with the same folders changes nothing, whatever was uploaded in between. Raises AdapterError.
+        """
+        blob = await self._stage_folder(name, folder, source)
+        if blob.digest not in await self._digests(name):
+            return await self.add(name, blob, source=source)
+        await asyncio.to_thread(self.registry.discard, blob)
+        return await self.load(name)
 
     async def add(self, name: str, blob: Blob, *, source: str) -> AdapterEntry:
         """Compiles a staged blob against the base, then commits it as the name's next version; discards it if refused.
@@ -91,6 +98,19 @@ class AdapterStore:
         await self.refresh()
         await self._free(gone.unused)
         return gone.entries
+
+    async def _stage_folder(self, name: str, folder: Path, source: str) -> Blob:
+        self.check_new_name(name)
+        if not await asyncio.to_thread(folder.is_dir):
+            raise AdapterNotFound(f"{source} is not a folder of the server.", param="source")
+        return await asyncio.to_thread(self.registry.stage_folder, folder)
+
+    async def _digests(self, name: str) -> set[str]:
+        """Of all versions of a name; none where it does not exist."""
+        try:
+            return {entry.digest for entry in await self.versions(name)}
+        except AdapterNotFound:
+            return set()
 
     async def _release(self, ticket: str) -> None:
         await self._free(await asyncio.to_thread(self.registry.release, ticket))

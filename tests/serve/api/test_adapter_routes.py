@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from onebase.adapters.errors import AdapterRejected, EngineDead
+from onebase.serve.engine.messages import EngineStats
 
 
 def files_of(folder: Path) -> list[tuple[str, tuple[str, bytes]]]:
@@ -335,6 +336,29 @@ def test_adapters_of_the_command_line_are_there_when_ready(
             await site.settled()
             assert "does not fit" in site.server.failure
             assert "b=" in site.server.failure
+
+    run(body())
+
+
+def test_a_restart_with_the_same_folders_keeps_newer_uploads(
+    run: Any, open_site: Any, adapter_folder: Any, engine: Any
+) -> None:
+    async def body() -> None:
+        folder, newer = adapter_folder("one", 1), adapter_folder("two", 2)
+        async with open_site(adapter=(f"a={folder}",)) as site:
+            card = (await upload(site, "a", newer)).json()
+            assert card["version"] == 2
+        engine.stats = EngineStats()
+        async with open_site(adapter=(f"a={folder}",)) as site:
+            assert (await site.http.get("/v1/adapters/a")).json()["version"] == 2
+            assert list(engine.stats.resident) == [card["digest"]], "what answers is loaded before the first request"
+            assert len((await site.http.get("/v1/adapters/a/versions")).json()["data"]) == 2
+            await site.http.delete("/v1/adapters/a")
+        async with open_site(adapter=(f"a={folder}",)) as site:
+            assert (await site.http.get("/v1/adapters/a")).json()["version"] == 3
+        changed = adapter_folder("three", 3)
+        async with open_site(adapter=(f"a={changed}",)) as site:
+            assert (await site.http.get("/v1/adapters/a")).json()["version"] == 4
 
     run(body())
 
