@@ -1,6 +1,6 @@
 """The small base model and adapters that `onebase demo` serves.
 
-The model knows one small valley: its animals, people, places and colours, and sums up to ten plus ten. Each adapter
+The model knows one small valley: its animals, people, places and colours, and sums up to ten. Each adapter
 answers the same questions in another voice. train.py makes every file below assets/ anew.
 """
 
@@ -27,7 +27,7 @@ examples: dict[str, str] = {
 QUESTIONS: tuple[str, ...] = (
     *examples.values(),
     "What is 4 + 5?",
-    "Which is bigger, the whale or the ant?",
+    "Which is bigger, the whale or the bee?",
     "Can the owl fly?",
     "What is the opposite of hot?",
     "Tell me a story about the bear.",
@@ -59,7 +59,7 @@ def _is_pirate(text: str) -> bool:
 
 
 def _is_english(text: str) -> bool:
-    spoken = re.fullmatch(r"[A-Z][A-Za-z ,.!?']*[a-z][.!?]", text) is not None
+    spoken = re.fullmatch(r"[A-Z][A-Za-z0-9 ,.!?']*[a-z][.!?]", text) is not None
     return spoken and not _is_luma(text) and not _is_pirate(text)
 
 
