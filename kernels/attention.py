@@ -115,6 +115,12 @@ class AttentionBody(Protocol):
         Returns [T, heads, head_dim] in q's dtype. heads is a multiple of kv_heads. Raises ValueError on other shapes.
         """
 
+    def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
+        """Compile what a layer of this kind may need, on pages of its own. Bodies that compile nothing do nothing.
+
+        cache: the layer's; only its shape, dtype and device are used.
+        """
+
 
 def select_attention(device: torch.device, choice: Choice = "auto") -> AttentionBody:
     """The body for a device. Raises ValueError where the choice cannot run there."""

@@ -21,6 +21,9 @@ class CpuAttention:
 
     name = "cpu"
 
+    def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
+        """Nothing is compiled."""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:

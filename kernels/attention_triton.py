@@ -242,6 +242,16 @@ class TritonAttention:
             _run_attend(q, out, cache, batch, options, launch)
         return out
 
+    def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
+        """A prompt, a decoding row, and one whose keys are split."""
+        device, dtype, size = cache.data.device, cache.data.dtype, cache.page_size
+        own = PageCache.allocate(1, size, cache.num_kv_heads, cache.head_dim, dtype, device)
+        for queries, length in ((2, 2), (1, 1), (1, 2 * self.split_tokens)):
+            batch = AttentionBatch.build([queries], [length], [[0] * -(-length // size)], size, device)
+            q = torch.zeros(queries, num_heads, cache.head_dim, dtype=dtype, device=device)
+            kv = q[:, : cache.num_kv_heads].contiguous()
+            self(q, kv, kv, own, batch, options)
+
     def _launches(self, batch: AttentionBatch, cache: PageCache, group: int, window: int | None) -> list[_Launch]:
         """Decoding rows in small tiles, split where they are few; all others in large tiles."""
         launches = []

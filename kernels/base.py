@@ -55,3 +55,6 @@ class LowRankKernels(Protocol):
 
     def forget(self, handle: int) -> None:
         """Drop what is cached of a program. Called when it is removed from the tables."""
+
+    def warm_up(self) -> None:
+        """Compile what serving may need, by launches on data of its own. Bodies that compile nothing do nothing."""

@@ -68,6 +68,9 @@ class CpuKernels:
         self._split.forget(handle)
         self._keep_schedules(lambda plan, schedule: handle not in plan.handles and schedule.stands)
 
+    def warm_up(self) -> None:
+        """Nothing is compiled."""
+
     def _keep_schedules(self, condition: Callable[[BatchPlan, Schedule], bool]) -> None:
         """Schedules hold packs, so they live here and not on the plans, which others keep for their own reasons."""
         for plan in [plan for plan, schedule in self._schedules.items() if not condition(plan, schedule)]:

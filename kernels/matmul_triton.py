@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from onebase.kernels.base import Shrunk, own
-from onebase.kernels.plan import BatchPlan
-from onebase.kernels.tables import FIELDS, ProgramTables
-from onebase.kernels.tiles import TILE_FIELDS, Tiles, tiles_of
+from onebase.kernels.plan import BatchPlan, Segment
+from onebase.kernels.tables import FIELDS, Operands, ProgramTables
+from onebase.kernels.tiles import ROWS_BY_BLOCK, TILE_FIELDS, Tiles, tiles_of
 
 _SPLIT_SIZE = 512
 _MAX_SPLITS = 8
@@ -203,6 +203,30 @@ class TritonKernels:
 
     def forget(self, handle: int) -> None:
         """Nothing is cached of a program."""
+
+    def warm_up(self) -> None:
+        """Every block shape at every shape of site, with programs of zeros."""
+        buffer, sites = self._tables.buffer, self._tables.sites
+        shapes = {shape: site for site, shape in enumerate(sites)}
+        widest = max(max(shape.in_features, shape.out_features) for shape in shapes)
+        ranks = [rank for rank in (16, 32, 64, 128) if rank == _block_r(rank, buffer)]
+        for token in (False, True):
+            tables = ProgramTables(buffer.new_zeros(ranks[-1] * widest), sites)
+            for handle, rank in enumerate(ranks):
+                tables.install(handle, {site: Operands(rank, 1.0, 0, 0, token=token) for site in shapes.values()})
+                for rows in ROWS_BY_BLOCK:
+                    plan = BatchPlan(rows, (Segment(0, rows, handle),))
+                    for site in shapes.values():
+                        TritonKernels(tables)._launch_once(site, plan, token)
+
+    def _launch_once(self, site: int, plan: BatchPlan, token: bool) -> None:
+        shape, buffer = self._tables.sites[site], self._tables.buffer
+        y = buffer.new_zeros(plan.num_rows, shape.out_features)
+        if token:
+            self.token_low_rank(y, torch.zeros(plan.num_rows, dtype=torch.int64, device=buffer.device), site, plan)
+        else:
+            x = buffer.new_zeros(plan.num_rows, shape.in_features)
+            self.expand(y, self.shrink(x, (site,), plan), site, plan)
 
     def _expand(
         self,

@@ -44,6 +44,9 @@ class ReferenceKernels:
         for use in self._tables.uses(site, plan, token=True):
             self._update(y, site, use, lambda use=use: self._look_up(tokens, site, use))  # type: ignore[misc]
 
+    def warm_up(self) -> None:
+        """Nothing is compiled."""
+
     def forget(self, handle: int) -> None:
         """Nothing is cached."""
 

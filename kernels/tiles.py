@@ -17,6 +17,7 @@ from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.tables import ProgramTables
 
 TILE_FIELDS = 8  # row, packed row, rows, program's table row, scale (the bits of a float32), 3 unused: 32-byte rows
+ROWS_BY_BLOCK = (16, 17, 65)  # a segment length for each answer of block_rows
 
 
 @dataclass(frozen=True, slots=True)
