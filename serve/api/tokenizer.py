@@ -44,7 +44,8 @@ class TextCodec:
         _check_length(max(map(len, texts), default=0), max_chars, param)
         if sum(map(len, texts)) <= LONG_TEXT and len(texts) <= MANY_TEXTS:
             return self._encode(texts, special)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, texts, special)
+        loop = asyncio.get_running_loop()  # one text at a time: requests with many take turns with the others
+        return [(await loop.run_in_executor(self._pool, self._encode, [text], special))[0] for text in texts]
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, max_chars: int, special: bool = False, open_turn: bool = True
