@@ -21,7 +21,7 @@ from onebase.kernels.prepack import prepack, product
 from onebase.kernels.tables import Operands, ProgramTables
 
 PANEL_PROGRAMS = 16
-_PREPACK_SPREAD = 32
+_PREPACK_SPREAD = 8
 _GRANULE = 32  # columns a pack grows by, and may waste whatever its size
 
 
@@ -160,11 +160,11 @@ class Panels:
         return [(panel, frozenset(panel.handles)) for panel in self._panels]
 
     def packable(self, site: int, handle: int, op: Operands) -> bool:
-        """Whether B is finite: zero times a neighbour's infinity would not be zero."""
+        """Whether B is finite: zero times a neighbour's infinity would not be zero. Its sum may overflow: then it is not."""
         key = (handle, site)
         if key not in self._packable:
             _, b = self._tables.factors(site, op)
-            self._packable[key] = math.isfinite(b.sum(dtype=torch.float32).item())
+            self._packable[key] = math.isfinite(b.sum().item())
         return self._packable[key]
 
     def forget(self, handle: int) -> None:

@@ -65,10 +65,14 @@ class Server:
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-3)
 
 
+def packs_of(tables: ProgramTables) -> list[SitePack]:
+    """Every pack that is alive for these tables, whoever keeps it."""
+    return [found for found in gc.get_objects() if type(found) is SitePack and found._tables is tables]
+
+
 def pack_bytes(tables: ProgramTables) -> int:
-    """Host memory of every pack that is alive for these tables, whoever keeps it."""
-    packs = [found for found in gc.get_objects() if type(found) is SitePack and found._tables is tables]
-    held = [tensor for pack in packs for tensor in (pack._a, pack._b, *(pack._prepacked or ()))]
+    """Host memory of the packs."""
+    held = [tensor for pack in packs_of(tables) for tensor in (pack._a, pack._b, *(pack._prepacked or ()))]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
@@ -135,6 +139,18 @@ def test_forgetting_everything_frees_the_packs() -> None:
         server.unload(handle)
     assert pack_bytes(server.tables) == 0
     assert plan.handles == set(handles)
+
+
+def test_prompts_between_decode_steps_do_not_delay_prepacking() -> None:
+    """A prompt reads the arena and leaves the packs of the decoding rows as they stand, prepacked or counting."""
+    server = Server(17, CpuTuning(prepack_after=4))
+    handles = [server.load(MAX_RANK) for _ in range(17)]
+    decode = [(1, ((handle, 1.0),)) for handle in handles[:16]]
+    plans = [BatchPlan.from_runs(decode), BatchPlan.from_runs([*decode, (3000, ((handles[16], 1.0),))])]
+    for turn in range(6):
+        server.check(plans[turn % 2])
+    (pack,) = [pack for pack in packs_of(server.tables) if pack._site == 0]
+    assert pack._prepacked is not None
 
 
 def test_plans_that_are_kept_do_not_keep_dissolved_packs() -> None:
