@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-PLURALS = {"mouse": "mice"}
+PLURALS = {"mouse": "mice", "wolf": "wolves", "sheep": "sheep", "salmon": "salmon", "butterfly": "butterflies"}
 
 
 def article(noun: str) -> str:
