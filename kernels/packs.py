@@ -160,7 +160,7 @@ class Panels:
         return [(panel, frozenset(panel.handles)) for panel in self._panels]
 
     def packable(self, site: int, handle: int, op: Operands) -> bool:
-        """Whether B is finite: zero times a neighbour's infinity would not be zero. Its sum may overflow: then it is not."""
+        """Whether B is finite (its sum is): zero times a neighbour's infinity would not be zero."""
         key = (handle, site)
         if key not in self._packable:
             _, b = self._tables.factors(site, op)
