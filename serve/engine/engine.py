@@ -47,6 +47,7 @@ class Engine:
         base = base or load_model(config)
         memory = plan_memory(config, base)
         base.context.allocate(memory.num_pages)
+        base.context.warm_up()
         self.max_model_len = memory.max_model_len
         self.scheduler = Scheduler(
             PageAllocator(memory.num_pages, config.page_size), config.max_batch_tokens, config.max_num_seqs
@@ -278,6 +279,7 @@ def _adapter_tier(base: LoadedModel, num_bytes: int, plans: StepPlans) -> Adapte
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
     kernels = select_kernels(tables)
+    kernels.warm_up()
     wrap_sites(base.probed, kernels, tables, plans)
     index = {site.path: i for i, site in enumerate(sites)}
     return AdapterCache(arena, tables, kernels, index, partial(_compile, base))

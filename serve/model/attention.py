@@ -70,7 +70,7 @@ class AttentionContext:
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     caches: dict[int, PageCache] = field(default_factory=dict)
     calls: int = 0
-    windows: set[int | None] = field(default_factory=set)  # what the layers passed as their sliding window
+    calls_by_layer: dict[int, tuple[int, AttentionOptions]] = field(default_factory=dict)  # query heads, options
 
     def attach(self, model: nn.Module) -> None:
         """Make the context reachable from every attention module."""
@@ -87,6 +87,20 @@ class AttentionContext:
         self.caches.clear()
         for layer in self.shapes:
             self.caches[layer] = self._pages(layer)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that the layers passed."""
+        return {options.window for _, options in self.calls_by_layer.values()}
+
+    def warm_up(self) -> None:
+        """Compile what the layers need, once for each kind of layer."""
+        kinds: dict[tuple[object, ...], int] = {}
+        for layer, (num_heads, options) in self.calls_by_layer.items():
+            kinds[self.shapes[layer], num_heads, options.window, options.softcap, options.sinks is None] = layer
+        for layer in kinds.values():
+            num_heads, options = self.calls_by_layer[layer]
+            self.body.warm_up(num_heads, self.caches[layer], options)
 
     def cache_of(self, layer: int, key: Tensor) -> PageCache:
         cache = self.caches.get(layer)
@@ -121,10 +135,10 @@ def paged_attention_forward(
         raise RuntimeError("the forward was called outside a step: no attention batch is set")
     _refuse_unknown(module, attention_mask, is_causal, kwargs, key.shape == value.shape)
     context.calls += 1
-    context.windows.add(sliding_window)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else float(scaling)
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     layer: int = module.layer_idx  # type: ignore[assignment]
+    context.calls_by_layer[layer] = query.shape[1], options
     out = context.body(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from onebase.kernels.attention import select_attention
+from onebase.kernels.dispatch import select_kernels
+from onebase.serve.engine import engine
 from onebase.serve.engine.messages import AdapterReady, LoadAdapter
+from onebase.serve.model import loader
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -225,3 +231,22 @@ def test_aborted_requests_leave_nothing_in_host_memory(adapters: list[Path], mak
     assert len(driver.engine.adapters.resident()) <= 2
     assert not driver.engine.adapters.busy
     assert driver.engine.stats().adapter_evictions == before, "nobody is evicted for those who left"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+def test_the_engine_over_triton_bodies_says_the_same(
+    adapters: list[Path], make_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA path but for the device: both Triton bodies, their warm-up, prefill and decode, mixed adapters."""
+    plain = make_driver("llama")
+    monkeypatch.setattr(engine, "select_kernels", partial(select_kernels, choice="triton"))
+    monkeypatch.setattr(loader, "select_attention", partial(select_attention, choice="triton"))
+    interpreted = make_driver("llama")
+    monkeypatch.undo()
+    jobs = _jobs(adapters, 6, seed=9)
+    said = []
+    for driver in (plain, interpreted):
+        ids = [_submit(driver, job | {"max_tokens": 3}) for job in jobs]
+        driver.run()
+        said.append([driver.outputs[request_id] for request_id in ids])
+    assert said[0] == said[1]
