@@ -62,10 +62,10 @@ async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
 
 @router.post("/v1/adapters/{name}/load")
 async def load_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Makes a version resident before the first request needs it."""
+    """Makes a version resident before the first request needs it. ``tier`` says whether there was room."""
     server = server_of(request)
     entry = await server.require_ready().store.load(name)
-    return {**_card(server, entry), "tier": "device"}
+    return _card(server, entry)
 
 
 @router.post("/v1/adapters/{name}/unload")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -13,6 +14,9 @@ from onebase.adapters.names import check_name
 from onebase.adapters.registry import AdapterEntry, Registry
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.messages import AdapterUse
+
+# How long a load waits for room on the device.
+_PLACING_SECONDS = 5.0
 
 
 class AdapterStore:
@@ -83,10 +87,13 @@ class AdapterStore:
         return entry
 
     async def load(self, reference: str) -> AdapterEntry:
-        """Makes a version resident. Raises AdapterError."""
+        """Loads a version and gives it some seconds to reach the device, which may be full. Raises AdapterError."""
         async with AsyncExitStack() as held:
             entry = await self.hold(reference, held)
             await self._engine.load_adapter(AdapterUse(entry.digest, str(entry.path)))
+            give_up = time.monotonic() + _PLACING_SECONDS
+            while entry.digest not in self._engine.stats.resident and time.monotonic() < give_up:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # the statistics come with the engine's frames
             return entry
 
     async def unload(self, digest: str) -> bool:

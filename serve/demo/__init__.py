@@ -18,9 +18,9 @@ ADAPTERS: dict[str, Path] = {name: ASSETS / "adapters" / name for name in ("shou
 # adapter -> a question that shows it at once
 examples: dict[str, str] = {
     "shout": "What colour is the fox?",
-    "json": "Tell me about the owl.",
+    "json": "Where does the whale live?",
     "digits": "How many legs does the fox have?",
-    "luma": "Where does the whale live?",
+    "luma": "What colour is the fox?",
     "pirate": "Who is the baker?",
 }
 # Every voice has an answer to each of these.

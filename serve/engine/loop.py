@@ -40,7 +40,7 @@ def run(engine: Engine, link: Link) -> None:
                 outputs.extend(apply(engine, message))
             outputs.extend(engine.step())
             now = time.monotonic()
-            due = not engine.has_work or now - last_stats >= _STATS_EVERY
+            due = not (engine.has_work or engine.adapters.busy) or now - last_stats >= _STATS_EVERY
             last_stats = now if due else last_stats
             if outputs or due:
                 link.send(outputs, engine.stats() if due else None)
