@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from threading import Barrier
 
 import torch
 
@@ -25,6 +26,8 @@ from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLar
 from onebase.adapters.program import AdapterProgram
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.tables import Operands, ProgramTables
+
+_LOADERS = 2
 
 Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
 
@@ -82,7 +85,7 @@ class AdapterCache:
         self._entries: dict[str, Entry] = {}
         self._clock = 0
         self._next_handle = 0
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-load")
+        self._threads = _loader_threads()
         self._stream = torch.cuda.Stream() if arena.buffer.is_cuda else None  # type: ignore[no-untyped-call]
 
     @property
@@ -312,6 +315,29 @@ class AdapterCache:
         if entry.block >= 0:
             self.arena.free(entry.block)
         del self._entries[entry.digest]
+
+
+def _loader_threads() -> ThreadPoolExecutor:
+    """Threads whose torch work is not parallel.
+
+    Each thread that runs a parallel region gets a team of OpenMP workers of its own. With more workers than cores the
+    runtime no longer spins at its barriers, and every parallel operation of the decode loop pays for a wake-up.
+    torch.set_num_threads acts on the calling thread and on threads yet to come, so it is set back at the end.
+    """
+    num_threads = torch.get_num_threads()
+    started = Barrier(_LOADERS + 1)
+
+    def become_serial() -> None:
+        torch.get_num_threads()  # initialises this thread; later it would undo the next line
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(max_workers=_LOADERS, thread_name_prefix="adapter-load")
+    for _ in range(_LOADERS):
+        pool.submit(become_serial)
+    started.wait()
+    torch.set_num_threads(num_threads)
+    return pool
 
 
 def _fail(entry: Entry, error: AdapterError) -> None:

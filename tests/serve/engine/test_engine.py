@@ -250,3 +250,14 @@ def test_the_engine_over_triton_bodies_says_the_same(
         driver.run()
         said.append([driver.outputs[request_id] for request_id in ids])
     assert said[0] == said[1]
+
+
+def test_loading_adapters_does_not_make_teams_of_workers(adapters: list[Path], make_driver: Callable[..., Any]) -> None:
+    """A loader thread with OpenMP workers of its own makes every parallel operation of the loop sleep and wake."""
+    driver = make_driver("llama")
+    before = torch.get_num_threads()
+    threads = driver.engine.adapters._threads
+    for folder in adapters:
+        driver.generate([1, 2], driver.use(folder), max_tokens=1)
+    assert {threads.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
+    assert torch.get_num_threads() == before
