@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 
 class SiteKind(StrEnum):
-    """What the base module computes. Conv1D (GPT-2) counts as LINEAR: only its storage is transposed."""
+    """What the base module computes. Conv1D (GPT-2) counts as LINEAR: only its storage is transposed.
+
+    ATTENTION is a layer's whole attention module with its projections, MLP its whole feed-forward module.
+    """
 
     LINEAR = "linear"
     EMBEDDING = "embedding"
+    NORM = "norm"
+    ATTENTION = "attention"
+    MLP = "mlp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,7 @@ class Site:
     ``path`` is its module path in the loaded model, e.g. ``model.layers.0.self_attn.q_proj``.
     For an EMBEDDING ``in_features`` is the vocabulary size and ``out_features`` the width; ``output_scale`` is what
     its forward multiplies rows by (Gemma 3's scaled word embedding), and so what an added row must be multiplied by.
+    NORM, ATTENTION and MLP have the same width on both sides.
     """
 
     path: str
@@ -31,6 +38,22 @@ class Site:
     in_features: int
     out_features: int
     output_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer. attention and mlp: paths of its ATTENTION and MLP sites; mlp is None where there is no module
+    that is the whole feed-forward block.
+
+    num_heads, num_kv_heads, head_dim: of its attention. scaling: what its logits are multiplied by.
+    """
+
+    attention: str
+    mlp: str | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float
 
 
 class BaseModel(Protocol):
@@ -48,5 +71,20 @@ class BaseModel(Protocol):
     def fingerprint(self) -> str:
         """Digest of the base's config and weights; equal bases have equal fingerprints."""
 
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """Every decoder layer with attention, in order."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The text part of the base's configuration, as transformers' ``to_dict`` has it."""
+
     def weight(self, path: str) -> Tensor:
-        """The weight of a site as [out_features, in_features] (EMBEDDING: [vocabulary, width]), as multiplied."""
+        """The weight of a site as multiplied: LINEAR [out_features, in_features], EMBEDDING [vocabulary, width],
+        NORM [width]. On the device of the base, in its dtype."""
+
+    def bias(self, path: str) -> Tensor | None:
+        """The bias of a LINEAR or NORM site, [out_features], or None."""
+
+    def tied(self, path: str) -> tuple[str, ...]:
+        """The other sites that hold the same weight (an embedding and the output head, say)."""

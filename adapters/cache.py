@@ -13,54 +13,27 @@ evicted in order of last use when another adapter needs the room.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from enum import StrEnum
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
 import torch
+from torch import Tensor
 
-from onebase.adapters.arena import Arena, PackedProgram, pack, shifted
+from onebase.adapters.arena import Arena
+from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from onebase.adapters.packing import PackedProgram, pack, shifted
 from onebase.adapters.program import AdapterProgram
+from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
+from onebase.adapters.traits import Traits
 from onebase.kernels.base import LowRankKernels
-from onebase.kernels.tables import Operands, ProgramTables
+from onebase.kernels.instructions import InstructionTable
+from onebase.kernels.tables import ProgramTables
 
 _LOADERS = 2
 
 Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
-
-
-class State(StrEnum):
-    COMPILING = "compiling"
-    PLACING = "placing"
-    COPYING = "copying"
-    READY = "ready"
-    FAILED = "failed"
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One adapter on its way to, or on, the device."""
-
-    digest: str
-    path: str
-    state: State
-    work: Future[PackedProgram] | Future[None] | None = None
-    packed: PackedProgram | None = None  # dropped once copied
-    operands: Mapping[str, Operands] = field(default_factory=dict)  # relative to the block
-    num_elements: int = 0
-    family: str = ""
-    rank: int = 0
-    nbytes: int = 0
-    sites: int = 0
-    block: int = -1
-    handle: int = -1
-    references: int = 0
-    last_used: int = 0
-    doomed: bool = False  # unload was asked for: dropped when the last reference goes
-    error: AdapterError | None = None
 
 
 class AdapterCache:
@@ -71,15 +44,18 @@ class AdapterCache:
         arena: Arena,
         tables: ProgramTables,
         kernels: LowRankKernels,
+        instructions: InstructionTable,
         site_index: Mapping[str, int],
         compile: Compile,
     ) -> None:
         self.arena = arena
+        self.shared = SharedBlocks(arena)
         self.loads = 0
         self.evictions = 0
         self.blocked = False
         self._tables = tables
         self._kernels = kernels
+        self._instructions = instructions
         self._site_index = site_index
         self._compile = compile
         self._entries: dict[str, Entry] = {}
@@ -122,7 +98,7 @@ class AdapterCache:
         return entry is not None and entry.state is State.READY and not entry.doomed
 
     def size(self, digest: str) -> int | None:
-        """Bytes of the adapter's block, None while they are not known."""
+        """Bytes of the adapter's own block, None while they are not known. What it shares is held once for all."""
         entry = self._entries.get(digest)
         if entry is None or entry.state not in (State.PLACING, State.COPYING, State.READY):
             return None
@@ -183,8 +159,14 @@ class AdapterCache:
         """Prove that blocks and entries agree. Raises RuntimeError where they do not."""
         self.arena.check()
         held = sum(1 for entry in self._entries.values() if entry.block >= 0)
-        if held != self.arena.num_blocks:
-            raise RuntimeError(f"adapters: {held} entries hold blocks, the arena has {self.arena.num_blocks}")
+        if held + len(self.shared) != self.arena.num_blocks:
+            raise RuntimeError(
+                f"adapters: {held} entries hold blocks, {len(self.shared)} are shared, the arena has "
+                f"{self.arena.num_blocks}"
+            )
+        users = sum(len(entry.shared) for entry in self._entries.values() if entry.block >= 0)
+        if users != self.shared.num_references:
+            raise RuntimeError(f"adapters: {users} uses of shared blocks, counted {self.shared.num_references}")
         if any(entry.references < 0 for entry in self._entries.values()):
             raise RuntimeError("adapters: a reference was given back twice")
 
@@ -200,12 +182,14 @@ class AdapterCache:
             return
         if entry.state is State.COMPILING:
             self._compiled(entry)
+        elif entry.state is State.COPYING and entry.work is not None:
+            self._copied(entry)
         if entry.doomed and entry.references == 0 and entry.state is not State.FAILED:
             self._drop(entry)
         elif entry.state is State.PLACING:
             self._place(entry, reserved)
         elif entry.state is State.COPYING:
-            self._copied(entry)
+            self._make_ready(entry)
 
     def _compiled(self, entry: Entry) -> None:
         future, entry.work = entry.work, None
@@ -216,26 +200,46 @@ class AdapterCache:
         except Exception as error:  # a hostile file must not end the loop, whatever a library makes of it
             return _fail(entry, AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
         assert packed is not None
-        if self.arena.block_bytes(packed.data.numel()) > self.arena.capacity_bytes:
-            budget = self.arena.capacity_bytes
-            message = f"the adapter takes {packed.nbytes} bytes, the device budget for adapters is {budget}"
+        parts = (packed.data, *packed.shared.values())
+        needed = sum(self.arena.block_bytes(part.numel()) for part in parts)
+        if needed > self.arena.capacity_bytes:
+            message = f"the adapter takes {needed} bytes, the device budget for adapters is {self.arena.capacity_bytes}"
             return _fail(entry, AdapterTooLarge(message))
         entry.packed, entry.state = packed, State.PLACING
-        entry.operands, entry.num_elements = packed.operands, packed.data.numel()
+        entry.operands, entry.extra, entry.num_elements = packed.operands, packed.extra, packed.data.numel()
+        entry.shared, entry.traits = tuple(packed.shared), Traits.of(packed.program)
         entry.family, entry.rank = packed.program.family, packed.program.rank
-        entry.nbytes, entry.sites = packed.nbytes, len(packed.operands)
+        entry.nbytes, entry.sites = packed.nbytes, len(packed.program.ops)
         return None
 
     def _place(self, entry: Entry, reserved: Collection[str]) -> None:
         assert entry.packed is not None
-        block = self.arena.allocate(entry.num_elements)
-        while block is None and self._evict_one(reserved):
-            block = self.arena.allocate(entry.num_elements)
-        if block is None and self.arena.capacity - self.arena.used >= entry.num_elements and self._compact():
-            block = self.arena.allocate(entry.num_elements)
-        if block is not None:
-            entry.block, entry.state = block, State.COPYING
-            entry.work = self._threads.submit(self._copy, entry.packed, block, self._mark())
+        found = self._allocate(entry.packed)
+        while found is None and self._evict_one(reserved):
+            found = self._allocate(entry.packed)
+        if found is None and self._has_room(entry.packed) and self._compact():
+            found = self._allocate(entry.packed)
+        if found is not None:
+            entry.block, new = found
+            entry.state, entry.filling = State.COPYING, tuple(new)
+            targets = {entry.block: entry.packed.data, **{new[key]: entry.packed.shared[key] for key in new}}
+            entry.work = self._threads.submit(self._copy, targets, self._mark())
+
+    def _allocate(self, packed: PackedProgram) -> tuple[int, dict[str, int]] | None:
+        """The program's own block, and its shared blocks that are new: key -> start."""
+        block = self.arena.allocate(packed.data.numel())
+        if block is None:
+            return None
+        new = self.shared.acquire(packed.shared)
+        if new is None:
+            self.arena.free(block)
+            return None
+        return block, new
+
+    def _has_room(self, packed: PackedProgram) -> bool:
+        parts = [packed.data, *(packed.shared[key] for key in self.shared.missing(packed.shared))]
+        needed = sum(self.arena.block_bytes(part.numel()) for part in parts)
+        return self.arena.capacity_bytes - self.arena.used_bytes >= needed
 
     def _mark(self) -> torch.cuda.Event | None:
         """The kernels and moves queued so far: they may still read what lay in a block before."""
@@ -253,49 +257,83 @@ class AdapterCache:
         placed = sorted((e for e in self._entries.values() if e.block >= 0), key=lambda e: e.block)
         if any(entry.state is not State.READY for entry in placed):
             return False
-        for entry in placed:
-            self.arena.free(entry.block)
-        for entry in placed:
-            block = self.arena.allocate_lowest(entry.num_elements)
-            if block != entry.block:
-                data = self.arena.buffer[entry.block : entry.block + entry.num_elements].clone()
-                self.arena.buffer[block : block + entry.num_elements].copy_(data)
+        blocks: list[Entry | SharedBlock] = [*placed, *self.shared]
+        blocks.sort(key=_start)
+        for block in blocks:
+            self.arena.free(_start(block))
+        if sum(self._move(block) for block in blocks):
+            for entry in placed:
                 self._uninstall(entry)
-                entry.block = block
                 self._install(entry)
         return True
 
-    def _copy(self, packed: PackedProgram, block: int, after: torch.cuda.Event | None) -> None:
-        target = self.arena.buffer[block : block + packed.data.numel()]
+    def _move(self, block: Entry | SharedBlock) -> bool:
+        """Move one block to the lowest place with room; False where it is there already."""
+        old, size = _start(block), block.num_elements
+        new = self.arena.allocate_lowest(size)
+        if new == old:
+            return False
+        self.arena.buffer[new : new + size].copy_(self.arena.buffer[old : old + size].clone())
+        if isinstance(block, SharedBlock):
+            block.start = new
+        else:
+            block.block = new
+        return True
+
+    def _copy(self, targets: Mapping[int, Tensor], after: torch.cuda.Event | None) -> None:
+        """targets: start in the arena -> what goes there."""
         if self._stream is None or after is None:
-            target.copy_(packed.data)
+            for start, data in targets.items():
+                self.arena.buffer[start : start + data.numel()].copy_(data)
             return
         self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
-            target.copy_(packed.data, non_blocking=True)
+            for start, data in targets.items():
+                self.arena.buffer[start : start + data.numel()].copy_(data, non_blocking=True)
         self._stream.synchronize()  # of this thread: the engine's loop goes on
 
     def _copied(self, entry: Entry) -> None:
         future, entry.work, entry.packed = entry.work, None, None
-        try:
-            future.result()  # type: ignore[union-attr]
-        except Exception as error:  # the block holds anything now
-            self.arena.free(entry.block)
-            entry.block = -1
-            return _fail(entry, AdapterError(f"the adapter could not be copied to the device: {error}"))
+        failed = future.exception()  # type: ignore[union-attr]
+        self.shared.filled(entry.filling, broken=failed is not None)
+        if failed is not None:  # the block holds anything now
+            self._give_up(entry, failed)
+
+    def _make_ready(self, entry: Entry) -> None:
+        if not self.shared.are_filled(entry.shared):
+            return None  # another adapter's copy is filling what this one shares
+        if self.shared.any_broken(entry.shared):
+            return self._give_up(entry, "what it shares with another one could not be copied")
         self._install(entry)
         entry.state = State.READY
         self.loads += 1
         return None
 
+    def _give_up(self, entry: Entry, reason: object) -> None:
+        self._free(entry)
+        _fail(entry, AdapterError(f"the adapter could not be copied to the device: {reason}"))
+
+    def _free(self, entry: Entry) -> None:
+        if entry.block >= 0:
+            self.arena.free(entry.block)
+            self.shared.release(entry.shared)
+            entry.block = -1
+
     def _install(self, entry: Entry) -> None:
         entry.handle, self._next_handle = self._next_handle, self._next_handle + 1
         operands = {self._site_index[path]: shifted(op, entry.block) for path, op in entry.operands.items()}
+        shared = self.shared.starts(entry.shared)
+        extra = {
+            path: tuple(item.bind(self.arena.buffer, entry.block, shared) for item in items)
+            for path, items in entry.extra.items()
+        }
         self._tables.install(entry.handle, operands)
+        self._instructions.install(entry.handle, extra)
 
     def _uninstall(self, entry: Entry) -> None:
         self._kernels.forget(entry.handle)
         self._tables.remove(entry.handle)
+        self._instructions.remove(entry.handle)
 
     def _evict_one(self, reserved: Collection[str]) -> bool:
         free = [
@@ -312,8 +350,7 @@ class AdapterCache:
     def _drop(self, entry: Entry) -> None:
         if entry.handle >= 0:
             self._uninstall(entry)
-        if entry.block >= 0:
-            self.arena.free(entry.block)
+        self._free(entry)
         del self._entries[entry.digest]
 
 
@@ -338,6 +375,10 @@ def _loader_threads() -> ThreadPoolExecutor:
     started.wait()
     torch.set_num_threads(num_threads)
     return pool
+
+
+def _start(block: Entry | SharedBlock) -> int:
+    return block.start if isinstance(block, SharedBlock) else block.block
 
 
 def _fail(entry: Entry, error: AdapterError) -> None:

@@ -1,10 +1,15 @@
 """The instruction set: what an adapter does, independent of the file format it came from.
 
-Canonical form at a linear site, per row:   y = W x + b + scale * B (A x) + add_out
-At an embedding site, per token id t:       y = E[t] + scale * B A[:, t]
+Every family compiles to operations at sites of the base, and the kernels know nothing else. At a linear site, per row,
+with ``x' = x + sum of input deltas`` and ``y0 = W x' + b``:
 
-Every family compiles to these operations; the kernels know nothing else. An operation's tensors live on the
-host until the cache copies them into the device arena.
+    y = y0 + sum of map deltas of y0 + sum of low rank, dense, sparse, ... deltas of x + add_out
+
+All of it is a delta, so programs on one row add up, each with its scale. At an embedding site, per token id t:
+``y = E[t] + scale * B A[:, t]``, then the instructions that replace rows. Norms, attention and blocks have their own.
+Which instruction may stand where: ``SITE_INSTRUCTIONS``. Their arithmetic is in kernels/ops/.
+
+An operation's tensors live on the host until the cache copies them into the device arena.
 """
 
 from __future__ import annotations
@@ -13,6 +18,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from onebase.adapters.base import SiteKind
+from onebase.kernels.ops.bottleneck import BlockBottleneck
+from onebase.kernels.ops.instruction import Instruction, Phase, RowInstruction
+from onebase.kernels.ops.norm import NormOverride
+from onebase.kernels.ops.prefix import GatedPrefix, KvPrefix
+from onebase.kernels.ops.tokens import TokenInstruction
+from onebase.kernels.ops.vector import ScaleOut
+
+SITE_INSTRUCTIONS: Mapping[SiteKind, tuple[type[Instruction], ...]] = {
+    SiteKind.LINEAR: (RowInstruction,),
+    SiteKind.EMBEDDING: (TokenInstruction, ScaleOut),
+    SiteKind.NORM: (NormOverride,),
+    SiteKind.ATTENTION: (KvPrefix, GatedPrefix, BlockBottleneck),
+    SiteKind.MLP: (BlockBottleneck,),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,13 +67,22 @@ class TokenLowRank:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteOps:
-    """What one adapter does at one site. Absent operations cost nothing."""
+    """What one adapter does at one site. Absent operations cost nothing.
+
+    The first three are frequent and have kernels of their own. ``extra``: everything else, in no order that matters.
+    """
 
     low_rank: LowRank | None = None
     token_low_rank: TokenLowRank | None = None
     add_out: Tensor | None = None  # [out_features]; already multiplied by any scale the family has
+    extra: tuple[Instruction, ...] = ()
 
-    def tensors(self) -> Iterator[Tensor]:
+    @property
+    def is_fast(self) -> bool:
+        """Whether the low-rank kernels have anything to do."""
+        return self.low_rank is not None or self.token_low_rank is not None or self.add_out is not None
+
+    def fast_tensors(self) -> Iterator[Tensor]:
         for op in (self.low_rank, self.token_low_rank):
             if op is not None:
                 yield op.a
@@ -60,9 +90,31 @@ class SiteOps:
         if self.add_out is not None:
             yield self.add_out
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.fast_tensors()
+        for instruction in self.extra:
+            for _, tensor in instruction.tensors():
+                yield tensor
+
     @property
     def rank(self) -> int:
-        return max((op.rank for op in (self.low_rank, self.token_low_rank) if op is not None), default=0)
+        fast = [op.rank for op in (self.low_rank, self.token_low_rank) if op is not None]
+        return max([*fast, *(instruction.rank for instruction in self.extra)], default=0)
+
+    @property
+    def scalable(self) -> bool:
+        """Whether any scale means something here: each part is, and no map reads what an input delta changed."""
+        phases = {type(op).phase for op in self.extra if isinstance(op, RowInstruction)}
+        return all(op.scalable for op in self.extra) and not {Phase.INPUT, Phase.MAP} <= phases
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A classification head over the last hidden state: ``weight`` [num_labels, width], ``bias`` [num_labels]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,11 +123,19 @@ class AdapterProgram:
 
     digest: sha256 of the adapter's files, as the registry names the blob.
     family: the PEFT type it was compiled from, e.g. ``LORA``.
+    num_virtual_tokens: slots that stand before the prompt (a SoftPrompt's or a KvPrefix's length).
+    first_position: the position of the first real token: num_virtual_tokens, or 0 where the prefix takes no positions.
+    invocation: the adapter acts from the start of the last match of these tokens on, and on no row where they do not
+    occur (activated LoRA); empty: it acts on every row.
     """
 
     digest: str
     family: str
     ops: Mapping[str, SiteOps]
+    num_virtual_tokens: int = 0
+    first_position: int = 0
+    invocation: tuple[int, ...] = ()
+    head: Head | None = None
 
     @property
     def rank(self) -> int:
@@ -83,6 +143,11 @@ class AdapterProgram:
         return max((op.rank for op in self.ops.values()), default=0)
 
     @property
+    def scalable(self) -> bool:
+        """Whether the adapter can be given other scales than 0 and 1."""
+        return all(op.scalable for op in self.ops.values())
+
+    @property
     def num_elements(self) -> int:
-        """Elements of the tensors that the arena has to hold."""
+        """Elements of all its tensors."""
         return sum(t.numel() for op in self.ops.values() for t in op.tensors())

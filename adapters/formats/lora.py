@@ -20,7 +20,7 @@ from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
 from onebase.adapters.formats.keys import check_shape, group_by_site, take_base_copy
 from onebase.adapters.formats.patterns import PatternTable
-from onebase.adapters.formats.register import register
+from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.program import LowRank, SiteOps, TokenLowRank
 
 A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
@@ -86,9 +86,16 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
 
 
-@register("LORA")
-def compile_lora(files: AdapterFiles, base: BaseModel) -> Mapping[str, SiteOps]:
-    """Site path -> operations. Raises AdapterRejected naming the key or field."""
+@register(
+    "LORA",
+    title="LoRA",
+    paper="2106.09685",
+    covers=("LoRA", "rsLoRA", "QLoRA", "DyLoRA", "IncreLoRA", "SoRA", "LoRA-FA", "Laplace-LoRA", "LoRAHub"),
+    instructions=("LowRank", "AddOut"),
+    cost="4hr FLOPs, 2hr elements",
+)
+def compile_lora(files: AdapterFiles, base: BaseModel) -> Compiled:
+    """Raises AdapterRejected naming the key or field."""
     settings = read_settings(files.fields)
     suffixes = (A, B, BIAS, TOKEN_A, TOKEN_B, *BASE_COPIES)
     ops: dict[str, SiteOps] = {}
@@ -98,7 +105,7 @@ def compile_lora(files: AdapterFiles, base: BaseModel) -> Mapping[str, SiteOps]:
                 take_base_copy(key, files.tensors, base, path)
         if keys:
             ops[path] = _site_ops(base.sites[path], keys, files.tensors, settings)
-    return ops
+    return Compiled(ops)
 
 
 def read_settings(fields: Fields) -> LoraSettings:

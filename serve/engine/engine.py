@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from onebase.adapters.arena import Arena
-from onebase.adapters.cache import AdapterCache, Entry, State
+from onebase.adapters.cache import AdapterCache
+from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, EngineError, OneBaseError, RequestRejected
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
 from onebase.kernels.dispatch import select_kernels
+from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.memory import plan_memory
@@ -32,7 +34,7 @@ from onebase.serve.engine.sampler import NOT_FINITE, sample
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.model.loader import LoadedModel, load_model
-from onebase.serve.model.sites import StepPlans, wrap_sites
+from onebase.serve.model.sites import SiteContext, StepPlans, wrap_sites
 
 # Loads that are started before their sizes are known; each takes host memory until it is placed or dropped.
 _MOST_COMPILING = 4
@@ -280,9 +282,10 @@ def _adapter_tier(base: LoadedModel, num_bytes: int, plans: StepPlans) -> Adapte
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
     kernels = select_kernels(tables)
     kernels.warm_up()
-    wrap_sites(base.probed, kernels, tables, plans)
+    instructions = InstructionTable()
+    wrap_sites(base.probed, base.norms, base.blocks, SiteContext(kernels, tables, instructions, plans))
     index = {site.path: i for i, site in enumerate(sites)}
-    return AdapterCache(arena, tables, kernels, index, partial(_compile, base))
+    return AdapterCache(arena, tables, kernels, instructions, index, partial(_compile, base))
 
 
 def _compile(base: LoadedModel, path: Path, digest: str) -> AdapterProgram:

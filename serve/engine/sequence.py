@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from onebase.adapters.cache import Entry
+from onebase.adapters.entry import Entry
 from onebase.serve.engine.messages import FinishReason, Request
 
 

@@ -71,6 +71,7 @@ class AttentionContext:
     caches: dict[int, PageCache] = field(default_factory=dict)
     calls: int = 0
     calls_by_layer: dict[int, tuple[int, AttentionOptions]] = field(default_factory=dict)  # query heads, options
+    modules: dict[int, nn.Module] = field(default_factory=dict)  # which module called, by layer
 
     def attach(self, model: nn.Module) -> None:
         """Make the context reachable from every attention module."""
@@ -139,6 +140,7 @@ def paged_attention_forward(
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     layer: int = module.layer_idx  # type: ignore[assignment]
     context.calls_by_layer[layer] = query.shape[1], options
+    context.modules[layer] = module
     out = context.body(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

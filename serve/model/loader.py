@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from onebase.adapters.base import Site
+from onebase.adapters.base import Layer, Site, SiteKind
 from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import select_attention
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
 from onebase.serve.model.packed import PackedLinear, pack_linears
 from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
-from onebase.serve.model.sites import ProbedSite
+from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Rotary tables that change with the longest sequence of a batch: exact only while no sequence passes this length.
@@ -35,6 +35,9 @@ class LoadedModel:
     model: PreTrainedModel
     context: AttentionContext
     probed: list[ProbedSite]
+    norms: list[ProbedNorm]
+    blocks: list[ProbedBlock]
+    layers: Sequence[Layer]
     sites: Mapping[str, Site]
     refused: Mapping[str, str]
     fingerprint: str
@@ -44,15 +47,34 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     packed: Mapping[nn.Module, PackedLinear]
+    ties: Mapping[str, tuple[str, ...]]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """See BaseModel."""
+        config: dict[str, Any] = self.model.config.get_text_config().to_dict()
+        return config
+
+    def tied(self, path: str) -> tuple[str, ...]:
+        """See BaseModel."""
+        return self.ties.get(path, ())
+
+    def bias(self, path: str) -> Tensor | None:
+        """See BaseModel."""
+        bias = getattr(self.model.get_submodule(path), "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) and self.sites[path].kind in _BIASED else None
 
     def weight(self, path: str) -> Tensor:
-        """[out_features, in_features] (embedding: [vocabulary, width])."""
+        """See BaseModel."""
         module = self.model.get_submodule(path)
         if module in self.packed:
             return self.packed[module].dense()
         weight = module.weight
         assert isinstance(weight, Tensor)
         return weight.T if isinstance(module, Conv1D) else weight
+
+
+_BIASED = (SiteKind.LINEAR, SiteKind.NORM)
 
 
 def pick_device(name: str) -> torch.device:
@@ -90,11 +112,16 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     context.attach(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     result: ProbeResult = probe(model, context, vocab_size)
+    entries: list[ProbedSite | ProbedNorm | ProbedBlock] = [*result.sites, *result.norms, *result.blocks]
     return LoadedModel(
         model=model,
         context=context,
         probed=result.sites,
-        sites={entry.site.path: entry.site for entry in result.sites},
+        norms=result.norms,
+        blocks=result.blocks,
+        layers=result.layers,
+        ties=_ties(result.sites),
+        sites={entry.site.path: entry.site for entry in entries},
         refused=result.refused,
         fingerprint=fingerprint(model),
         device=model.device,
@@ -104,6 +131,17 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         eos_token_ids=_eos_ids(model.generation_config, text),
         packed=pack_linears(entry.module for entry in result.sites),  # last: the plain weights are gone after it
     )
+
+
+def _ties(probed: Sequence[ProbedSite]) -> dict[str, tuple[str, ...]]:
+    """Site path -> the other sites whose weight is the same memory."""
+    holders: dict[int, list[str]] = {}
+    for entry in probed:
+        assert isinstance(entry.module.weight, Tensor)
+        holders.setdefault(entry.module.weight.data_ptr(), []).append(entry.site.path)
+    return {
+        path: tuple(p for p in paths if p != path) for paths in holders.values() for path in paths if len(paths) > 1
+    }
 
 
 def pick_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

@@ -8,7 +8,7 @@ same logits, in one go and in chunks; a model for which it does not is refused.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from onebase.adapters.base import Site, SiteKind
+from onebase.adapters.base import Layer, Site, SiteKind
 from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import AttentionBatch
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
-from onebase.serve.model.sites import ProbedSite
+from onebase.serve.model.blocks import BlockCalls, Blocks
+from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
 PROBE_TOKENS = 24
 _HEAD_ROWS = 3
@@ -40,9 +41,12 @@ class _Call:
 
 @dataclass(slots=True)
 class ProbeResult:
-    """sites: in call order; refused: module path -> why it cannot be adapted."""
+    """sites: linear modules and embeddings in call order; refused: module path -> why it cannot be adapted."""
 
     sites: list[ProbedSite] = field(default_factory=list)
+    norms: list[ProbedNorm] = field(default_factory=list)
+    blocks: list[ProbedBlock] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -56,20 +60,32 @@ def site_of(path: str, module: nn.Module) -> Site | None:
         scale = getattr(module, "embed_scale", None)
         factor = 1.0 if scale is None else float(scale)
         return Site(path, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim, factor)
+    if _is_norm(module):
+        assert isinstance(module.weight, Tensor)
+        width = module.weight.numel()
+        return Site(path, SiteKind.NORM, width, width)
     return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By what it has: one vector of weights, at most a bias, and no modules inside; and by its name."""
+    parameters = dict(module.named_parameters(recurse=False))
+    known = "weight" in parameters and parameters.keys() <= {"weight", "bias"} and not list(module.children())
+    return known and type(module).__name__.endswith("Norm") and parameters["weight"].dim() == 1
 
 
 @torch.inference_mode()
 def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) -> ProbeResult:
     """Run the probe. ``context`` must be attached and hold pages for PROBE_TOKENS; it learns every layer's shape."""
     tokens = torch.arange(PROBE_TOKENS, device=model.device) * 7 % vocab_size
-    calls = _record_calls(model, lambda: _paged(model, context, tokens, (PROBE_TOKENS,), _HEAD_ROWS))
+    with BlockCalls(model) as block_calls:
+        calls = _record_calls(model, lambda: _paged(model, context, tokens, (PROBE_TOKENS,), _HEAD_ROWS))
     if context.calls != len(context.shapes) or not context.shapes:
         raise ModelRejected(
             f"{type(model).__name__} does not route its attention through transformers' attention interface"
         )
     _prove(model, context, tokens)
-    return _classify(model, calls)
+    return _classify(model, calls, block_calls.find(context))
 
 
 def _record_calls(model: PreTrainedModel, forward: Callable[[], object]) -> list[_Call]:
@@ -98,6 +114,8 @@ def _record_calls(model: PreTrainedModel, forward: Callable[[], object]) -> list
 def _rows(module: nn.Module, source: Tensor | None) -> int:
     if source is None:
         return 0
+    if _is_norm(module):
+        return source.shape[1] if source.dim() >= 3 and source.shape[0] == 1 else 0
     return source.numel() if isinstance(module, nn.Embedding) else source.numel() // source.shape[-1]
 
 
@@ -147,19 +165,23 @@ def _prove(model: PreTrainedModel, context: AttentionContext, tokens: Tensor) ->
             )
 
 
-def _classify(model: PreTrainedModel, calls: list[_Call]) -> ProbeResult:
-    result = ProbeResult()
+def _classify(model: PreTrainedModel, calls: list[_Call], blocks: Blocks) -> ProbeResult:
+    result = ProbeResult(blocks=blocks.blocks, layers=blocks.layers)
     times: dict[str, int] = {}
     for call in calls:
         times[call.path] = times.get(call.path, 0) + 1
-    head = model.get_output_embeddings()
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     kept = [call for call in calls if _is_site(call, times[call.path], call.module is head, result)]
-    for members in _group_by_source(kept):
+    for members in _group_by_source(call for call in kept if not _is_norm(call.module)):
         group = tuple(len(result.sites) + i for i in range(len(members)))
         for call in members:
             site = site_of(call.path, call.module)
             assert site is not None  # only sites were recorded
-            result.sites.append(ProbedSite(site, call.module, group, call.module is head))
+            result.sites.append(ProbedSite(site, call.module, group, call.module is head, call.module is inputs))
+    for call in kept:
+        site = site_of(call.path, call.module)
+        if site is not None and site.kind is SiteKind.NORM:
+            result.norms.append(ProbedNorm(site, call.module, blocks.fed_by(call.module)))
     seen = set(times)
     for path, module in model.named_modules():
         if site_of(path, module) is not None and path not in seen:
@@ -178,7 +200,7 @@ def _is_site(call: _Call, times: int, is_head: bool, result: ProbeResult) -> boo
     return call.path not in result.refused
 
 
-def _group_by_source(calls: list[_Call]) -> Iterator[list[_Call]]:
+def _group_by_source(calls: Iterable[_Call]) -> Iterator[list[_Call]]:
     """Neighbouring calls on the same tensor object form a group; the head and embeddings stand alone."""
     for _, members in itertools.groupby(calls, key=lambda call: (id(call.source), type(call.module))):
         yield list(members)

@@ -6,27 +6,53 @@ whose shrinks share one launch: the first member computes it, the last one drops
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from onebase.adapters.base import Site, SiteKind
 from onebase.kernels.base import LowRankKernels, Shrunk
+from onebase.kernels.instructions import InstructionTable, Placed
+from onebase.kernels.ops.bottleneck import BlockBottleneck
+from onebase.kernels.ops.instruction import wide
+from onebase.kernels.ops.norm import NormOverride
+from onebase.kernels.ops.tokens import TokenInstruction
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables
+
+Forward = Callable[..., Any]
 
 
 @dataclass(slots=True, eq=False)
 class StepPlans:
     """The plans of the present step. None where the whole batch is base: sites then return at once.
 
-    rows: over the packed tokens; logits: over the rows that reach the output head.
+    rows: over the packed tokens; logits: over the rows that reach the output head. tokens: [T] int64, the packed ids;
+    virtual ones are negative here, and 0 where the model reads them.
     """
 
     rows: BatchPlan | None = None
     logits: BatchPlan | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteContext:
+    """What every wrapper reads. residuals: path of a block -> what its norm read in this forward, [1, T, width]."""
+
+    kernels: LowRankKernels
+    tables: ProgramTables
+    instructions: InstructionTable
+    plans: StepPlans
+    residuals: dict[str, Tensor] = field(default_factory=dict)
+
+    def placed(self, path: str) -> tuple[Placed, ...]:
+        """The instructions of the step's packed rows at a site."""
+        return () if self.plans.rows is None else self.instructions.placed(path, self.plans.rows)
 
 
 @dataclass(slots=True, eq=False)
@@ -50,58 +76,173 @@ class SiteGroup:
 
 @dataclass(frozen=True, slots=True)
 class ProbedSite:
-    """What the probe forward saw of a module. group: positions (in call order) of sites with the same input."""
+    """What the probe forward saw of a linear module or an embedding. group: positions (in call order) of sites with the
+    same input. is_head: it gives the logits; is_input: it reads the token ids."""
 
     site: Site
     module: nn.Module
     group: tuple[int, ...]
-    is_head: bool
+    is_head: bool = False
+    is_input: bool = False
 
 
-def wrap_sites(probed: Sequence[ProbedSite], kernels: LowRankKernels, tables: ProgramTables, plans: StepPlans) -> None:
+@dataclass(frozen=True, slots=True)
+class ProbedNorm:
+    """A norm. feeds: paths of the blocks that read its output, whose residual stream is its input."""
+
+    site: Site
+    module: nn.Module
+    feeds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedBlock:
+    """An attention or feed-forward module as a whole."""
+
+    site: Site
+    module: nn.Module
+
+
+def wrap_sites(
+    probed: Sequence[ProbedSite], norms: Sequence[ProbedNorm], blocks: Sequence[ProbedBlock], context: SiteContext
+) -> None:
     """Put every site's forward behind its adapters. Index in ``probed`` = site index in the tables."""
     groups: dict[tuple[int, ...], SiteGroup] = {}
     for index, entry in enumerate(probed):
-        base: Callable[[Tensor], Tensor] = entry.module.forward
+        base: Forward = entry.module.forward
         if entry.site.kind is SiteKind.EMBEDDING:
-            forward = partial(_embedding_forward, base, index, kernels, tables, plans)
+            entry.module.forward = AdaptedEmbedding(base, index, entry, context)
         else:
             group = groups.setdefault(entry.group, SiteGroup(entry.group))
-            forward = partial(_linear_forward, base, index, entry.is_head, group, kernels, tables, plans)
-        entry.module.forward = forward
+            entry.module.forward = AdaptedLinear(base, index, entry, group, context)
+    for norm in norms:
+        norm.module.forward = AdaptedNorm(norm.module.forward, norm, context)
+    for block in blocks:
+        block.module.forward = AdaptedBlock(block.module.forward, block.site.path, context)
 
 
-def _linear_forward(
-    base: Callable[[Tensor], Tensor],
-    index: int,
-    is_head: bool,
-    group: SiteGroup,
-    kernels: LowRankKernels,
-    tables: ProgramTables,
-    plans: StepPlans,
-    x: Tensor,
-) -> Tensor:
-    y = base(x)
-    plan = plans.logits if is_head else plans.rows
-    if plan is None:
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedLinear:
+    """Forward of a linear site."""
+
+    base: Forward
+    index: int
+    entry: ProbedSite
+    group: SiteGroup
+    context: SiteContext
+
+    def __call__(self, x: Tensor) -> Tensor:
+        context = self.context
+        plan = context.plans.logits if self.entry.is_head else context.plans.rows
+        if plan is None:
+            y: Tensor = self.base(x)
+            return y
+        y = self._with_instructions(x, plan)
+        if context.tables.active(self.index, plan):
+            shrunk = self.group.shrink(x, self.index, context.kernels, plan)
+            context.kernels.expand(y.view(-1, y.shape[-1]), shrunk, self.index, plan)
+        if self.index == self.group.members[-1]:
+            self.group.release()
         return y
-    if tables.active(index, plan):
-        kernels.expand(y.view(-1, y.shape[-1]), group.shrink(x, index, kernels, plan), index, plan)
-    if index == group.members[-1]:
-        group.release()
-    return y
+
+    def _with_instructions(self, x: Tensor, plan: BatchPlan) -> Tensor:
+        work = self.context.instructions.work(self.entry.site.path, plan, x.device)
+        if work is None:
+            y: Tensor = self.base(x)
+            return y
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.base(work.change_input(rows).view(x.shape))
+        work.change_output(y.view(-1, y.shape[-1]), rows)
+        return y
 
 
-def _embedding_forward(
-    base: Callable[[Tensor], Tensor],
-    index: int,
-    kernels: LowRankKernels,
-    tables: ProgramTables,
-    plans: StepPlans,
-    tokens: Tensor,
-) -> Tensor:
-    y = base(tokens)
-    plan = plans.rows
-    if plan is not None and tables.active(index, plan):
-        kernels.token_low_rank(y.view(-1, y.shape[-1]), tokens.reshape(-1), index, plan)
-    return y
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedEmbedding:
+    """Forward of an embedding site."""
+
+    base: Forward
+    index: int
+    entry: ProbedSite
+    context: SiteContext
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        context, plan = self.context, self.context.plans.rows
+        y: Tensor = self.base(tokens)
+        if plan is None:
+            return y
+        rows = y.view(-1, y.shape[-1])
+        self._replace(rows, tokens, plan)
+        if context.tables.active(self.index, plan):
+            context.kernels.token_low_rank(rows, tokens.reshape(-1), self.index, plan)
+        return y
+
+    def _replace(self, rows: Tensor, tokens: Tensor, plan: BatchPlan) -> None:
+        path = self.entry.site.path
+        work = self.context.instructions.work(path, plan, rows.device)
+        if work is not None:
+            work.change_output(rows, rows)
+        placed = [item for item in self.context.placed(path) if isinstance(item.op, TokenInstruction)]
+        raw = self.context.plans.tokens
+        ids = raw if self.entry.is_input and raw is not None else tokens.reshape(-1)
+        _replace(rows, placed, lambda item, at, old: item.op.apply(ids[at], old))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedNorm:
+    """Forward of a norm. An override runs the base's own forward over a copy of the module with other parameters."""
+
+    base: Forward
+    entry: ProbedNorm
+    context: SiteContext
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.context.plans.rows is None:
+            return y
+        for block in self.entry.feeds:
+            if self.context.placed(block):
+                self.context.residuals[block] = x
+        placed = self.context.placed(self.entry.site.path)
+        if placed:
+            _replace(y[0], placed, lambda item, at, _: self._override(item, x[:, at])[0])
+        return y
+
+    def _override(self, item: Placed, x: Tensor) -> Tensor:
+        assert isinstance(item.op, NormOverride)
+        module = copy.copy(self.entry.module)
+        parameters: Mapping[str, Tensor | None] = {"weight": item.op.weight, "bias": item.op.bias}
+        object.__setattr__(module, "_parameters", {name: parameters[name] for name in module._parameters})
+        y: Tensor = type(module).forward(module, x)
+        return y
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedBlock:
+    """Forward of an attention or feed-forward module as a whole."""
+
+    base: Forward
+    path: str
+    context: SiteContext
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.base(*args, **kwargs)
+        bottlenecks = [item for item in self.context.placed(self.path) if isinstance(item.op, BlockBottleneck)]
+        if bottlenecks:
+            y = out[0] if isinstance(out, tuple) else out
+            residual = self.context.residuals.pop(self.path)[0]
+            _replace(y[0], bottlenecks, lambda item, at, old: wide(old) + item.op.delta(old, residual[at]))  # type: ignore[attr-defined]
+        return out
+
+
+def _replace(y: Tensor, placed: Sequence[Placed], new: Callable[[Placed, slice, Tensor], Tensor]) -> None:
+    """Rows of y [T, ...] become ``new(item, rows, old rows)``, in place; with a scale or several programs on a row, the
+    differences from the old rows add up."""
+    alone = all(one.segment.stop <= two.segment.start for one, two in itertools.pairwise(placed))
+    old = y if alone else y.clone()
+    for item in placed:
+        at = slice(item.segment.start, item.segment.stop)
+        rows = new(item, at, old[at])
+        if alone and item.segment.scale == 1:
+            y[at] = rows
+        else:
+            y[at] = (wide(y[at]) + item.segment.scale * (wide(rows) - wide(old[at]))).to(y.dtype)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase.adapters.arena import BLOCK_ALIGN, Arena, pack, shifted
+from onebase.adapters.arena import BLOCK_ALIGN, Arena
 from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.packing import pack, shifted
 from onebase.adapters.program import AdapterProgram, LowRank, SiteOps, TokenLowRank
 
 
