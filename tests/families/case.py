@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 Move = Callable[[nn.Module, torch.Generator], None]
+NUM_GREEDY = 4
 ALL_FIVE = ("llama", "qwen3", "gemma2", "gpt2", "opt")
 _HERE = Path(__file__).parent
 
@@ -41,7 +44,7 @@ def move_trainable(model: nn.Module, generator: torch.Generator) -> None:
 class Case:
     """config: architecture -> peft config. move: what stands for training. edit: a last change to the saved folder.
 
-    tokens: the prompt's tokens; None draws them.
+    tokens: the prompt's tokens; None draws them. forward: further keyword arguments of PEFT's forward (a task's id).
     """
 
     name: str
@@ -50,6 +53,14 @@ class Case:
     move: Move = move_trainable
     edit: Callable[[Path], None] | None = None
     tokens: tuple[int, ...] | None = None
+    forward: Callable[[], dict[str, Any]] = dict
+
+    @property
+    def prompt(self) -> list[int]:
+        if self.tokens is not None:
+            return list(self.tokens)
+        generator = torch.Generator().manual_seed(len(self.name))
+        return torch.randint(3, 128, (21,), generator=generator).tolist()
 
     def save(self, base: Path, architecture: str, folder: Path, seed: int = 0) -> None:
         """Make the adapter with PEFT and save it to the folder."""
@@ -64,16 +75,53 @@ class Case:
             self.edit(folder)
 
 
+@dataclass(frozen=True)
+class Made:
+    """An adapter folder and what PEFT makes of it. tokens: the prompt and PEFT's own greedy continuation of it;
+    logprobs: [len(tokens), vocabulary] float32, after each of them. adapter None: the plain base."""
+
+    tokens: list[int]
+    num_prompt: int
+    logprobs: Tensor
+    adapter: Path | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: self.num_prompt]
+
+
+def made(case: Case | None, architecture: str, base: Path, cache: Path, prompt: list[int]) -> Made:
+    """Make a case's adapter, or find it in the cache, which test processes share. None: the plain base."""
+    name = f"{'base' if case is None else case.name}-{architecture}-{len(prompt)}-{sum(prompt)}"
+    if not (cache / name).exists():
+        cache.mkdir(exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=cache))
+        if case is not None:
+            case.save(base, architecture, draft / "adapter")
+        tokens, logprobs = _greedy(base, None if case is None else draft / "adapter", prompt, case)
+        torch.save((tokens, logprobs), draft / "expected.pt")
+        with contextlib.suppress(OSError):  # another process was faster
+            draft.rename(cache / name)
+    tokens, logprobs = torch.load(cache / name / "expected.pt")
+    return Made(tokens, len(prompt), logprobs, None if case is None else cache / name / "adapter")
+
+
 @torch.inference_mode()
-def peft_logprobs(base: Path, adapter: Path | None, prompt: list[int]) -> Tensor:
-    """What PEFT makes of the folder: log-probabilities [len(prompt), vocabulary] in float32."""
+def _greedy(base: Path, adapter: Path | None, prompt: list[int], case: Case | None) -> tuple[list[int], Tensor]:
+    """PEFT's greedy tokens after a prompt, by full forwards, and the log-probabilities after every token."""
+    tokens = list(prompt)
+    options = {} if case is None else case.forward()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
         if adapter is not None:
             model = peft.PeftModel.from_pretrained(model, adapter).eval()
-        logits = model(input_ids=torch.tensor([prompt])).logits[0].float()
-    return torch.log_softmax(logits[-len(prompt) :], -1)
+        while True:
+            logits = model(input_ids=torch.tensor([tokens]), **options).logits[0].float()
+            logprobs = torch.log_softmax(logits[-len(tokens) :], -1)
+            if len(tokens) == len(prompt) + NUM_GREEDY:
+                return tokens, logprobs
+            tokens.append(int(logprobs[-1].argmax()))
 
 
 def all_cases() -> list[Case]:
