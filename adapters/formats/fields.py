@@ -35,14 +35,16 @@ class Fields:
                 raise refused(name, value, "it must be a string or null")
         self.ignore(_ALWAYS_HARMLESS)
 
-    def integer(self, name: str, low: int, high: int) -> int:
-        value = self._required(name)
+    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        """With a default, the field may be absent or null."""
+        value = self._given(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise refused(name, value, f"it must be an integer from {low} to {high}")
         return value
 
-    def number(self, name: str) -> float:
-        return as_number(name, self._required(name))
+    def number(self, name: str, default: float | None = None) -> float:
+        """With a default, the field may be absent or null."""
+        return as_number(name, self._given(name, default))
 
     def flag(self, name: str, *, default: bool = False) -> bool:
         """null counts as absent."""
@@ -83,6 +85,12 @@ class Fields:
         for name, value in self._left.items():
             if value:
                 raise refused(name, value, "the field is unknown and set, so it may change what the adapter computes")
+
+    def _given(self, name: str, default: float | None) -> JsonValue:
+        if default is not None and self._left.get(name) is None:
+            self._left.pop(name, None)
+            return default
+        return self._required(name)
 
     def _required(self, name: str) -> JsonValue:
         if name not in self._left:
