@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from onebase.adapters.base import Layer, Site, SiteKind
+from onebase.adapters.base import Experts, Layer, Site, SiteKind
 from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import select_attention
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
+from onebase.serve.model.experts import ProbedExperts
 from onebase.serve.model.packed import PackedLinear, pack_linears
 from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
@@ -54,6 +55,11 @@ class LoadedModel:
         """See BaseModel."""
         config: dict[str, Any] = self.model.config.get_text_config().to_dict()
         return config
+
+    @property
+    def experts(self) -> Mapping[str, Experts]:
+        """See BaseModel."""
+        return {entry.site.path: entry.experts for entry in self.blocks if isinstance(entry, ProbedExperts)}
 
     def tied(self, path: str) -> tuple[str, ...]:
         """See BaseModel."""
@@ -121,7 +127,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         blocks=result.blocks,
         layers=result.layers,
         ties=_ties(result.sites),
-        sites={entry.site.path: entry.site for entry in entries},
+        sites=_in_module_order(model, [entry.site for entry in entries]),
         refused=result.refused,
         fingerprint=fingerprint(model),
         device=model.device,
@@ -131,6 +137,12 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         eos_token_ids=_eos_ids(model.generation_config, text),
         packed=pack_linears(entry.module for entry in result.sites),  # last: the plain weights are gone after it
     )
+
+
+def _in_module_order(model: nn.Module, sites: Sequence[Site]) -> dict[str, Site]:
+    """By path. Some formats number their targets in the order in which the model lists its modules."""
+    by_path = {site.path: site for site in sites}
+    return {path: by_path[path] for path, _ in model.named_modules() if path in by_path}
 
 
 def _ties(probed: Sequence[ProbedSite]) -> dict[str, tuple[str, ...]]:
