@@ -13,7 +13,8 @@ from torch import Tensor
 class SiteKind(StrEnum):
     """What the base module computes. Conv1D (GPT-2) counts as LINEAR: only its storage is transposed.
 
-    ATTENTION is a layer's whole attention module with its projections, MLP its whole feed-forward module.
+    ATTENTION is a layer's whole attention module with its projections, MLP its whole feed-forward module. EXPERTS is a
+    module of routed experts whose weights are stacked in 3-D parameters.
     """
 
     LINEAR = "linear"
@@ -21,6 +22,7 @@ class SiteKind(StrEnum):
     NORM = "norm"
     ATTENTION = "attention"
     MLP = "mlp"
+    EXPERTS = "experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Site:
     ``path`` is its module path in the loaded model, e.g. ``model.layers.0.self_attn.q_proj``.
     For an EMBEDDING ``in_features`` is the vocabulary size and ``out_features`` the width; ``output_scale`` is what
     its forward multiplies rows by (Gemma 3's scaled word embedding), and so what an added row must be multiplied by.
-    NORM, ATTENTION and MLP have the same width on both sides.
+    NORM, ATTENTION, MLP and EXPERTS have the same width on both sides.
     """
 
     path: str
@@ -56,6 +58,33 @@ class Layer:
     scaling: float
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertParameter:
+    """A parameter of an EXPERTS site: ``num_experts`` matrices of out_features x in_features under one name.
+
+    transposed: stored as [experts, in_features, out_features].
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """An EXPERTS site. up, down: what a token goes through, in this order. per_token: experts that one token takes.
+
+    parameters: names of all its own parameters, in the order in which the module declares them.
+    """
+
+    num_experts: int
+    per_token: int
+    up: ExpertParameter
+    down: ExpertParameter
+    parameters: tuple[str, ...]
+
+
 class BaseModel(Protocol):
     """The frozen base as the compiler sees it."""
 
@@ -74,6 +103,10 @@ class BaseModel(Protocol):
     @property
     def layers(self) -> Sequence[Layer]:
         """Every decoder layer with attention, in order."""
+
+    @property
+    def experts(self) -> Mapping[str, Experts]:
+        """Every EXPERTS site by its path."""
 
     @property
     def config(self) -> Mapping[str, Any]:

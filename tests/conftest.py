@@ -54,6 +54,10 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "gpt2": lambda: transformers.GPT2Config(**_GPT2, bos_token_id=1, eos_token_id=2),
     "opt": lambda: transformers.OPTConfig(**_NO_KV, ffn_dim=96, word_embed_proj_dim=64),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_NO_KV),
+    "mixtral": lambda: transformers.MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_SMALL, head_dim=24, moe_intermediate_size=40, num_experts=5, num_experts_per_tok=3, norm_topk_prob=True
+    ),
     "olmo2": lambda: transformers.Olmo2Config(**_SMALL),
 }
 

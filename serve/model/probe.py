@@ -23,6 +23,7 @@ from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import AttentionBatch
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
 from onebase.serve.model.blocks import BlockCalls, Blocks
+from onebase.serve.model.expert_calls import ExpertCalls
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
 PROBE_TOKENS = 24
@@ -78,14 +79,18 @@ def _is_norm(module: nn.Module) -> bool:
 def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) -> ProbeResult:
     """Run the probe. ``context`` must be attached and hold pages for PROBE_TOKENS; it learns every layer's shape."""
     tokens = torch.arange(PROBE_TOKENS, device=model.device) * 7 % vocab_size
-    with BlockCalls(model) as block_calls:
+    with BlockCalls(model) as block_calls, ExpertCalls(model) as expert_calls:
         calls = _record_calls(model, lambda: _paged(model, context, tokens, (PROBE_TOKENS,), _HEAD_ROWS))
     if context.calls != len(context.shapes) or not context.shapes:
         raise ModelRejected(
             f"{type(model).__name__} does not route its attention through transformers' attention interface"
         )
     _prove(model, context, tokens)
-    return _classify(model, calls, block_calls.find(context))
+    result = _classify(model, calls, block_calls.find(context))
+    experts, refused = expert_calls.find(PROBE_TOKENS, _TOLERANCE[model.dtype])
+    result.blocks.extend(experts)
+    result.refused.update(refused)
+    return result
 
 
 def _record_calls(model: PreTrainedModel, forward: Callable[[], object]) -> list[_Call]:

@@ -97,10 +97,14 @@ class ProbedNorm:
 
 @dataclass(frozen=True, slots=True)
 class ProbedBlock:
-    """An attention or feed-forward module as a whole."""
+    """An attention or feed-forward module as a whole, or one of experts."""
 
     site: Site
     module: nn.Module
+
+    def adapted(self, context: SiteContext) -> Forward:
+        """The module's forward behind its adapters."""
+        return AdaptedBlock(self.module.forward, self.site.path, context)
 
 
 def wrap_sites(
@@ -118,7 +122,7 @@ def wrap_sites(
     for norm in norms:
         norm.module.forward = AdaptedNorm(norm.module.forward, norm, context)
     for block in blocks:
-        block.module.forward = AdaptedBlock(block.module.forward, block.site.path, context)
+        block.module.forward = block.adapted(context)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from onebase.adapters.base import Site, SiteKind
+from onebase.adapters.base import Experts, Site, SiteKind
 from onebase.adapters.program import AdapterProgram
 
 torch.set_num_threads(1)
@@ -29,6 +29,7 @@ class TinyBase:
     """BaseModel over a transformers model: every linear, Conv1D and embedding is a site."""
 
     fingerprint = "tiny"
+    experts: Mapping[str, Experts] = {}
 
     def __init__(self, model: nn.Module, refused: Mapping[str, str] | None = None) -> None:
         self.model = model

@@ -1,0 +1,42 @@
+"""Low rank beside the products of routed experts: LoRA on stacked 3-D parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from onebase.kernels.ops.instruction import Instruction, wide
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertLowRank(Instruction):
+    """Every expert's matrix W_e of one parameter becomes W_e + factor * B_e A_e; nothing is ever merged.
+
+    parameter: the name of the stacked parameter, of an ``Experts``. a: [experts, rank, in_features]; b: [experts, rank,
+    out_features]; per_token: experts that one row goes through. A row's products with its own experts get the term, so
+    that whatever the module does between and after them (gates, activations, routing weights) sees the adapted values.
+    """
+
+    parameter: str
+    a: Tensor
+    b: Tensor
+    factor: float
+    per_token: int
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.per_token * self.rank * (self.a.shape[2] + self.b.shape[2])
+
+    def delta(self, rows: Tensor, expert: int) -> Tensor:
+        """rows: [n, in_features], all of them the expert's -> [n, out_features] in float32."""
+        return wide(rows @ self.a[expert].T @ self.b[expert]) * self.factor
+
+    def reference(self, rows: Tensor, expert: int) -> Tensor:
+        """The definition, in float64."""
+        matrix = self.b[expert].double().T @ self.a[expert].double()
+        return self.factor * rows.double() @ matrix.T
