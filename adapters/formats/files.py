@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from onebase.adapters.formats.fields import Fields
 from onebase.adapters.safetensors_header import TensorInfo
 
 FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class TensorBag:
@@ -31,13 +32,26 @@ class TensorBag:
 
     def take(self, key: str) -> Tensor:
         """The tensor, on the host, contiguous, floating and finite. Raises AdapterRejected naming the key."""
-        info = self._left.pop(key)
-        if info.dtype not in FACTOR_DTYPES:
-            raise AdapterRejected(f"The dtype of {key!r} is {info.dtype}; F32, BF16 and F16 are served.", param=key)
-        with info.file.open("rb") as stream:
-            tensor = read_values(stream, info, 0, info.nbytes).view(info.shape)
+        tensor = self._take(key, FACTOR_DTYPES, "F32, BF16 and F16 are served")
         ensure_finite(key, tensor)
         return tensor
+
+    def take_integers(self, key: str) -> Tensor:
+        """The tensor, on the host, contiguous, of any integer dtype (not bool). Bounds are the caller's to check.
+
+        Raises AdapterRejected naming the key.
+        """
+        return self._take(key, INTEGER_DTYPES, "integers are expected")
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._left[key].dtype
+
+    def _take(self, key: str, served: Collection[torch.dtype], expected: str) -> Tensor:
+        info = self._left.pop(key)
+        if info.dtype not in served:
+            raise AdapterRejected(f"The dtype of {key!r} is {info.dtype}; {expected}.", param=key)
+        with info.file.open("rb") as stream:
+            return read_values(stream, info, 0, info.nbytes).view(info.shape)
 
     def finish(self) -> None:
         for key in self._left:
