@@ -70,6 +70,17 @@ class Fields:
             raise refused(name, value, reason)
         return value
 
+    def take(self, name: str, default: JsonValue = None) -> JsonValue:
+        """The value as it stands, for fields that have more than one type: the caller checks it."""
+        return self._left.pop(name, default)
+
+    def section(self, name: str) -> Fields:
+        """A nested object's fields. Whoever takes it has to ``finish`` it."""
+        value = self._required(name)
+        if not isinstance(value, dict):
+            raise refused(name, value, "it must be an object")
+        return Fields(value)
+
     def ignore(self, names: Collection[str]) -> None:
         """Fields that cannot change what the adapter computes, whatever they say."""
         for name in names:
