@@ -19,6 +19,7 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
 from onebase.adapters.formats.keys import check_shape, group_by_site, take_base_copy
+from onebase.adapters.formats.lora_experts import take_expert_factors
 from onebase.adapters.formats.patterns import PatternTable
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.program import LowRank, SiteOps, TokenLowRank
@@ -51,7 +52,6 @@ _UNSERVED = {
     "layer_replication": "it changes the depth of the base",
     "modules_to_save": "full copies of modules are not served yet",
     "monteclora_config": "MonteCLoRA is not served yet",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not served yet",
     "trainable_token_indices": "trained token rows are not served yet",
     "use_bdlora": "block-diagonal LoRA is not served yet",
     "use_dora": "DoRA is not served yet",
@@ -91,14 +91,14 @@ class LoraSettings:
     title="LoRA",
     paper="2106.09685",
     covers=("LoRA", "rsLoRA", "QLoRA", "DyLoRA", "IncreLoRA", "SoRA", "LoRA-FA", "Laplace-LoRA", "LoRAHub"),
-    instructions=("LowRank", "AddOut"),
+    instructions=("LowRank", "AddOut", "ExpertLowRank"),
     cost="4hr FLOPs, 2hr elements",
 )
 def compile_lora(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = read_settings(files.fields)
     suffixes = (A, B, BIAS, TOKEN_A, TOKEN_B, *BASE_COPIES)
-    ops: dict[str, SiteOps] = {}
+    ops = take_expert_factors(files, base, settings)
     for path, keys in group_by_site(files.tensors, base, suffixes).items():
         for copy in BASE_COPIES:
             if key := keys.pop(copy, None):
