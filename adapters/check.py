@@ -1,6 +1,6 @@
 """Hostile-input checks of an adapter folder, before any library parses it.
 
-Nothing here knows a family or a base model: what passes is a well-formed PEFT folder with finite numbers, no more.
+Nothing here knows what a family computes, or a base model: what passes is a well-formed folder with finite numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
+from onebase.adapters.family_names import family_of
 from onebase.adapters.safetensors_header import TensorInfo, read_header
 from onebase.adapters.strict_json import JsonError, JsonValue, parse_strict
 
@@ -41,6 +42,7 @@ IGNORED_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "head_config.json",
     "trainer_state.json",
 )
 _TENSOR_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
@@ -77,8 +79,8 @@ def file_role(name: str) -> FileRole:
     shown = repr(name[:100])
     if name.lower().endswith(_PICKLES):
         raise AdapterRejected(
-            f"{shown} is a pickle, which can run code when it is loaded: convert it to safetensors "
-            "(save_pretrained with a current peft does) and leave it out.",
+            f"{shown} is a pickle, which can run code when it is loaded: convert it to safetensors with "
+            "`onebase adapters convert SOURCE TARGET` (or save_pretrained of a current peft) and leave it out.",
             param="files",
         )
     raise AdapterRejected(
@@ -92,10 +94,7 @@ def check_folder(path: Path) -> CheckedFolder:
     """All checks of structure, none of values: see check_finite. Raises AdapterRejected or AdapterTooLarge."""
     files = served_files(path)
     config = read_config(path / CONFIG_FILE)
-    family = config["peft_type"]
-    if not isinstance(family, str):
-        raise AdapterRejected(f"peft_type in {CONFIG_FILE} must be a string.", param="peft_type")
-    return CheckedFolder(path, family, config, _all_tensors(files), files)
+    return CheckedFolder(path, family_of(config, CONFIG_FILE), config, _all_tensors(files), files)
 
 
 def served_files(path: Path) -> tuple[Path, ...]:
@@ -118,7 +117,7 @@ def served_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_config(path: Path) -> dict[str, JsonValue]:
-    """adapter_config.json as an object with a peft_type. Raises AdapterRejected, or AdapterTooLarge over 1 MiB."""
+    """adapter_config.json as an object. Raises AdapterRejected, or AdapterTooLarge over 1 MiB."""
     with path.open("rb") as file:
         raw = file.read(MAX_CONFIG_BYTES + 1)
     if len(raw) > MAX_CONFIG_BYTES:
@@ -131,8 +130,6 @@ def read_config(path: Path) -> dict[str, JsonValue]:
         raise AdapterRejected(f"{CONFIG_FILE} is refused: {error}.", param=CONFIG_FILE) from None
     if not isinstance(config, dict):
         raise AdapterRejected(f"{CONFIG_FILE} is refused: it is not a JSON object.", param=CONFIG_FILE)
-    if "peft_type" not in config:
-        raise AdapterRejected(_why_untyped(config), param="peft_type")
     return config
 
 
@@ -178,12 +175,3 @@ def _all_tensors(files: tuple[Path, ...]) -> dict[str, TensorInfo]:
                 raise AdapterRejected(f"The tensor {key!r} is in two files: {file.name} has it again.", param=key)
             tensors[key] = info
     return tensors
-
-
-def _why_untyped(config: Mapping[str, JsonValue]) -> str:
-    if "model_class" in config or isinstance(config.get("config"), dict):
-        return (
-            f"{CONFIG_FILE} was written by AdapterHub's adapters library, not by PEFT: "
-            "its formats are not served in this version."
-        )
-    return f"{CONFIG_FILE} has no peft_type, so nothing says how to read the tensors."
