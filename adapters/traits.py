@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from onebase.adapters.program import AdapterProgram, SiteOps
 from onebase.kernels.ops.instruction import Phase, RowInstruction
+from onebase.kernels.ops.prefix import KvPrefix
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
     """See AdapterProgram for the first three.
 
-    unscalable: sites where only the scales 0 and 1 mean something. inputs, maps: linear sites where it changes what the
+    stores_prefix: its virtual tokens are stored keys and values, which nothing has to compute. unscalable: sites where only the scales 0 and 1 mean something. inputs, maps: linear sites where it changes what the
     base reads, and where it reads what the base gave.
     """
 
@@ -24,6 +25,7 @@ class Traits:
     unscalable: frozenset[str] = frozenset()
     inputs: frozenset[str] = frozenset()
     maps: frozenset[str] = frozenset()
+    stores_prefix: bool = False
 
     @classmethod
     def of(cls, program: AdapterProgram) -> Traits:
@@ -35,6 +37,7 @@ class Traits:
             unscalable=frozenset(path for path, op in ops.items() if not op.scalable),
             inputs=frozenset(path for path, op in ops.items() if _has(op, Phase.INPUT)),
             maps=frozenset(path for path, op in ops.items() if _has(op, Phase.MAP)),
+            stores_prefix=any(isinstance(item, KvPrefix) for op in ops.values() for item in op.extra),
         )
 
 
