@@ -13,6 +13,7 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.strict_json import JsonValue
 
 MAX_RANK = 4096
+MAX_NAMES = 1024
 _ALWAYS_HARMLESS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -33,6 +34,7 @@ class Fields:
         for name in _STRING_OR_NULL:
             if not isinstance(value := self._left.get(name), str | None):
                 raise refused(name, value, "it must be a string or null")
+        self.task_type = self._left.get("task_type")  # says what a saved head is for
         self.ignore(_ALWAYS_HARMLESS)
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
@@ -124,6 +126,16 @@ def as_number(name: str, value: JsonValue) -> float:
     if not -1e9 <= value <= 1e9:
         raise refused(name, value, "it must lie between -1e9 and 1e9")
     return float(value)
+
+
+def as_names(name: str, value: JsonValue) -> tuple[str, ...]:
+    items = [] if value is None else value
+    if not isinstance(items, list) or len(items) > MAX_NAMES:
+        raise refused(name, value, f"it must be null or a list of at most {MAX_NAMES} names")
+    found = tuple(item for item in items if isinstance(item, str) and item)
+    if len(found) < len(items):
+        raise refused(name, value, "names are strings, and not empty")
+    return found
 
 
 def refused(name: str, value: JsonValue, reason: str) -> AdapterRejected:
