@@ -92,6 +92,10 @@ class Fields:
             raise refused(name, value, "it must be an object")
         return Fields(value)
 
+    def names(self, name: str) -> tuple[str, ...]:
+        """A list of at most MAX_NAMES names; absent and null are empty."""
+        return as_names(name, self._left.pop(name, None))
+
     def ignore(self, names: Collection[str]) -> None:
         """Fields that cannot change what the adapter computes, whatever they say."""
         for name in names:
