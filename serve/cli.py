@@ -1,4 +1,4 @@
-"""The command line: `onebase serve MODEL`, `onebase demo`."""
+"""The command line: `onebase serve MODEL`, `onebase demo`, `onebase check ADAPTER --model MODEL`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import signal
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,17 @@ Port = Annotated[int | None, typer.Option(help="Port to listen on.  [default: 80
 Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")]
 DataDir = Annotated[Path | None, typer.Option(help="Where the registry keeps adapters.")]
 Key = Annotated[str | None, typer.Option(help="Bearer key. Prefer the environment variable or the TOML file.")]
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    """A callback that refuses every other value."""
+
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}")
+        return value
+
+    return check
 
 
 @app.callback()
@@ -92,6 +103,33 @@ def demo(host: Host = None, port: Port = None, data_dir: DataDir = None) -> None
         }
         given |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
         _run(_settings(given, None), examples)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    model: Annotated[str, typer.Option(help="Folder or Hugging Face id of the base model.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's repository.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    dtype: Annotated[str, typer.Option(callback=_one_of("auto", "float32", "bfloat16", "float16"))] = "auto",
+    device: Annotated[str, typer.Option(callback=_one_of("auto", "cpu", "cuda"))] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compile an adapter against a base, without serving it: what it does and costs, or why it would be refused."""
+    from onebase.adapters.errors import OneBaseError
+    from onebase.serve.check_adapter import check_adapter
+    from onebase.serve.engine.config import EngineConfig
+    from onebase.serve.model.loader import load_model
+
+    config = EngineConfig(
+        model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, device=device
+    )
+    try:
+        report = check_adapter(path, load_model(config))
+    except OneBaseError as error:
+        typer.echo(f"onebase: {error.message}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(json.dumps(report.to_dict()) if as_json else report.text())
 
 
 def _settings(given: dict[str, Any], config: Path | None) -> Settings:
