@@ -66,15 +66,6 @@ class Fields:
             raise refused(name, value, "it must map patterns to numbers")
         return {key: as_number(f"{name}[{key[:100]!r}]", item) for key, item in value.items()}
 
-    def strings(self, name: str, limit: int) -> tuple[str, ...]:
-        """A list of at most ``limit`` strings; absent and null are empty."""
-        value = self._left.pop(name, None)
-        items = value if isinstance(value, list) else []
-        found = tuple(item for item in items if isinstance(item, str))
-        if value is not None and (not isinstance(value, list) or not len(found) == len(items) <= limit):
-            raise refused(name, value, f"it must be a list of at most {limit} strings")
-        return found
-
     def choice(self, name: str, allowed: Collection[JsonValue], default: JsonValue, reason: str) -> JsonValue:
         value = self._left.pop(name, default)
         if not any(value == item and type(value) is type(item) for item in allowed):

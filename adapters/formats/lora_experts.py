@@ -19,7 +19,6 @@ from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.experts import ExpertLowRank
 
-MAX_TARGETS = 1024
 _PREFIXES = ("base_model.model.", "base_model.", "")
 _SUFFIXES = {
     ".lora_A.weight": "lora_A.weight",
@@ -43,7 +42,7 @@ def take_expert_factors(files: AdapterFiles, base: BaseModel, settings: RankTabl
 
     Raises AdapterRejected naming the field or the key.
     """
-    targets = files.fields.strings("target_parameters", MAX_TARGETS)
+    targets = files.fields.names("target_parameters")
     return {
         path: _site_ops(path, base.experts[path], levels, targets, files.tensors, settings)
         for path, levels in _keys_by_site(files.tensors, base).items()
