@@ -104,6 +104,10 @@ class AdapterCache:
             return None
         return self.arena.block_bytes(entry.num_elements)
 
+    def traits(self, digest: str) -> Traits | None:
+        """What the engine has to know of a compiled adapter, None while it is not compiled."""
+        return None if self.size(digest) is None else self._entries[digest].traits
+
     def acquire(self, digest: str) -> Entry:
         """Take a reference on a ready entry. Its handle may change between steps: compaction moves blocks."""
         entry = self._entries[digest]

@@ -20,6 +20,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     max_num_seqs: int = 64
     page_size: int = 16
+    prefix_caching: bool = True  # pages of earlier requests are found again by requests that begin alike
     device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
     kv_memory: float | None = None
     adapter_memory: float | None = None

@@ -2,7 +2,8 @@
 
 Decodes come first, one token each; what is left of the token budget goes to prefills, in chunks, oldest first.
 Pages are taken as sequences grow. When they run out the youngest running sequence is preempted: its pages are freed
-and it is computed again later. A waiting sequence whose adapter is not resident holds nobody back.
+and it is computed again later, as far as the prefix cache does not still hold them. A waiting sequence whose adapter is
+not resident holds nobody back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ class Chunk:
     sequence: Sequence
     num_tokens: int
     samples: bool
+
+    @property
+    def start(self) -> int:
+        """Its first slot."""
+        return self.sequence.num_computed
+
+    @property
+    def stop(self) -> int:
+        return self.sequence.num_computed + self.num_tokens
 
 
 class Scheduler:
@@ -70,7 +80,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self._max_num_seqs:
                 return
-            if self.pages.num_free < self.pages.pages_for(len(sequence.tokens) + 1):
+            next_token = min(sequence.request.sampling.max_tokens, 1)
+            if self.pages.num_free < self.pages.pages_for(len(sequence.tokens) + next_token):
                 return
             if admit(sequence):
                 self._start(sequence)
@@ -78,12 +89,38 @@ class Scheduler:
                 chunks[sequence.id] = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
                 budget -= num_tokens
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether its tokens and one more fit the pages, with those that the prefix cache has."""
+        count = self.pages.pages_for(len(sequence.tokens) + 1)
+        return self.pages.can_hold(count, ()) or self.pages.can_hold(count, self._cached(sequence))
+
+    def _cached(self, sequence: Sequence) -> list[int]:
+        """The pages that the prefix cache has for it. Its last token is always computed: somebody wants its logits."""
+        if self.pages.cache is None or sequence.layout is None or not sequence.may_reuse:
+            return []
+        most = (len(sequence.tokens) - 1) // self.pages.page_size
+        return self.pages.find(sequence.block(index, self.pages.page_size) for index in range(most))
+
     def _start(self, sequence: Sequence) -> None:
         """Take the pages of the whole prompt at once, so that admitted prompts do not take them from each other."""
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.status = Status.RUNNING
+        sequence.pages = self._cached(sequence)
+        self.pages.share(sequence.pages)
+        sequence.reuse(len(sequence.pages) * self.pages.page_size)
         self._grow(sequence, len(sequence.tokens))
+
+    def computed(self, chunk: Chunk) -> None:
+        """A chunk's K and V are in its pages now; those that it filled can be found by others."""
+        sequence, page_size = chunk.sequence, self.pages.page_size
+        first, sequence.num_computed = sequence.num_computed // page_size, chunk.stop
+        if self.pages.cache is None:
+            return
+        if first * page_size < sequence.placed.num_stored:
+            first = sequence.num_cached // page_size  # stored K and V were copied beside it
+        for index in range(first, sequence.num_computed // page_size):
+            self.pages.cache.add(sequence.pages[index], sequence.block(index, page_size))
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self.pages.pages_for(num_tokens) - len(sequence.pages)
@@ -112,15 +149,11 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         self.pages.free(sequence.pages)
         sequence.pages.clear()
-        sequence.num_computed = 0
+        if sequence.layout is not None:
+            sequence.restart()
 
     def check(self) -> None:
-        """Prove the book of pages: every held page belongs to exactly one running sequence."""
-        self.pages.check()
-        held = sum(len(sequence.pages) for sequence in self.running)
-        if held + self.pages.num_free != self.pages.num_pages:
-            raise RuntimeError(
-                f"pages: sequences hold {held}, {self.pages.num_free} of {self.pages.num_pages} are free"
-            )
+        """Prove the book of pages: every held page is held by running sequences, and by as many as are counted."""
+        self.pages.check([sequence.pages for sequence in self.running])
         for sequence in self.running:
             sequence.check(self.pages.page_size)

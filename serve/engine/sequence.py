@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from onebase.adapters.entry import Entry
+from onebase.kernels.plan import Run, Uses
+from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import FinishReason, Request
+from onebase.serve.engine.prefix_cache import ROOT, Activation, Block
 
 
 class Status(StrEnum):
@@ -19,25 +22,60 @@ class Status(StrEnum):
 class Sequence:
     """Invariant: 0 <= num_computed <= len(tokens), and the pages hold at least num_computed tokens.
 
-    num_computed counts tokens whose K/V is in pages. The last token of a decoding sequence has been sampled but not
-    yet computed. order: arrival; never changes, so preempted sequences keep their place.
+    tokens: the virtual ones (negative ids, -1 is the first), the prompt's, the generated ones; one slot each.
+    num_computed counts tokens whose K/V is in pages (or comes from the adapter before the next chunk). The last token
+    of a decoding sequence has been sampled but not yet computed. num_cached: slots that the prefix cache gave.
+    num_scored: tokens of the prompt whose successor's log-probability was told. order: arrival; never changes, so
+    preempted sequences keep their place. layout: None until its adapters are known.
     """
 
     request: Request
     order: int
     tokens: list[int]
     num_computed: int = 0
+    num_cached: int = 0
+    num_scored: int = 0
     pages: list[int] = field(default_factory=list)
     adapters: tuple[Entry, ...] = ()  # referenced while it runs, in the order of the request
     status: Status = Status.WAITING
+    layout: Layout | None = None
+    _blocks: list[Block] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request, order: int) -> Sequence:
-        return cls(request, order, list(request.prompt))
+        """Without adapters it is laid out at once."""
+        return cls(request, order, list(request.prompt), layout=None if request.adapters else Layout())
+
+    def lay_out(self, layout: Layout) -> None:
+        """Its adapters are known: put their virtual tokens before the prompt."""
+        self.layout = layout
+        self.tokens[:0] = range(-1, -1 - layout.num_virtual, -1)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was computed. The K and V that an adapter stores count as computed: they are copied."""
+        self.num_cached = 0
+        self.num_computed = self.placed.num_stored
+
+    def reuse(self, num_cached: int) -> None:
+        """The first slots are in pages already, by the prefix cache."""
+        self.num_cached = num_cached
+        self.num_computed = max(num_cached, self.placed.num_stored)
 
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def placed(self) -> Layout:
+        """The layout, of a sequence whose adapters are known."""
+        if self.layout is None:
+            raise RuntimeError(f"{self.id}: its adapters are not known yet")
+        return self.layout
+
+    @property
+    def num_virtual(self) -> int:
+        return 0 if self.layout is None else self.layout.num_virtual
 
     @property
     def num_uncomputed(self) -> int:
@@ -45,17 +83,61 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.num_virtual - len(self.request.prompt)
 
     @property
-    def uses(self) -> tuple[tuple[int, float], ...]:
-        """(handle, scale) of its adapters in the present step."""
-        pairs = zip(self.adapters, self.request.adapters, strict=True) if self.adapters else ()
-        return tuple((entry.handle, use.scale) for entry, use in pairs)
+    def may_reuse(self) -> bool:
+        """Whether the prefix cache may give it pages: nobody computes logits for the tokens in them."""
+        told = self.num_scored >= len(self.request.prompt) - 1
+        return self.request.sampling.prompt_logprobs is None or told
+
+    @property
+    def uncopied(self) -> range:
+        """Slots whose stored K and V must be copied to its pages before its next chunk."""
+        last = self.placed.num_stored
+        return range(self.num_cached, last) if self.num_cached < last == self.num_computed else range(0)
+
+    @property
+    def num_cached_prompt(self) -> int:
+        """Tokens of its prompt that the prefix cache gave."""
+        return self.prompt_tokens(0, self.num_cached)
+
+    def prompt_tokens(self, start: int, stop: int) -> int:
+        """How many of the slots [start, stop) hold tokens of the prompt."""
+        first = self.num_virtual
+        return max(min(stop, first + len(self.request.prompt)) - max(start, first), 0)
+
+    def uses_at(self, slot: int) -> Uses:
+        """(handle, scale) of the adapters that act on a slot, in the present step."""
+        if not self.adapters:
+            return ()
+        entries = zip(self.adapters, self.request.adapters, self.placed.starts, strict=True)
+        return tuple((entry.handle, use.scale) for entry, use, start in entries if start <= slot)
+
+    def runs(self, start: int, stop: int) -> list[Run]:
+        """The slots [start, stop) as runs of equal uses: several where an adapter is activated inside."""
+        inner = {at for at in self.placed.starts if start < at < stop}
+        if not inner:
+            return [(stop - start, self.uses_at(start))]
+        cuts = [start, *sorted(inner), stop]
+        return [(stop - start, self.uses_at(start)) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
     @property
     def digests(self) -> tuple[str, ...]:
         return tuple(use.digest for use in self.request.adapters)
+
+    def block(self, index: int, page_size: int) -> Block:
+        """What its page ``index`` holds once it is full; there must be as many tokens."""
+        while len(self._blocks) <= index:
+            start = len(self._blocks) * page_size
+            parent = self._blocks[-1].key if self._blocks else ROOT
+            tokens = self.tokens[start : start + page_size]
+            self._blocks.append(Block.of(parent, tokens, self._activation(start, start + page_size)))
+        return self._blocks[index]
+
+    def _activation(self, start: int, stop: int) -> Activation:
+        entries = zip(self.request.adapters, self.placed.starts, strict=True)
+        return tuple(sorted((use.digest, use.scale, max(at - start, 0)) for use, at in entries if at < stop))
 
     def finish_reason(self, eos: frozenset[int], max_model_len: int) -> FinishReason | None:
         """Why the sequence ends after its last token, or None where it goes on."""
