@@ -43,6 +43,10 @@ class TensorBag:
         """
         return self._take(key, INTEGER_DTYPES, "integers are expected")
 
+    def drop(self, key: str) -> None:
+        """A tensor that only training reads."""
+        del self._left[key]
+
     def dtype(self, key: str) -> torch.dtype:
         return self._left[key].dtype
 
