@@ -35,6 +35,8 @@ class Fields:
             if not isinstance(value := self._left.get(name), str | None):
                 raise refused(name, value, "it must be a string or null")
         self.task_type = self._left.get("task_type")  # says what a saved head is for
+        version = self._left.get("peft_version")
+        self.peft_version = version if isinstance(version, str) else ""
         self.ignore(_ALWAYS_HARMLESS)
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
