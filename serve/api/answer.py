@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -13,6 +14,7 @@ from starlette.responses import Response
 
 from onebase.serve.api.generation import Delta, Job
 from onebase.serve.api.stream import DONE, EventStream, encode_json, event, until_disconnect
+from onebase.serve.engine.logprobs import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,37 @@ class Head:
         }
 
 
+@dataclass(slots=True)
+class Choice:
+    """What a choice has said, or a piece of it. scores and prompt: see Delta."""
+
+    index: int
+    text: str = ""
+    finish_reason: str | None = None
+    scores: tuple[TokenLogprob, ...] = ()
+    prompt: tuple[TokenLogprob, ...] = ()
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> Choice:
+        """All of a choice's deltas together; there is at least one."""
+        return cls(
+            deltas[0].index,
+            "".join(delta.text for delta in deltas),
+            deltas[-1].finish_reason,
+            tuple(chain.from_iterable(delta.scores for delta in deltas)),
+            tuple(chain.from_iterable(delta.prompt for delta in deltas)),
+        )
+
+
 class Shape(Protocol):
-    """How one endpoint writes choices. ``prefix``, ``object`` and ``chunk_object`` are its names in the protocol."""
+    """How one endpoint writes the choices of one request. ``prefix``, ``object`` and ``chunk_object`` are its names in
+    the protocol."""
 
     prefix: str
     object: str
     chunk_object: str
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def choice(self, choice: Choice) -> dict[str, Any]:
         """One finished choice of an answer that is not streamed."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -51,14 +76,11 @@ class Shape(Protocol):
     def text(self, index: int) -> tuple[bytes, bytes]:
         """A chunk's choice as JSON before and after the encoded text: the hot path encodes only the text."""
 
+    def piece(self, choice: Choice) -> dict[str, Any]:
+        """A chunk's choice with log-probabilities. The pieces of one choice come in order."""
+
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
         """The last chunk's choice, after all text."""
-
-
-@dataclass(slots=True)
-class _Choice:
-    parts: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
 
 
 async def answer(request: Request, job: Job, shape: Shape, *, stream: bool, usage: bool) -> Response:
@@ -79,13 +101,12 @@ def _head(request: Request, job: Job, prefix: str, kind: str) -> Head:
 
 
 async def _whole(request: Request, job: Job, shape: Shape) -> bytes:
-    choices = [_Choice() for _ in job.requests]
+    choices: list[list[Delta]] = [[] for _ in job.requests]
     async with aclosing(job.deltas(request.state.started)) as deltas:
         async for delta in deltas:
-            choices[delta.index].parts.append(delta.text)
-            choices[delta.index].finish_reason = delta.finish_reason
+            choices[delta.index].append(delta)
     head = _head(request, job, shape.prefix, shape.object)
-    written = [shape.choice(i, "".join(c.parts), c.finish_reason) for i, c in enumerate(choices)]
+    written = [shape.choice(Choice.of(told)) for told in choices]
     return encode_json({**head.as_dict(), "choices": written, "usage": job.usage.as_dict()})
 
 
@@ -114,10 +135,12 @@ class _ChunkWriter:
         """The chunks of a delta: none while its text is held back."""
         parts: list[bytes] = []
         if delta.index not in self._text:
-            if not delta.text and delta.finish_reason is None:
+            if not delta.text and delta.finish_reason is None and delta.is_plain:
                 return b""
             parts.append(self._open(delta.index))
-        if delta.text:
+        if not delta.is_plain:
+            parts.append(self._chunk(self._shape.piece(Choice.of([replace(delta, finish_reason=None)]))))
+        elif delta.text:
             before, after = self._text[delta.index]
             parts.append(before + encode_json(delta.text) + after)
         if delta.finish_reason is not None:

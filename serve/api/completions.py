@@ -8,13 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from onebase.serve.api.answer import answer
+from onebase.serve.api.answer import Choice, answer
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.generation import plan
+from onebase.serve.api.logprobs import LegacyWriter, prompt_logprobs
 from onebase.serve.api.resolve import resolve
 from onebase.serve.api.schemas import CompletionRequest
 from onebase.serve.api.state import Loaded, server_of
+from onebase.serve.api.token_texts import TokenTexts
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -22,12 +24,29 @@ router = APIRouter(dependencies=[Depends(require_api_key)])
 
 
 class CompletionShape:
+    """Of one request: log-probabilities of streamed pieces count their offsets on."""
+
     prefix = "cmpl"
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def __init__(self, body: CompletionRequest, texts: TokenTexts, prompts: Sequence[Sequence[int]]) -> None:
+        self._body = body
+        self._texts = texts
+        self._prompts = prompts
+        self._writers: dict[int, LegacyWriter] = {}
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        written = {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": self._logprobs(choice),
+            "finish_reason": choice.finish_reason,
+        }
+        width = self._body.prompt_logprobs
+        if width is not None and choice.prompt:
+            written["prompt_logprobs"] = prompt_logprobs(choice.prompt, width, self._texts)
+        return written
 
     def opening(self, index: int) -> None:
         return None
@@ -35,8 +54,20 @@ class CompletionShape:
     def text(self, index: int) -> tuple[bytes, bytes]:
         return b'{"index":%d,"text":' % index, b',"logprobs":null,"finish_reason":null}'
 
+    def piece(self, choice: Choice) -> dict[str, Any]:
+        return self.choice(choice)
+
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
-        return self.choice(index, "", finish_reason)
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        if not choice.scores:
+            return None
+        if choice.index not in self._writers:
+            writer = self._writers[choice.index] = LegacyWriter(self._texts)
+            if self._body.echo:
+                writer.starts_text(self._prompts[choice.index // self._body.choices])
+        return self._writers[choice.index].write(choice.scores)
 
 
 @router.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
@@ -48,9 +79,16 @@ async def completions(request: Request) -> Response:
     server.admission.sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
     target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
     prompts = await _tokens(loaded, body.prompts, body.add_special_tokens)
-    job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS)
+    echoes = _echoes(loaded, body.prompts) if body.echo else []
+    job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes)
     server.admission.tokens.take(job.prompt_tokens, request.state.held, "prompt")
-    return await answer(request, job, CompletionShape(), stream=bool(body.stream), usage=body.wants_usage)
+    shape = CompletionShape(body, loaded.codec.texts, prompts)
+    return await answer(request, job, shape, stream=bool(body.stream), usage=body.wants_usage)
+
+
+def _echoes(loaded: Loaded, prompts: Sequence[str | list[int]]) -> list[str]:
+    """Prompts as the client wrote them; ids as answers would have them."""
+    return [prompt if isinstance(prompt, str) else loaded.codec.texts.shown(prompt) for prompt in prompts]
 
 
 async def _tokens(loaded: Loaded, prompts: Sequence[str | list[int]], special: bool) -> list[list[int]]:

@@ -7,7 +7,7 @@ import secrets
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onebase.adapters.errors import EngineDead
 from onebase.serve.api.detokenizer import Detokenizer
@@ -15,7 +15,8 @@ from onebase.serve.api.errors import bad_request
 from onebase.serve.api.resolve import Target
 from onebase.serve.api.schemas import Generation
 from onebase.serve.api.state import Loaded, Server
-from onebase.serve.engine.messages import Request, SamplingParams, TokenOutput
+from onebase.serve.engine.logprobs import TokenLogprob, unpack
+from onebase.serve.engine.messages import Logprobs, Request, SamplingParams, TokenOutput
 from onebase.serve.metrics import RequestTimer
 
 SEED_RANGE = 1 << 63
@@ -23,12 +24,22 @@ SEED_RANGE = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """News of one choice: text that is certain, how many tokens came, and why it ended if it did."""
+    """News of one choice: text that is certain, how many tokens came, and why it ended if it did.
+
+    scores: of these tokens, with ``echo`` of the prompt's in the first delta; prompt: of the prompt's, once. Both are
+    empty unless they were asked for.
+    """
 
     index: int
     text: str
     tokens: int
     finish_reason: str | None = None
+    scores: tuple[TokenLogprob, ...] = ()
+    prompt: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.scores and not self.prompt
 
 
 @dataclass(slots=True)
@@ -47,7 +58,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All sequences of one HTTP request. ``requests[i]`` becomes the choice with index i."""
+    """All sequences of one HTTP request. ``requests[i]`` becomes the choice with index i.
+
+    echoes: the text of each one's prompt, where the answer is to start with it.
+    """
 
     server: Server
     loaded: Loaded
@@ -55,6 +69,7 @@ class Job:
     requests: tuple[Request, ...]
     stops: tuple[str, ...]
     usage: Usage
+    echoes: tuple[str, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -78,8 +93,14 @@ class Job:
     async def _sequence(self, index: int, request: Request) -> AsyncGenerator[Delta, None]:
         silent = {*request.sampling.stop_token_ids, *self.loaded.info.eos_token_ids}
         text = Detokenizer(self.loaded.codec.backend, request.prompt, self.stops)
+        prompt = PromptDelta(request, self.echoes[index] if self.echoes else None)
         async with aclosing(self.server.engine.generate(request)) as outputs:
             async for output in outputs:
+                if output.prompt_logprobs is not None:
+                    prompt.add(output.prompt_logprobs)
+                    continue
+                if (first := prompt.take(index)) is not None:
+                    yield first
                 delta = _delta(index, text, output, silent)
                 yield delta
                 if delta.finish_reason is not None:
@@ -87,10 +108,36 @@ class Job:
         raise EngineDead("The engine ended the sequence without a reason.")
 
 
+class PromptDelta:
+    """What a choice says of its prompt, before anything else: its echo and its log-probabilities."""
+
+    def __init__(self, request: Request, echo: str | None) -> None:
+        self._request = request
+        self._echo = echo
+        self._scores = [TokenLogprob(request.prompt[0])]
+        self._is_due = echo is not None or request.sampling.prompt_logprobs is not None
+
+    def add(self, logprobs: Logprobs) -> None:
+        self._scores.extend(unpack(logprobs))
+
+    def take(self, index: int) -> Delta | None:
+        """The delta, the first time; None where there is nothing to say."""
+        if not self._is_due:
+            return None
+        self._is_due = False
+        sampling = self._request.sampling
+        scores = () if sampling.prompt_logprobs is None else tuple(self._scores)
+        if self._echo is None or sampling.logprobs is None:
+            return Delta(index, self._echo or "", 0, prompt=scores)
+        echoed = tuple(replace(score, top=score.top[: sampling.logprobs]) for score in scores)
+        return Delta(index, self._echo, 0, scores=echoed, prompt=scores)
+
+
 def _delta(index: int, text: Detokenizer, output: TokenOutput, silent: set[int]) -> Delta:
     """The text of a stop token is not part of the answer; the token counts all the same."""
     if output.finish_reason == "abort":
         raise EngineDead("The engine gave the sequence up.")
+    scores = () if output.logprobs is None else unpack(output.logprobs)
     shown = output.tokens
     if output.finish_reason == "stop" and shown and shown[-1] in silent:
         shown = shown[:-1]
@@ -99,12 +146,12 @@ def _delta(index: int, text: Detokenizer, output: TokenOutput, silent: set[int])
         piece = text.push(token)
         parts.append(piece.text)
         if piece.stopped:
-            return Delta(index, "".join(parts), count, "stop")
+            return Delta(index, "".join(parts), count, "stop", scores[:count])
     if output.finish_reason is None:
-        return Delta(index, "".join(parts), len(output.tokens))
+        return Delta(index, "".join(parts), len(output.tokens), None, scores)
     rest = text.finish()
     reason = "stop" if rest.stopped else output.finish_reason
-    return Delta(index, "".join(parts) + rest.text, len(output.tokens), reason)
+    return Delta(index, "".join(parts) + rest.text, len(output.tokens), reason, scores)
 
 
 async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
@@ -149,8 +196,10 @@ def plan(
     body: Generation,
     prompts: Sequence[Sequence[int]],
     default: int | None,
+    echoes: Sequence[str] = (),
 ) -> Job:
-    """Checks lengths and makes the engine's requests. ``default``: tokens where the body sets no limit."""
+    """Checks lengths and makes the engine's requests. ``default``: tokens where the body sets no limit; ``echoes``: the
+    text of each prompt, where answers are to start with it."""
     requests: list[Request] = []
     for prompt in prompts:
         limit = _token_limit(loaded, len(prompt), body.token_limit, default)
@@ -160,7 +209,8 @@ def plan(
             sampling = _sampling(body, limit, _seed(body.seed, choice))
             requests.append(Request(uuid.uuid4().hex, ids, sampling, target.uses))
     usage = Usage(sum(len(prompt) for prompt in prompts))
-    return Job(server, loaded, target, tuple(requests), body.stops, usage)
+    texts = tuple(echo for echo in echoes for _ in range(body.choices))
+    return Job(server, loaded, target, tuple(requests), body.stops, usage, texts)
 
 
 def _seed(asked: int | None, choice: int) -> int:
@@ -178,6 +228,8 @@ def _sampling(body: Generation, limit: int, seed: int) -> SamplingParams:
         seed=seed,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
+        logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_prompt_logprobs,
     )
 
 
@@ -187,7 +239,7 @@ def _token_limit(loaded: Loaded, prompt: int, asked: int | None, default: int | 
     if prompt == 0:
         raise bad_request("The prompt has no tokens: give at least one.", "prompt")
     room = context - prompt
-    if room < 1:
+    if room < 1 and asked != 0:
         raise _too_long(
             f"The prompt has {prompt} tokens; the context is {context}, and one has to be left to generate."
         )
@@ -195,7 +247,7 @@ def _token_limit(loaded: Loaded, prompt: int, asked: int | None, default: int | 
         raise _too_long(
             f"The prompt has {prompt} tokens and max_tokens is {asked}: over the context of {context} tokens."
         )
-    return asked or min(default or room, room)
+    return min(default or room, room) if asked is None else asked
 
 
 def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:

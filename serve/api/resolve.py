@@ -43,13 +43,17 @@ async def resolve(
         found.append((await find_model(store, model, "model", until), 1.0))
     for index, item in enumerate(extra):
         found.append((await find_model(store, item.name, f"adapters.{index}.name", until), item.scale))
+    asked = [model, *(item.name for item in extra)][-len(found) or None :]
     if len({entry.digest for entry, _ in found}) < len(found):
         raise bad_request("The same adapter is named twice: give it once, with the scale you want.", "adapters")
     return Target(
         label="+".join([model, *(item.name for item in extra)]),
         metric="+".join(entry.name for entry, _ in found) or base_name,
         exact=", ".join(f"{entry.name}@{entry.version};scale={scale:g}" for entry, scale in found) or BASE_HEADER,
-        uses=tuple(AdapterUse(entry.digest, str(entry.path), scale) for entry, scale in found),
+        uses=tuple(
+            AdapterUse(entry.digest, str(entry.path), scale, name)
+            for name, (entry, scale) in zip(asked, found, strict=False)
+        ),
     )
 
 

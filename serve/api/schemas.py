@@ -15,12 +15,14 @@ MAX_SEQUENCES = 1024  # prompts * n
 MAX_TOKENS = 1 << 24
 MAX_ADAPTERS = 16
 MAX_MESSAGES = 4096
+MAX_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Label = Annotated[str, StringConstraints(max_length=512)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 NEUTRAL_EVERYWHERE: Mapping[str, tuple[JsonValue, ...]] = {
     "frequency_penalty": (0,),
@@ -28,7 +30,6 @@ NEUTRAL_EVERYWHERE: Mapping[str, tuple[JsonValue, ...]] = {
     "repetition_penalty": (1,),
     "logit_bias": ({},),
     "min_tokens": (0,),
-    "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "truncate_prompt_tokens": (),
@@ -125,11 +126,26 @@ class Generation(Supported):
     def token_limit(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to tell beside each generated token; None: no log-probabilities."""
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for each token of the prompt."""
+        return None
+
 
 class CompletionRequest(Generation):
-    """POST /v1/completions."""
+    """POST /v1/completions. max_tokens 0 is for those who want the prompt alone: its echo or its log-probabilities."""
 
-    not_yet = {**NEUTRAL_EVERYWHERE, "best_of": (1,), "echo": (False,), "logprobs": (), "suffix": ("",)}
+    not_yet = {**NEUTRAL_EVERYWHERE, "best_of": (1,), "suffix": ("",)}
+
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    logprobs: NumLogprobs | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    echo: bool | None = None
 
     prompt: (
         str
@@ -146,6 +162,21 @@ class CompletionRequest(Generation):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return cast(list[str | list[int]], self.prompt)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((width for width in asked if width is not None), default=None)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise bad_request("max_tokens 0 needs echo or prompt_logprobs: there would be no answer.", "max_tokens")
+        return self
 
     @model_validator(mode="after")
     def _bounded(self) -> CompletionRequest:
@@ -188,8 +219,7 @@ class ChatRequest(Generation):
 
     not_yet = {
         **NEUTRAL_EVERYWHERE,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
+        "prompt_logprobs": (),
         "tools": ([],),
         "tool_choice": ("none",),
         "parallel_tool_calls": (True, False),
@@ -211,6 +241,18 @@ class ChatRequest(Generation):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs is only allowed where logprobs is true.", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from onebase.adapters.errors import ModelRejected
 from onebase.serve.api.errors import bad_request
+from onebase.serve.api.token_texts import TokenTexts
 
 LONG_TEXT = 2000  # characters; shorter texts are encoded faster than a thread is woken
 MANY_TEXTS = 16
@@ -31,6 +32,7 @@ class TextCodec:
         self.backend: Tokenizer = backend
         backend.no_truncation()
         backend.no_padding()
+        self.texts = TokenTexts(backend)
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="tokenise")
 
     @property

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from onebase.adapters.arena import Arena
 from onebase.adapters.cache import AdapterCache
 from onebase.adapters.entry import Entry, State
@@ -16,6 +18,8 @@ from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.logprobs import told
+from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.memory import plan_memory
 from onebase.serve.engine.messages import (
     AdapterGone,
@@ -24,11 +28,13 @@ from onebase.serve.engine.messages import (
     EngineStats,
     Failure,
     LoadAdapter,
+    Logprobs,
     Request,
     TokenOutput,
     UnloadAdapter,
 )
 from onebase.serve.engine.pages import PageAllocator
+from onebase.serve.engine.prefix_cache import PrefixCache
 from onebase.serve.engine.runner import ModelRunner
 from onebase.serve.engine.sampler import NOT_FINITE, sample
 from onebase.serve.engine.scheduler import Chunk, Scheduler
@@ -52,11 +58,13 @@ class Engine:
         base.context.warm_up()
         self.max_model_len = memory.max_model_len
         self.scheduler = Scheduler(
-            PageAllocator(memory.num_pages, config.page_size), config.max_batch_tokens, config.max_num_seqs
+            PageAllocator(memory.num_pages, config.page_size, PrefixCache() if config.prefix_caching else None),
+            config.max_batch_tokens,
+            config.max_num_seqs,
         )
-        plans = StepPlans()
-        self.adapters = _adapter_tier(base, memory.adapter_bytes, plans)
-        self.runner = ModelRunner(base, plans)
+        plans, instructions = StepPlans(), InstructionTable()
+        self.adapters = _adapter_tier(base, memory.adapter_bytes, plans, instructions)
+        self.runner = ModelRunner(base, plans, instructions)
         self.info = EngineInfo(
             architecture=type(base.model).__name__,
             fingerprint=base.fingerprint,
@@ -119,9 +127,10 @@ class Engine:
 
     def _validate(self, request: Request) -> None:
         room = self.max_model_len - len(request.prompt)
+        needed = min(request.sampling.max_tokens, 1)
         if not request.prompt:
             raise RequestRejected("the prompt has no tokens", param="prompt")
-        if room < 1:
+        if room < needed:
             message = f"the prompt has {len(request.prompt)} tokens, the model's context {self.max_model_len}"
             raise RequestRejected(message, param="prompt")
         if request.id in self._sequences:
@@ -145,38 +154,55 @@ class Engine:
         self._steps += 1
         logits = self.runner.forward(chunks)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        tokens: list[int] = []
-        if logits is not None:
-            params = [sequence.request.sampling for sequence in sampling]
-            tokens = sample(logits, params, [len(sequence.tokens) for sequence in sampling]).tolist()
+        drawn = [] if logits is None else self._draw(logits, sampling)
         self._account(chunks)
-        for sequence, token in zip(sampling, tokens, strict=True):
-            outputs.append(self._deliver(sequence, token))
+        for sequence in [chunk.sequence for chunk in chunks if chunk.sequence.id in self.runner.scores]:
+            outputs.append(self._deliver_scores(sequence, self.runner.scores[sequence.id]))
+        for sequence, (token, logprobs) in zip(sampling, drawn, strict=True):
+            if sequence.id in self._sequences:
+                outputs.append(self._deliver(sequence, token, logprobs))
         return outputs
+
+    def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[tuple[int, Logprobs | None]]:
+        """A token for each row, and its log-probabilities where they were asked for."""
+        params = [sequence.request.sampling for sequence in sequences]
+        tokens = sample(logits, params, [len(sequence.tokens) for sequence in sequences])
+        return list(zip(tokens.tolist(), told(logits, tokens, params), strict=True))
 
     def _account(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
-            prompt_left = max(len(sequence.request.prompt) - sequence.num_computed, 0)
-            self._prompt_tokens += min(prompt_left, chunk.num_tokens)
-            sequence.num_computed += chunk.num_tokens
+            self._prompt_tokens += sequence.prompt_tokens(chunk.start, chunk.stop)
+            self.scheduler.computed(chunk)
 
-    def _deliver(self, sequence: Sequence, token: int) -> Output:
+    def _deliver_scores(self, sequence: Sequence, scores: Logprobs | None) -> Output:
+        if scores is None:
+            return self._overflowed(sequence)
+        computed = sequence.prompt_tokens(0, sequence.num_computed)
+        sequence.num_scored = min(computed, len(sequence.request.prompt) - 1)
+        return TokenOutput(sequence.id, (), prompt_logprobs=scores)
+
+    def _deliver(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Output:
         if token == NOT_FINITE:
+            return self._overflowed(sequence)
+        if sequence.request.sampling.max_tokens == 0:
             self.abort(sequence.id)
-            return _failure(
-                sequence.id, EngineError("the model's logits are not finite: its weights or the adapter's overflow")
-            )
+            return TokenOutput(sequence.id, (), "length")
         sequence.tokens.append(token)
         self._generated_tokens += 1
         reason = sequence.finish_reason(self._eos, self.max_model_len)
         if reason is not None:
             self.abort(sequence.id)
-        return TokenOutput(sequence.id, (token,), reason)
+        return TokenOutput(sequence.id, (token,), reason, logprobs)
+
+    def _overflowed(self, sequence: Sequence) -> Output:
+        self.abort(sequence.id)
+        message = "the model's logits are not finite: its weights or the adapter's overflow"
+        return _failure(sequence.id, EngineError(message))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take references on a sequence's adapters if all are resident."""
-        if not all(self.adapters.is_ready(digest) for digest in sequence.digests):
+        if sequence.layout is None or not all(map(self.adapters.is_ready, sequence.digests)):
             return False
         if self.adapters.blocked and not self._kept.issuperset(sequence.digests):
             return False  # new references would keep an older request's adapter out of the arena for ever
@@ -198,7 +224,30 @@ class Engine:
                 outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
             if entry.error is not None:
                 outputs.extend(self._fail_waiting(entry.digest, entry.error))
-        return [*outputs, *self._fail_oversized()]
+        return [*outputs, *self._lay_out(), *self._fail_oversized()]
+
+    def _lay_out(self) -> list[Output]:
+        """Give waiting sequences their virtual tokens, once their adapters are compiled."""
+        outputs: list[Output] = []
+        for sequence in [s for s in self.scheduler.waiting if s.layout is None]:
+            traits = [self.adapters.traits(use.digest) for use in sequence.request.adapters]
+            known = [one for one in traits if one is not None]
+            if len(known) < len(traits):
+                continue
+            scales = [use.scale for use in sequence.request.adapters]
+            layout = Layout.of(sequence.request.prompt, list(zip(known, scales, strict=True)))
+            sequence.lay_out(layout)
+            if len(sequence.tokens) + min(sequence.request.sampling.max_tokens, 1) > self.max_model_len:
+                self.abort(sequence.id)
+                outputs.append(_failure(sequence.id, self._too_long(len(sequence.request.prompt), layout.num_virtual)))
+        return outputs
+
+    def _too_long(self, num_prompt: int, num_virtual: int) -> RequestRejected:
+        message = (
+            f"the prompt has {num_prompt} tokens and its adapter puts {num_virtual} virtual tokens before it; "
+            f"the model's context is {self.max_model_len}"
+        )
+        return RequestRejected(message, param="prompt")
 
     def _prefetch(self) -> set[str]:
         """Start the loads that waiting requests need, oldest first, as far as the device budget goes.
@@ -275,15 +324,16 @@ class Engine:
         self.adapters.close()
 
 
-def _adapter_tier(base: LoadedModel, num_bytes: int, plans: StepPlans) -> AdapterCache:
+def _adapter_tier(base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable) -> AdapterCache:
     """The arena, the tables, the kernels over them, and every site behind its adapters."""
     arena = Arena(num_bytes // base.dtype.itemsize, base.dtype, base.device)
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
     kernels = select_kernels(tables)
     kernels.warm_up()
-    instructions = InstructionTable()
-    wrap_sites(base.probed, base.norms, base.blocks, SiteContext(kernels, tables, instructions, plans))
+    context = SiteContext(kernels, tables, instructions, plans)
+    wrap_sites(base.probed, base.norms, base.blocks, context)
+    base.context.adapt(context, [layer.attention for layer in base.layers])
     index = {site.path: i for i, site in enumerate(sites)}
     return AdapterCache(arena, tables, kernels, instructions, index, partial(_compile, base))
 

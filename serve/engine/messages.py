@@ -10,16 +10,24 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One adapter on one request. ``path`` is the blob folder, read only if the digest is not resident."""
+    """One adapter on one request. ``path`` is the blob folder, read only if the digest is not resident.
+
+    name: what the request calls it, for messages.
+    """
 
     digest: str
     path: str
     scale: float = 1.0
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to pick tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is always set by the API side."""
+    """How to pick tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is always set by the API side.
+
+    max_tokens 0: the prompt is computed, and no token follows. logprobs, prompt_logprobs: how many alternatives to tell
+    beside each generated token and each token of the prompt; None: tell nothing.
+    """
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -29,6 +37,8 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +52,34 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of consecutive tokens as arrays in the machine's byte order; logprobs.py makes and reads them.
+
+    width: alternatives of each token. tokens, ranks: int32 [n]; chosen: float32 [n]; top_tokens: int32 [n, width] and
+    top: float32 [n, width], likeliest first.
+    """
+
+    width: int
+    tokens: bytes
+    chosen: bytes
+    ranks: bytes
+    top_tokens: bytes
+    top: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """New tokens of one request. The last output of a request has a finish_reason."""
+    """New tokens of one request. The last output of a request has a finish_reason.
+
+    logprobs: of these tokens. prompt_logprobs: of the next tokens of the prompt, from its second on; they come in as
+    many outputs as the prompt has chunks, all of them before the first token.
+    """
 
     id: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from onebase.kernels.attention import AttentionBatch
-from onebase.kernels.plan import BatchPlan, PlanCache, Run
+from onebase.kernels.instructions import InstructionTable
+from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
+from onebase.serve.engine.prefixes import store_prefixes
+from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.sites import StepPlans
+from onebase.serve.model.trunk import Trunk
 
 
 class ModelRunner:
-    """Runs the base model over a step's chunks."""
+    """Runs the base model over a step's chunks.
 
-    def __init__(self, base: LoadedModel, plans: StepPlans) -> None:
+    scores: of the prompts' tokens in the latest forward, by request; only of requests that asked for them.
+    """
+
+    def __init__(self, base: LoadedModel, plans: StepPlans, instructions: InstructionTable) -> None:
+        self.scores: Scores = {}
         self._base = base
         self._plans = plans
+        self._instructions = instructions
         self._cache = PlanCache()
+        self._trunk = Trunk(base.model)
 
     @staticmethod
     def in_adapter_order(chunks: Rows[Chunk]) -> list[Chunk]:
         """Base rows first, then rows by adapters: so that the rows of one adapter are one segment."""
-        return sorted(chunks, key=lambda chunk: (chunk.sequence.uses, chunk.sequence.order))
+        return sorted(chunks, key=_adapter_order)
 
     @torch.inference_mode()
     def forward(self, chunks: Rows[Chunk]) -> Tensor | None:
@@ -35,22 +46,42 @@ class ModelRunner:
 
         ``chunks`` must be in adapter order.
         """
-        device = self._base.device
-        tokens, positions = (_upload(array, device) for array in _pack(chunks))
+        self.scores = {}
         keep = _sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
-        self._plans.rows = self._plan([(c.num_tokens, c.sequence.uses) for c in chunks])
-        self._plans.logits = self._plan([(1, c.sequence.uses) for c in chunks if c.samples])
-        self._base.context.batch = self._attention_batch(chunks)
-        out = self._base.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=_upload(rows, device),
-        )
-        self._base.context.batch = None
-        logits: Tensor = out.logits[0]
+        logits = self._run(chunks, rows, [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples])
         return logits if len(keep) else None
+
+    def _run(self, chunks: Rows[Chunk], rows: np.ndarray, runs: list[Run], at_once: int | None = None) -> Tensor:
+        """One forward: logits of these packed rows, which are ``runs`` to the adapters. Adds to the scores."""
+        device = self._base.device
+        ids, spans = _pack(chunks)
+        tokens, positions = (_upload(array, device) for array in (np.maximum(ids, 0), spans))
+        self._plans.tokens = _upload(ids, device) if (ids < 0).any() else None
+        self._plans.rows = self._plan([run for c in chunks for run in c.sequence.runs(c.start, c.stop)])
+        self._plans.logits = self._plan(runs)
+        self._base.context.batch = self._attention_batch(chunks)
+        store_prefixes(chunks, self._plans.rows, self._instructions, self._base)
+        with self._trunk.recording(any(map(wants_scores, chunks))) as recorded:
+            out = self._base.model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=_upload(rows, device),
+            )
+        self._base.context.batch = None
+        for hidden in recorded:
+            self._score(chunks, hidden, at_once)
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _score(self, chunks: Rows[Chunk], hidden: Any, at_once: int | None) -> None:
+        def logits(rows: Rows[int], uses: Rows[Uses]) -> Tensor:
+            plan = BatchPlan.from_rows(uses)
+            self._plans.logits = None if plan.is_base else plan
+            return self._trunk.logits(hidden, _upload(np.asarray(rows), self._base.device))
+
+        self.scores |= score_prompts(chunks, logits, self._base.vocab_size, at_once)
 
     def _plan(self, runs: list[Run]) -> BatchPlan | None:
         """None for a batch of base rows only: its sites then cost one branch."""
@@ -60,17 +91,23 @@ class ModelRunner:
     def _attention_batch(self, chunks: Rows[Chunk]) -> AttentionBatch:
         return AttentionBatch.build(
             tuple(c.num_tokens for c in chunks),
-            tuple(c.sequence.num_computed + c.num_tokens for c in chunks),
+            tuple(c.stop for c in chunks),
             [c.sequence.pages for c in chunks],
             self._base.context.page_size,
             self._base.device,
         )
 
 
+def _adapter_order(chunk: Chunk) -> tuple[Uses, Uses, int]:
+    """Where an adapter is activated inside a chunk its base rows come first, beside the others'."""
+    sequence = chunk.sequence
+    return sequence.uses_at(chunk.stop - 1), sequence.uses_at(chunk.start), sequence.order
+
+
 def _pack(chunks: Rows[Chunk]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and positions of all chunks, one after the other: int64 [T] each."""
-    tokens = [c.sequence.tokens[c.sequence.num_computed : c.sequence.num_computed + c.num_tokens] for c in chunks]
-    spans = [range(c.sequence.num_computed, c.sequence.num_computed + c.num_tokens) for c in chunks]
+    """Token ids (virtual ones are negative) and position ids of all chunks, one after the other: int64 [T] each."""
+    tokens = [c.sequence.tokens[c.start : c.stop] for c in chunks]
+    spans = [range(c.sequence.placed.position(c.start), c.sequence.placed.position(c.stop)) for c in chunks]
     return (
         np.fromiter(chain.from_iterable(tokens), dtype=np.int64),
         np.fromiter(chain.from_iterable(spans), dtype=np.int64),
