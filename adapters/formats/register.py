@@ -10,6 +10,7 @@ from pathlib import Path
 from onebase.adapters.base import BaseModel, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.files import AdapterFiles
+from onebase.adapters.formats.refusals import REFUSED_FAMILIES
 from onebase.adapters.program import SITE_INSTRUCTIONS, AdapterProgram, Head, SiteOps
 
 
@@ -67,8 +68,8 @@ def register(
     """
     if not _FAMILY.fullmatch(peft_type):
         raise ValueError(f"{peft_type!r} is no peft_type: capitals, digits and _ are allowed")
-    if peft_type in _families:
-        raise ValueError(f"{peft_type} is registered already")
+    if peft_type in _families or peft_type in REFUSED_FAMILIES:
+        raise ValueError(f"{peft_type} is registered already, or refused by name")
 
     def add(compiler: Compiler) -> Compiler:
         _families[peft_type] = Family(peft_type, compiler, title, paper, covers, instructions, cost, note)
@@ -91,10 +92,7 @@ def compile_folder(path: Path, base: BaseModel, digest: str) -> AdapterProgram:
     files = AdapterFiles(path)
     family = _families.get(files.family)
     if family is None:
-        raise AdapterRejected(
-            f"peft_type {files.family[:64]!r} is not served; served are {', '.join(sorted(_families))}.",
-            param="peft_type",
-        )
+        raise _unknown(files.family)
     compiled = family.compile(files, base)
     files.fields.finish()
     files.tensors.finish()
@@ -111,6 +109,15 @@ def compile_folder(path: Path, base: BaseModel, digest: str) -> AdapterProgram:
         invocation=compiled.invocation,
         head=compiled.head,
     )
+
+
+def _unknown(name: str) -> AdapterRejected:
+    refusal = REFUSED_FAMILIES.get(name)
+    if refusal is None:
+        message = f"peft_type {name[:64]!r} is not served; served are {', '.join(sorted(_families))}."
+    else:
+        message = f"{refusal.title} (peft_type {name!r}) is not served. {refusal.reason} {refusal.way_out}"
+    return AdapterRejected(message, param="peft_type")
 
 
 def _check_place(path: str, ops: SiteOps, base: BaseModel) -> None:
