@@ -4,169 +4,155 @@ At a linear site ``y += s (B A x + bias)``, at an embedding ``y += s B A[:, toke
 alpha / sqrt(r) for rsLoRA; rank_pattern and alpha_pattern give r and alpha by module. An embedding module that scales
 what it looks up (Gemma's) scales the adapter's part too: s includes the site's output_scale.
 Targets are the modules that have tensors: target_modules and its relatives say nothing more.
+
+DoRA is ``y = c (W x + s B A x) + b`` with a factor c for each output. KaSA and unconverted PiSSA and OLoRA also take a
+part of W out of it: a second low rank. Variants that are about training (VeLoRA, MonteCLoRA, MiCA) compute plain LoRA.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site, SiteKind
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
+from onebase.adapters.formats.fields import refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
-from onebase.adapters.formats.keys import check_shape, group_by_site, take_base_copy
+from onebase.adapters.formats.keys import check_shape, group_by_site
 from onebase.adapters.formats.lora_experts import take_expert_factors
-from onebase.adapters.formats.patterns import PatternTable
+from onebase.adapters.formats.lora_factors import TOKEN_A, TOKEN_B, A, B, require, take_factors
+from onebase.adapters.formats.lora_settings import LoraSettings, Shift, Variant, read_settings
+from onebase.adapters.formats.lora_weights import dora_factor, dora_token_factor, shifted_part
 from onebase.adapters.formats.register import Compiled, register
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.token_rows import lora_token_rows
 from onebase.adapters.program import LowRank, SiteOps, TokenLowRank
+from onebase.kernels.ops.vector import ScaleOut
 
-A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
-TOKEN_A, TOKEN_B = "lora_embedding_A", "lora_embedding_B"
-BASE_COPIES = ("base_layer.weight", "weight")
-
-_HARMLESS = (
-    "corda_config",  # with init_lora_weights: how training started
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "qalora_group_size",  # with use_qalora, which is refused
-    "runtime_config",
-    "target_modules",
-)
-_UNSERVED = {
-    "alora_invocation_tokens": "activated LoRA is not served yet",
-    "arrow_config": "Arrow routing is not served yet",
-    "ensure_weight_tying": "tied adapters are not served yet; set it to false if no embedding or head is adapted",
-    "kasa_config": "KaSA changes the base's weights and is not served yet",
-    "layer_replication": "it changes the depth of the base",
-    "modules_to_save": "full copies of modules are not served yet",
-    "monteclora_config": "MonteCLoRA is not served yet",
-    "trainable_token_indices": "trained token rows are not served yet",
-    "use_bdlora": "block-diagonal LoRA is not served yet",
-    "use_dora": "DoRA is not served yet",
-    "use_qalora": "QALoRA is not served yet",
-    "velora_config": "VeLoRA is not served yet",
-}
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_INIT_REASON = (
-    "it may have changed the base's weights; convert the adapter to plain LoRA with save_pretrained's "
-    "path_initial_model_for_weight_conversion (true, false, gaussian, eva, orthogonal and mica are served)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """What the config says about ranks and scales."""
-
-    r: int
-    alpha: float
-    ranks: PatternTable
-    alphas: PatternTable
-    rank_stabilized: bool
-    bias: bool
-
-    def rank(self, path: str) -> int:
-        found = self.ranks.find(path)
-        return self.r if found is None else int(found)
-
-    def scale(self, path: str, rank: int) -> float:
-        found = self.alphas.find(path)
-        alpha = self.alpha if found is None else found
-        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+BIAS, MAGNITUDE, DIAGONAL = "lora_B.bias", "lora_magnitude_vector", "lora_diag"
+_SUFFIXES = (A, B, BIAS, TOKEN_A, TOKEN_B, MAGNITUDE, DIAGONAL)
+# Tensors that only training reads.
+_TRAINING = {Variant.VELORA: (".lora_velora_embed",), Variant.MONTE_CARLO: (".lora_monteclora_sampler.",)}
 
 
 @register(
     "LORA",
     title="LoRA",
     paper="2106.09685",
-    covers=("LoRA", "rsLoRA", "QLoRA", "DyLoRA", "IncreLoRA", "SoRA", "LoRA-FA", "Laplace-LoRA", "LoRAHub"),
-    instructions=("LowRank", "AddOut", "ExpertLowRank"),
-    cost="4hr FLOPs, 2hr elements",
+    covers=(
+        "LoRA",
+        "rsLoRA",
+        "QLoRA",
+        "QA-LoRA",
+        "DyLoRA",
+        "IncreLoRA",
+        "SoRA",
+        "LoRA-FA",
+        "Laplace-LoRA",
+        "LoRAHub",
+        "DoRA",
+        "PiSSA",
+        "OLoRA",
+        "KaSA",
+    ),
+    instructions=("LowRank", "AddOut", "ScaleOut", "ExpertLowRank", "Dense", "TokenRows", "OutputRows", "NormOverride"),
+    cost="4hr FLOPs, 2hr elements; DoRA: h more of both; PiSSA, OLoRA, KaSA: twice the rank",
+    note="DoRA's norms and the parts of W that PiSSA, OLoRA and KaSA remove are computed at load",
 )
 def compile_lora(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    settings = read_settings(files.fields)
-    suffixes = (A, B, BIAS, TOKEN_A, TOKEN_B, *BASE_COPIES)
+    settings = read_settings(files.fields, base)
+    _drop_training(files.tensors, settings.variant)
     ops = take_expert_factors(files, base, settings)
-    for path, keys in group_by_site(files.tensors, base, suffixes).items():
-        for copy in BASE_COPIES:
-            if key := keys.pop(copy, None):
-                take_base_copy(key, files.tensors, base, path)
-        if keys:
-            ops[path] = _site_ops(base.sites[path], keys, files.tensors, settings)
-    return Compiled(ops)
+    if ops and not settings.is_plain:
+        raise refused("target_parameters", sorted(ops), "PEFT has nothing but plain LoRA on parameters of experts")
+    for path, keys in group_by_site(files.tensors, base, _SUFFIXES).items():
+        ops[path] = _site_ops(base.sites[path], keys, files.tensors, settings, base)
+    for path, rows in lora_token_rows(files, base).items():
+        if path in ops:
+            raise AdapterRejected(f"{path} has both factors and trained rows, which PEFT cannot run.", param=path)
+        ops[path] = rows
+    reads_weight = settings.variant is Variant.DORA or settings.shift is not Shift.NONE
+    compiled = with_saved(ops, files, base, Beside(weight=not reads_weight))
+    return _activated(compiled, set(ops), settings)
 
 
-def read_settings(fields: Fields) -> LoraSettings:
-    fields.ignore(_HARMLESS)
-    fields.must_be_unset(_UNSERVED)
-    fields.choice("bias", ("none",), "none", "trained base biases are not served yet; it must be 'none'")
-    fields.choice("init_lora_weights", _INITS, True, _INIT_REASON)
-    ranks = fields.numbers("rank_pattern")
-    for key, rank in ranks.items():
-        if not rank.is_integer() or not 1 <= rank <= MAX_RANK:
-            raise refused("rank_pattern", {key: rank}, f"ranks are integers from 1 to {MAX_RANK}")
-    return LoraSettings(
-        r=fields.integer("r", 1, MAX_RANK),
-        alpha=fields.number("lora_alpha"),
-        ranks=PatternTable("rank_pattern", ranks),
-        alphas=PatternTable("alpha_pattern", fields.numbers("alpha_pattern")),
-        rank_stabilized=fields.flag("use_rslora"),
-        bias=fields.flag("lora_bias"),
-    )
+def _activated(compiled: Compiled, adapted: set[str], settings: LoraSettings) -> Compiled:
+    """Activated LoRA masks the factors; whole parameters would act on every token."""
+    if not settings.invocation:
+        return compiled
+    if compiled.head is not None or compiled.ops.keys() != adapted:
+        raise refused(Variant.ACTIVATED, list(settings.invocation), "it is not served together with whole parameters")
+    return Compiled(compiled.ops, invocation=settings.invocation)
 
 
-def _site_ops(site: Site, keys: Mapping[str, str], tensors: TensorBag, settings: LoraSettings) -> SiteOps:
+def _drop_training(tensors: TensorBag, variant: Variant) -> None:
+    for key in tensors:
+        if any(part in f"{key}." for part in _TRAINING.get(variant, ())):
+            tensors.drop(key)
+
+
+def _site_ops(
+    site: Site, keys: Mapping[str, str], tensors: TensorBag, settings: LoraSettings, base: BaseModel
+) -> SiteOps:
     if site.kind is SiteKind.EMBEDDING:
-        return _embedding_ops(site, keys, tensors, settings)
+        return _embedding_ops(site, keys, tensors, settings, base)
     rank = settings.rank(site.path)
     scale = settings.scale(site.path, rank)
-    a, b = _factors(site, keys, (A, B), tensors, rank)
+    a, b = take_factors(site, keys, tensors, settings, rank)
+    if settings.variant is Variant.KASA:
+        a = a * _vector(site, keys, DIAGONAL, rank, tensors)[:, None]
+    low_rank = LowRank(a, b.T.contiguous(), scale)
+    if settings.variant is Variant.DORA:
+        return _dora(site, low_rank, _vector(site, keys, MAGNITUDE, site.out_features, tensors), base)
+    if settings.shift is not Shift.NONE:
+        low_rank = _shifted(site, low_rank, settings.shift, base)
     bias: Tensor | None = None
-    if settings.bias:
-        key = _require(keys, BIAS, site)
-        check_shape(key, tensors, (site.out_features,), "out_features")
-        bias = tensors.take(key).float() * scale
-    return SiteOps(low_rank=LowRank(a, b.T.contiguous(), scale), add_out=bias)
+    if settings.bias and (settings.blocks is None or settings.blocks.side(site.path) != "b"):
+        bias = _vector(site, keys, BIAS, site.out_features, tensors) * scale
+    return SiteOps(low_rank=low_rank, add_out=bias)
 
 
-def _embedding_ops(site: Site, keys: Mapping[str, str], tensors: TensorBag, settings: LoraSettings) -> SiteOps:
+def _dora(site: Site, low_rank: LowRank, magnitude: Tensor, base: BaseModel) -> SiteOps:
+    """c (W x + s B A x) + bias: the bias, which the scale would take along, is put back."""
+    b = low_rank.b.float() * low_rank.scale
+    factor = dora_factor(site, base, magnitude, low_rank.a.float(), b.T)
+    bias = base.bias(site.path)
+    add_out = None if bias is None else (1 - factor) * bias.detach().cpu().float()
+    return SiteOps(LowRank(low_rank.a, b * factor, 1.0), None, add_out, (ScaleOut(factor - 1),))
+
+
+def _shifted(site: Site, low_rank: LowRank, shift: Shift, base: BaseModel) -> LowRank:
+    """Less the part of W that PEFT takes out."""
+    if shift is Shift.LARGEST and low_rank.scale <= 0:
+        raise refused("lora_alpha", low_rank.scale, "PiSSA divides by the scale: it must be over 0")
+    a, b = shifted_part(shift, site, base, low_rank.rank)
+    if shift is Shift.FIRST:
+        b = b * low_rank.scale  # OLoRA's start is scaled like the adapter
+    return LowRank(torch.cat([low_rank.a.float(), a]), torch.cat([low_rank.b.float() * low_rank.scale, -b]), 1.0)
+
+
+def _embedding_ops(
+    site: Site, keys: Mapping[str, str], tensors: TensorBag, settings: LoraSettings, base: BaseModel
+) -> SiteOps:
     if settings.bias:
         raise refused("lora_bias", True, f"{site.path} is an embedding, which PEFT gives no bias")
+    if settings.variant not in (Variant.PLAIN, Variant.DORA, Variant.MICA):
+        raise refused(settings.variant, True, f"{site.path} is an embedding, for which PEFT does not have it")
     rank = settings.rank(site.path)
-    a, b = _factors(site, keys, (TOKEN_A, TOKEN_B), tensors, rank)
-    scale = settings.scale(site.path, rank) * site.output_scale
-    return SiteOps(token_low_rank=TokenLowRank(a.T.contiguous(), b.T.contiguous(), scale))
+    scale = settings.scale(site.path, rank)
+    a, b = take_factors(site, keys, tensors, settings, rank)
+    op = TokenLowRank(a.T.contiguous(), b.T.contiguous(), scale * site.output_scale)
+    if settings.variant is not Variant.DORA:
+        return SiteOps(token_low_rank=op)
+    magnitude = _vector(site, keys, MAGNITUDE, site.out_features, tensors)
+    factor = dora_token_factor(site, base, magnitude, op.a.float(), op.b.float() * scale)
+    return SiteOps(token_low_rank=TokenLowRank(op.a, op.b.float() * factor, op.scale), extra=(ScaleOut(factor - 1),))
 
 
-def _factors(
-    site: Site, keys: Mapping[str, str], suffixes: tuple[str, str], tensors: TensorBag, rank: int
-) -> tuple[Tensor, Tensor]:
-    """a: [rank, in_features], b: [out_features, rank], as the file has them."""
-    key_a, key_b = (_require(keys, suffix, site) for suffix in suffixes)
-    meaning = f"rank {rank} by r and rank_pattern, {site.in_features} in, {site.out_features} out"
-    check_shape(key_a, tensors, (rank, site.in_features), meaning)
-    check_shape(key_b, tensors, (site.out_features, rank), meaning)
-    return tensors.take(key_a), tensors.take(key_b)
-
-
-def _require(keys: Mapping[str, str], suffix: str, site: Site) -> str:
-    if suffix in keys:
-        return keys[suffix]
-    present = next(iter(keys.values()))
-    raise AdapterRejected(
-        f"{site.path} ({site.kind}) needs a tensor {suffix!r}, and has only {present!r} and its like: "
-        "half an adapter is refused.",
-        param=present,
-    )
+def _vector(site: Site, keys: Mapping[str, str], suffix: str, size: int, tensors: TensorBag) -> Tensor:
+    key = require(keys, suffix, site)
+    check_shape(key, tensors, (size,), f"{size} by the config and the base")
+    return tensors.take(key).float()
