@@ -45,9 +45,12 @@ class LegacyWriter:
         return found
 
     def _next_offset(self, token: int) -> int:
+        if self._texts.is_special(token):
+            return max(self._offset, 0)
+        if self._texts.is_whole(token):  # then what is pending never becomes a character
+            self._offset += len(self._characters.decode(b"", final=True))
         offset = max(self._offset, 0)
-        if not self._texts.is_special(token):
-            self._offset += len(self._characters.decode(self._texts.raw(token)))
+        self._offset += len(self._characters.decode(self._texts.raw(token)))
         return offset
 
 

@@ -40,10 +40,14 @@ class TokenTexts:
             self._texts[token] = self._decode(token)
         return self._texts[token]
 
+    def is_whole(self, token: int) -> bool:
+        """Whether it is made of whole characters."""
+        return REPLACEMENT not in self.text(token)
+
     def raw(self, token: int) -> bytes:
         """UTF-8, or the part of it that the token holds."""
         text = self.text(token)
-        if REPLACEMENT not in text:
+        if self.is_whole(token):
             return text.encode()
         name = self._tokenizer.id_to_token(token) or ""
         if match := _BYTE.fullmatch(name):
@@ -52,9 +56,8 @@ class TokenTexts:
 
     def name(self, token: int) -> str:
         r"""The text, or ``bytes:\x..`` where it is no whole characters: different tokens then have different names."""
-        text = self.text(token)
-        if REPLACEMENT not in text:
-            return text
+        if self.is_whole(token):
+            return self.text(token)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.raw(token))
 
     def shown(self, tokens: Sequence[int]) -> str:
