@@ -21,6 +21,7 @@ from torch import Tensor
 from onebase.adapters.base import Site, SiteKind
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.engine import Engine
+from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams, TokenOutput
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence
@@ -136,15 +137,19 @@ class EngineDriver:
     def logprobs(self, jobs: list[tuple[list[int], tuple[AdapterUse, ...]]], chunk: int) -> list[dict[int, Tensor]]:
         """Feed every job's tokens in chunks, all jobs in one batch a step.
 
-        Per job: position -> log-probabilities [vocabulary] after that position, at the end of each chunk.
+        Per job: position -> log-probabilities [vocabulary] after that position, at the end of each chunk. Positions
+        are those of the job's own tokens: virtual ones stand before them.
         """
         requests = [Request(f"j{i}", tuple(tokens), SamplingParams(), uses) for i, (tokens, uses) in enumerate(jobs)]
         sequences = [Sequence.of(request, i) for i, request in enumerate(requests)]
         found: list[dict[int, Tensor]] = [{} for _ in jobs]
         pages = self.engine.scheduler.pages
         for sequence in sequences:
-            sequence.pages = pages.allocate(pages.pages_for(len(sequence.tokens))) or []
             sequence.adapters = tuple(self._resident(use) for use in sequence.request.adapters)
+            if sequence.layout is None:
+                uses = [(e.traits, u.scale) for e, u in zip(sequence.adapters, sequence.request.adapters, strict=True)]
+                sequence.lay_out(Layout.of(sequence.request.prompt, uses))
+            sequence.pages = pages.allocate(pages.pages_for(len(sequence.tokens))) or []
         while any(sequence.num_uncomputed for sequence in sequences):
             todo = [s for s in sequences if s.num_uncomputed]
             chunks = [Chunk(s, min(chunk, s.num_uncomputed), samples=True) for s in todo]
@@ -153,7 +158,9 @@ class EngineDriver:
             assert logits is not None
             for row, done in zip(logits, chunks, strict=True):
                 done.sequence.num_computed += done.num_tokens
-                found[done.sequence.order][done.sequence.num_computed - 1] = torch.log_softmax(row.float(), -1)
+                position = done.sequence.num_computed - 1 - done.sequence.num_virtual
+                if position >= 0:
+                    found[done.sequence.order][position] = torch.log_softmax(row.float(), -1)
         for sequence in sequences:
             pages.free(sequence.pages)
             for use in sequence.request.adapters:

@@ -34,13 +34,15 @@ class KvPrefix(Instruction):
 class GatedPrefix(Instruction):
     """out += gate * softmax(scale * q . keys) values, a softmax of its own. Zhang et al., LLaMA-Adapter (2303.16199).
 
-    keys, values: [length, kv_heads, head_dim]; gate: [1] or [heads], float32. Added before the output projection.
+    keys, values: [length, kv_heads, head_dim]; gate: [1] or [heads], float32. projected: whether it is added before the
+    output projection of the attention module, or to what the whole module gives.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("gate",)
     keys: Tensor
     values: Tensor
     gate: Tensor
+    projected: bool = True
 
     def delta(self, q: Tensor, scale: float) -> Tensor:
         """q: [n, heads, head_dim], rotated as for the real keys -> the same shape in float32."""

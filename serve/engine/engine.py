@@ -18,8 +18,8 @@ from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.config import EngineConfig
-from onebase.serve.engine.logprobs import told
 from onebase.serve.engine.layout import Layout
+from onebase.serve.engine.logprobs import told
 from onebase.serve.engine.memory import plan_memory
 from onebase.serve.engine.messages import (
     AdapterGone,

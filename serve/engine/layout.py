@@ -1,4 +1,4 @@
-"""How a request's adapters sit in its sequence: virtual tokens before the prompt, and the slot from which each one acts.
+"""How a request's adapters sit in its sequence: virtual tokens before the prompt, the slot from which each one acts.
 
 A slot is a place in a sequence's pages. Virtual tokens take the first ones; real tokens follow. Where slots and
 position ids differ (a prefix that takes no positions), the difference is the same for every real token.

@@ -80,9 +80,7 @@ class PageAllocator:
         for page in (page for pages in held for page in pages):
             counted[page] = counted.get(page, 0) + 1
         if counted != self._holders:
-            raise RuntimeError(
-                f"pages: sequences hold {sum(counted.values())}, counted {sum(self._holders.values())}"
-            )
+            raise RuntimeError(f"pages: sequences hold {sum(counted.values())}, counted {sum(self._holders.values())}")
         distinct = {*self._free, *self._holders}
         idle = {page for page in range(self.num_pages) if self.cache is not None and self.cache.is_idle(page)}
         total = len(self._free) + len(self._holders) + self.num_idle

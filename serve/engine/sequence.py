@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 from onebase.adapters.entry import Entry
 from onebase.kernels.plan import Run, Uses
@@ -120,7 +121,7 @@ class Sequence:
         if not inner:
             return [(stop - start, self.uses_at(start))]
         cuts = [start, *sorted(inner), stop]
-        return [(stop - start, self.uses_at(start)) for start, stop in zip(cuts, cuts[1:], strict=False)]
+        return [(stop - start, self.uses_at(start)) for start, stop in pairwise(cuts)]
 
     @property
     def digests(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ know). No mask function is registered on purpose: transformers then builds no ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from transformers import AttentionInterface
 
 from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOptions, PageCache
+from onebase.kernels.ops.instruction import wide
+from onebase.kernels.ops.prefix import GatedPrefix
+from onebase.serve.model.sites import SiteContext
 
 ATTENTION_NAME = "onebase_paged"
 _CONTEXT = "onebase_attention"
@@ -72,6 +76,8 @@ class AttentionContext:
     calls: int = 0
     calls_by_layer: dict[int, tuple[int, AttentionOptions]] = field(default_factory=dict)  # query heads, options
     modules: dict[int, nn.Module] = field(default_factory=dict)  # which module called, by layer
+    sites: SiteContext | None = None  # the adapters' side, once there is one
+    paths: dict[int, str] = field(default_factory=dict)  # the attention modules' sites, by layer
 
     def attach(self, model: nn.Module) -> None:
         """Make the context reachable from every attention module."""
@@ -88,6 +94,11 @@ class AttentionContext:
         self.caches.clear()
         for layer in self.shapes:
             self.caches[layer] = self._pages(layer)
+
+    def adapt(self, sites: SiteContext, paths: Sequence[str]) -> None:
+        """From now on the step's adapters may add to what attention gives. paths: the layers' attention modules."""
+        self.sites = sites
+        self.paths = dict(zip(sorted(self.shapes), paths, strict=True))
 
     @property
     def windows(self) -> set[int | None]:
@@ -149,7 +160,23 @@ def paged_attention_forward(
         context.batch,
         options,
     )
+    _add_gated(context, layer, query[0].transpose(0, 1), out, scale)
     return out.unsqueeze(0), None
+
+
+def _add_gated(context: AttentionContext, layer: int, query: Tensor, out: Tensor, scale: float) -> None:
+    """Add the gated prefixes of the step's adapters to out [T, H, D], or leave them for the whole module's output."""
+    if context.sites is None:
+        return
+    path = context.paths[layer]
+    for item in context.sites.placed(path):
+        if isinstance(item.op, GatedPrefix):
+            at = slice(item.segment.start, item.segment.stop)
+            delta = item.segment.scale * item.op.delta(query[at], scale)
+            if item.op.projected:
+                out[at] = (wide(out[at]) + delta).to(out.dtype)
+            else:
+                context.sites.beside.setdefault(path, []).append((at, delta.flatten(1)))
 
 
 def _refuse_unknown(

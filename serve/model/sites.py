@@ -42,13 +42,15 @@ class StepPlans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteContext:
-    """What every wrapper reads. residuals: path of a block -> what its norm read in this forward, [1, T, width]."""
+    """What every wrapper reads. residuals: path of a block -> what its norm read in this forward, [1, T, width].
+    beside: path of an attention module -> rows and what is added to its output there."""
 
     kernels: LowRankKernels
     tables: ProgramTables
     instructions: InstructionTable
     plans: StepPlans
     residuals: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
 
     def placed(self, path: str) -> tuple[Placed, ...]:
         """The instructions of the step's packed rows at a site."""
@@ -230,6 +232,9 @@ class AdaptedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base(*args, **kwargs)
+        for at, delta in self.context.beside.pop(self.path, ()):
+            y = (out[0] if isinstance(out, tuple) else out)[0]
+            y[at] = (wide(y[at]) + delta).to(y.dtype)
         bottlenecks = [item for item in self.context.placed(self.path) if isinstance(item.op, BlockBottleneck)]
         if bottlenecks:
             y = out[0] if isinstance(out, tuple) else out
