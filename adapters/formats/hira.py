@@ -1,0 +1,48 @@
+"""PEFT's HIRA. Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation" (ICLR 2025).
+
+``y += (W * (B A)) x``, elementwise with the base's weight: of full rank, so dense at load. At an embedding
+``y += E[t] * (B A[:, t])``, where E is without the scale that some embeddings put on their rows.
+"""
+
+from __future__ import annotations
+
+from onebase.adapters.base import BaseModel, SiteKind
+from onebase.adapters.formats.files import AdapterFiles
+from onebase.adapters.formats.reduce import Reducer
+from onebase.adapters.formats.register import Compiled, register
+from onebase.adapters.formats.targets import SiteTensors, read_ranks, sites_with, take_common_fields
+from onebase.adapters.program import SiteOps
+from onebase.kernels.ops.modulated import ModulatedRows
+
+_A, _B = "hira_A", "hira_B"
+_TOKEN_A, _TOKEN_B = "hira_embedding_A", "hira_embedding_B"
+
+
+@register(
+    "HIRA",
+    title="HiRA",
+    paper="openreview TwJrTz9cRS",
+    covers=("HiRA",),
+    instructions=("Dense", "ModulatedRows"),
+    cost="2h^2 FLOPs, h^2 elements",
+    note="full rank, made at load from the base's weight; embeddings keep their factors",
+)
+def compile_hira(files: AdapterFiles, base: BaseModel) -> Compiled:
+    """Raises AdapterRejected naming the key or field."""
+    take_common_fields(files.fields, "hira_dropout")
+    ranks, reducer = read_ranks(files.fields), Reducer()
+    sites = sites_with(files, base, (_A, _B, _TOKEN_A, _TOKEN_B), (SiteKind.LINEAR, SiteKind.EMBEDDING))
+    return Compiled({s.site.path: _site_ops(s, ranks.at(s.site.path), base, reducer) for s in sites})
+
+
+def _site_ops(tensors: SiteTensors, rank: int, base: BaseModel, reducer: Reducer) -> SiteOps:
+    site = tensors.site
+    embedding = site.kind is SiteKind.EMBEDDING
+    suffix_a, suffix_b = (_TOKEN_A, _TOKEN_B) if embedding else (_A, _B)
+    meaning = f"rank {rank} by r and rank_pattern, {site.in_features} in, {site.out_features} out"
+    a = tensors.take(suffix_a, (rank, site.in_features), meaning)
+    b = tensors.take(suffix_b, (site.out_features, rank), meaning)
+    if embedding:
+        return SiteOps(extra=(ModulatedRows(a.T.contiguous(), b.T.contiguous(), 1 / site.output_scale),))
+    reducer.spend(site.path, site.in_features * site.out_features)
+    return reducer.dense(site, base.weight(site.path).float().cpu() * (b @ a))

@@ -1,0 +1,86 @@
+"""PEFT's LOKR. Yeh et al., "LyCORIS" (2309.14859).
+
+``y += s (W1 kron W2) x``, s = alpha / r whether or not a factor is of rank r itself. Either factor may be saved as a
+product of two. The sizes of the factors are the tensors'; those of the product must be the base's.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from onebase.adapters.base import BaseModel
+from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.files import AdapterFiles
+from onebase.adapters.formats.reduce import Reducer
+from onebase.adapters.formats.register import Compiled, register
+from onebase.adapters.formats.targets import SiteTensors, read_alphas, read_ranks, sites_with, take_common_fields
+from onebase.adapters.program import SiteOps
+from onebase.kernels.ops.kron import Kron
+
+_SUFFIXES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+_HARMLESS = (
+    "decompose_both",  # this and the next chose the sizes that the tensors have
+    "decompose_factor",
+    "module_dropout",
+    "rank_dropout",
+    "rank_dropout_scale",
+    "use_effective_conv2d",
+)
+
+
+@register(
+    "LOKR",
+    title="LoKr",
+    paper="2309.14859",
+    covers=("LoKr", "KronA"),
+    instructions=("Kron",),
+    cost="4h^1.5 FLOPs, 2h elements for square factors",
+)
+def compile_lokr(files: AdapterFiles, base: BaseModel) -> Compiled:
+    """Raises AdapterRejected naming the key or field."""
+    fields = files.fields
+    take_common_fields(fields, *_HARMLESS)
+    ranks, alphas, reducer = read_ranks(fields), read_alphas(fields), Reducer()
+    ops: dict[str, SiteOps] = {}
+    for tensors in sites_with(files, base, _SUFFIXES):
+        path = tensors.site.path
+        rank = ranks.at(path)
+        ops[path] = SiteOps(extra=(_kron(tensors, rank, alphas.at(path) / rank, reducer),))
+    return Compiled(ops)
+
+
+def _kron(tensors: SiteTensors, rank: int, scale: float, reducer: Reducer) -> Kron:
+    site = tensors.site
+    sizes = [_size(tensors, name) for name in ("lokr_w1", "lokr_w2")]
+    (p, m), (q, n) = sizes
+    if (p * q, m * n) != (site.out_features, site.in_features):
+        raise AdapterRejected(
+            f"The factors of {site.path} are {p} x {m} and {q} x {n}; their Kronecker product must be "
+            f"{site.out_features} x {site.in_features}.",
+            param=site.path,
+        )
+    reducer.spend(site.path, p * m + q * n)
+    left, middle = _factor(tensors, "lokr_w1", sizes[0], rank)
+    right, inner = _factor(tensors, "lokr_w2", sizes[1], rank)
+    left = (left if middle is None else left @ middle) * scale
+    if inner is not None and rank * (q + n) >= q * n:
+        right, inner = right @ inner, None
+    return Kron(left, right, inner)
+
+
+def _size(tensors: SiteTensors, name: str) -> tuple[int, int]:
+    """Rows and columns of a factor."""
+    first, last = (name, name) if name in tensors else (f"{name}_a", f"{name}_b")
+    shapes = tensors.shape(first), tensors.shape(last)
+    if any(len(shape) != 2 for shape in shapes):
+        raise AdapterRejected(f"The tensor {tensors.key(first)!r} must be a matrix.", param=tensors.key(first))
+    return shapes[0][0], shapes[1][1]
+
+
+def _factor(tensors: SiteTensors, name: str, size: tuple[int, int], rank: int) -> tuple[Tensor, Tensor | None]:
+    """A factor whole, or as the two that it is the product of."""
+    if name in tensors:
+        return tensors.take(name, size, "the factor's"), None
+    meaning = f"rank {rank} by r and rank_pattern"
+    one = tensors.take(f"{name}_a", (size[0], rank), meaning)
+    return one, tensors.take(f"{name}_b", (rank, size[1]), meaning)
