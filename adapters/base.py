@@ -14,7 +14,8 @@ class SiteKind(StrEnum):
     """What the base module computes. Conv1D (GPT-2) counts as LINEAR: only its storage is transposed.
 
     ATTENTION is a layer's whole attention module with its projections, MLP its whole feed-forward module. EXPERTS is a
-    module of routed experts whose weights are stacked in 3-D parameters.
+    module of routed experts whose weights are stacked in 3-D parameters, ROUTER one that chooses experts by a matrix of
+    its own.
     """
 
     LINEAR = "linear"
@@ -23,6 +24,7 @@ class SiteKind(StrEnum):
     ATTENTION = "attention"
     MLP = "mlp"
     EXPERTS = "experts"
+    ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Site:
     ``path`` is its module path in the loaded model, e.g. ``model.layers.0.self_attn.q_proj``.
     For an EMBEDDING ``in_features`` is the vocabulary size and ``out_features`` the width; ``output_scale`` is what
     its forward multiplies rows by (Gemma 3's scaled word embedding), and so what an added row must be multiplied by.
-    NORM, ATTENTION, MLP and EXPERTS have the same width on both sides.
+    NORM, ATTENTION, MLP and EXPERTS have the same width on both sides;
+    a ROUTER's out_features is the number of experts.
     """
 
     path: str
@@ -113,8 +116,8 @@ class BaseModel(Protocol):
         """The text part of the base's configuration, as transformers' ``to_dict`` has it."""
 
     def weight(self, path: str) -> Tensor:
-        """The weight of a site as multiplied: LINEAR [out_features, in_features], EMBEDDING [vocabulary, width],
-        NORM [width]. On the device of the base, in its dtype."""
+        """The weight of a site as multiplied: LINEAR and ROUTER [out_features, in_features], EMBEDDING
+        [vocabulary, width], NORM [width]. On the device of the base, in its dtype."""
 
     def bias(self, path: str) -> Tensor | None:
         """The bias of a LINEAR or NORM site, [out_features], or None."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from onebase.adapters.base import SiteKind
 from onebase.kernels.ops.bottleneck import BlockBottleneck
-from onebase.kernels.ops.experts import ExpertLowRank
+from onebase.kernels.ops.experts import ExpertLowRank, RouterLowRank
 from onebase.kernels.ops.instruction import Instruction, Phase, RowInstruction
 from onebase.kernels.ops.norm import NormOverride
 from onebase.kernels.ops.prefix import GatedPrefix, KvPrefix
@@ -35,6 +35,7 @@ SITE_INSTRUCTIONS: Mapping[SiteKind, tuple[type[Instruction], ...]] = {
     SiteKind.ATTENTION: (KvPrefix, GatedPrefix, BlockBottleneck),
     SiteKind.MLP: (BlockBottleneck,),
     SiteKind.EXPERTS: (ExpertLowRank,),
+    SiteKind.ROUTER: (RouterLowRank,),
 }
 
 

@@ -1,9 +1,9 @@
-"""LoRA on stacked expert weights: ``target_parameters`` of PEFT's LORA.
+"""LoRA on stacked expert weights and on routers: ``target_parameters`` of PEFT's LORA.
 
 PEFT wraps a module of experts once for each parameter that it targets, in the order in which the module declares them,
 and the file does not say which: the last one's factors are under the module itself, each earlier one's under one more
 ``base_layer``. lora_A [experts * r, in] holds expert e's row k at e*r + k; lora_B [out, r * experts] holds its column k
-at k*experts + e. Everything else that PEFT allows to target this way is a module of its own, read as any other.
+at k*experts + e. A router's matrix is targeted in the same way; a linear module's weight is read like any LoRA.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from onebase.adapters.base import BaseModel, ExpertParameter, Experts
+from onebase.adapters.base import BaseModel, ExpertParameter, Experts, Site, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
 from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.program import SiteOps
-from onebase.kernels.ops.experts import ExpertLowRank
+from onebase.kernels.ops.experts import ExpertLowRank, RouterLowRank
 
+ROUTER_WEIGHT = "weight"
 _PREFIXES = ("base_model.model.", "base_model.", "")
 _SUFFIXES = {
     ".lora_A.weight": "lora_A.weight",
@@ -38,61 +39,59 @@ class RankTable(Protocol):
 
 
 def take_expert_factors(files: AdapterFiles, base: BaseModel, settings: RankTable) -> dict[str, SiteOps]:
-    """Take target_parameters and every tensor of an EXPERTS site: site path -> its operations.
+    """Take target_parameters and every tensor of an EXPERTS or ROUTER site: site path -> its operations.
 
     Raises AdapterRejected naming the field or the key.
     """
     targets = files.fields.names("target_parameters")
-    return {
-        path: _site_ops(path, base.experts[path], levels, targets, files.tensors, settings)
-        for path, levels in _keys_by_site(files.tensors, base).items()
-    }
+    ops: dict[str, SiteOps] = {}
+    for path, levels in _keys_by_site(files.tensors, base).items():
+        names = _targeted(path, levels, targets, base)
+        if path in base.experts:
+            ops[path] = _experts_ops(path, base.experts[path], names, levels, files.tensors, settings)
+        else:
+            ops[path] = _router_ops(base.sites[path], levels[0], files.tensors, settings)
+    return ops
 
 
-def _keys_by_site(tensors: TensorBag, base: BaseModel) -> dict[str, dict[int, dict[str, str]]]:
-    """Site path -> depth (number of base_layer parts) -> {suffix: key}."""
-    found: dict[str, dict[int, dict[str, str]]] = {}
-    for key in tensors if base.experts else ():
-        ending = next((ending for ending in _SUFFIXES if key.endswith(ending)), None)
-        module = key.removesuffix(ending or "")
-        depth = 0
-        while module.endswith(_LAYER):
-            module, depth = module.removesuffix(_LAYER), depth + 1
-        path = next((path for prefix in _PREFIXES if (path := _without(module, prefix)) in base.experts), None)
-        if ending is None or path is None:
-            continue
-        level = found.setdefault(path, {}).setdefault(depth, {})
-        if _SUFFIXES[ending] in level:
-            raise AdapterRejected(f"The tensors {level[_SUFFIXES[ending]]!r} and {key!r} mean the same.", param=key)
-        level[_SUFFIXES[ending]] = key
-    return found
+def _targeted(
+    path: str, levels: Mapping[int, Mapping[str, str]], targets: Sequence[str], base: BaseModel
+) -> tuple[str, ...]:
+    """The targeted parameters of a site, one for each level, in the order of the module."""
+    parameters = base.experts[path].parameters if path in base.experts else (ROUTER_WEIGHT,)
+    names = tuple(name for name in parameters if _is_targeted(f"{path}.{name}", targets))
+    if sorted(levels) == list(range(len(names))):
+        return names
+    raise AdapterRejected(
+        f"{path} has LoRA tensors for {len(levels)} parameters, and target_parameters names {len(names)} of its "
+        f"{len(parameters)}: {', '.join(parameters)}.",
+        param=next(iter(levels[min(levels)].values())),
+    )
 
 
-def _without(module: str, prefix: str) -> str:
-    return module.removeprefix(prefix) if module.startswith(prefix) else ""
-
-
-def _site_ops(
+def _experts_ops(
     path: str,
     experts: Experts,
+    names: Sequence[str],
     levels: Mapping[int, Mapping[str, str]],
-    targets: Sequence[str],
     tensors: TensorBag,
     settings: RankTable,
 ) -> SiteOps:
-    names = [name for name in experts.parameters if _is_targeted(f"{path}.{name}", targets)]
-    some_key = next(iter(levels[min(levels)].values()))
-    if sorted(levels) != list(range(len(names))):
-        raise AdapterRejected(
-            f"{path} has LoRA tensors for {len(levels)} parameters, and target_parameters names {len(names)} of its "
-            f"{list(experts.parameters)}.",
-            param=some_key,
-        )
     depths = range(len(names) - 1, -1, -1)  # the first parameter lies deepest
     pairs = zip(names, depths, strict=True)
     return SiteOps(
         extra=tuple(_low_rank(path, name, experts, levels[depth], tensors, settings) for name, depth in pairs)
     )
+
+
+def _router_ops(site: Site, keys: Mapping[str, str], tensors: TensorBag, settings: RankTable) -> SiteOps:
+    name = f"{site.path}.{ROUTER_WEIGHT}"
+    a, b = _both(name, keys)
+    rank = settings.rank(name)
+    check_shape(a, tensors, (rank, site.in_features), f"rank {rank}")
+    check_shape(b, tensors, (site.out_features, rank), f"rank {rank}")
+    low_rank = RouterLowRank(tensors.take(a), tensors.take(b).T.contiguous(), settings.scale(name, rank))
+    return SiteOps(extra=(low_rank,))
 
 
 def _is_targeted(parameter: str, targets: Sequence[str]) -> bool:
@@ -105,11 +104,8 @@ def _low_rank(
     shape = next((part for part in (experts.up, experts.down) if part.name == name), None)
     if shape is None:
         raise refused("target_parameters", name, f"of {path}, {experts.up.name} and {experts.down.name} are served")
-    if keys.keys() != {"lora_A.weight", "lora_B.weight"}:
-        present = next(iter(keys.values()))
-        raise AdapterRejected(f"{path}.{name} has only {present!r}: half an adapter is refused.", param=present)
+    a, b = _both(f"{path}.{name}", keys)
     rank = settings.rank(f"{path}.{name}")
-    a, b = keys["lora_A.weight"], keys["lora_B.weight"]
     for key, expected in _expected(shape, experts.num_experts, rank, a, b):
         check_shape(key, tensors, expected, f"rank {rank} for each of {experts.num_experts} experts' {name}")
     return ExpertLowRank(
@@ -119,6 +115,13 @@ def _low_rank(
         factor=settings.scale(f"{path}.{name}", rank),
         per_token=experts.per_token,
     )
+
+
+def _both(name: str, keys: Mapping[str, str]) -> tuple[str, str]:
+    if keys.keys() != set(_SUFFIXES.values()):
+        present = next(iter(keys.values()))
+        raise AdapterRejected(f"{name} has only {present!r}: half an adapter is refused.", param=present)
+    return keys["lora_A.weight"], keys["lora_B.weight"]
 
 
 def _expected(

@@ -1,4 +1,4 @@
-"""Low rank beside the products of routed experts: LoRA on stacked 3-D parameters."""
+"""Low rank at routed experts: beside the products with stacked 3-D parameters, and in the router's matrix."""
 
 from __future__ import annotations
 
@@ -40,3 +40,27 @@ class ExpertLowRank(Instruction):
         """The definition, in float64."""
         matrix = self.b[expert].double().T @ self.a[expert].double()
         return self.factor * rows.double() @ matrix.T
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouterLowRank(Instruction):
+    """The router's matrix W becomes W + factor * B A for the rows: its own forward runs again, over that matrix.
+
+    a: [rank, in_features]; b: [rank, experts].
+    """
+
+    a: Tensor
+    b: Tensor
+    factor: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def flops(self) -> int:
+        return 2 * (self.rank + 1) * self.a.shape[1] * self.b.shape[1]
+
+    def matrix(self) -> Tensor:
+        """What is added to the weight: [experts, in_features] in float32."""
+        return wide(self.b.T @ self.a) * self.factor

@@ -24,6 +24,7 @@ from onebase.kernels.attention import AttentionBatch
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
 from onebase.serve.model.blocks import BlockCalls, Blocks
 from onebase.serve.model.expert_calls import ExpertCalls
+from onebase.serve.model.routers import RouterCalls
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
 PROBE_TOKENS = 24
@@ -79,7 +80,7 @@ def _is_norm(module: nn.Module) -> bool:
 def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) -> ProbeResult:
     """Run the probe. ``context`` must be attached and hold pages for PROBE_TOKENS; it learns every layer's shape."""
     tokens = torch.arange(PROBE_TOKENS, device=model.device) * 7 % vocab_size
-    with BlockCalls(model) as block_calls, ExpertCalls(model) as expert_calls:
+    with BlockCalls(model) as block_calls, ExpertCalls(model) as expert_calls, RouterCalls(model) as router_calls:
         calls = _record_calls(model, lambda: _paged(model, context, tokens, (PROBE_TOKENS,), _HEAD_ROWS))
     if context.calls != len(context.shapes) or not context.shapes:
         raise ModelRejected(
@@ -88,7 +89,7 @@ def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) ->
     _prove(model, context, tokens)
     result = _classify(model, calls, block_calls.find(context))
     experts, refused = expert_calls.find(PROBE_TOKENS, _TOLERANCE[model.dtype])
-    result.blocks.extend(experts)
+    result.blocks.extend([*experts, *router_calls.find(PROBE_TOKENS)])
     result.refused.update(refused)
     return result
 

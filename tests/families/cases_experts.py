@@ -19,13 +19,18 @@ CASES = [
         ),
         architectures=MOE,
     ),
-    Case(  # ranks and scales by parameter, one parameter only in the first layer, a linear module's bare weight
+    Case(  # ranks and scales by parameter, one parameter only in the first layer, the router, a linear's bare weight
         "lora-experts-patterns",
         lambda name: peft.LoraConfig(
             r=4,
             use_rslora=True,
             target_modules=[],
-            target_parameters=["experts.down_proj", "layers.0.mlp.experts.gate_up_proj", "q_proj.weight"],
+            target_parameters=[
+                "experts.down_proj",
+                "layers.0.mlp.experts.gate_up_proj",
+                "gate.weight",
+                "q_proj.weight",
+            ],
             rank_pattern={"layers.1.mlp.experts.down_proj": 7},
             alpha_pattern={".*gate_up_proj": 3},
         ),
