@@ -69,6 +69,30 @@ def _targeted(
     )
 
 
+def _keys_by_site(tensors: TensorBag, base: BaseModel) -> dict[str, dict[int, dict[str, str]]]:
+    """Site path -> depth (number of base_layer parts) -> {suffix: key}."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    sites = {path for path, site in base.sites.items() if site.kind in (SiteKind.EXPERTS, SiteKind.ROUTER)}
+    for key in tensors if sites else ():
+        ending = next((ending for ending in _SUFFIXES if key.endswith(ending)), None)
+        module = key.removesuffix(ending or "")
+        depth = 0
+        while module.endswith(_LAYER):
+            module, depth = module.removesuffix(_LAYER), depth + 1
+        path = next((path for prefix in _PREFIXES if (path := _without(module, prefix)) in sites), None)
+        if ending is None or path is None:
+            continue
+        level = found.setdefault(path, {}).setdefault(depth, {})
+        if _SUFFIXES[ending] in level:
+            raise AdapterRejected(f"The tensors {level[_SUFFIXES[ending]]!r} and {key!r} mean the same.", param=key)
+        level[_SUFFIXES[ending]] = key
+    return found
+
+
+def _without(module: str, prefix: str) -> str:
+    return module.removeprefix(prefix) if module.startswith(prefix) else ""
+
+
 def _experts_ops(
     path: str,
     experts: Experts,
