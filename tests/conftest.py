@@ -44,6 +44,7 @@ _GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positi
 _NO_KV = {key: value for key, value in _SMALL.items() if key != "num_key_value_heads"}
 ARCHITECTURES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True),
+    "llama_mha": lambda: transformers.LlamaConfig(**_NO_KV, attention_bias=True),
     "qwen2": lambda: transformers.Qwen2Config(**_SMALL),
     "qwen3": lambda: transformers.Qwen3Config(**_SMALL, head_dim=24),
     "mistral": lambda: transformers.MistralConfig(**_SMALL, sliding_window=7),
