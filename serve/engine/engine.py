@@ -14,9 +14,11 @@ from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, EngineError, OneBaseError, RequestRejected
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
+from onebase.adapters.traits import Traits
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
+from onebase.serve.engine.combine import check_combination, without_idle
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.logprobs import told
@@ -94,7 +96,7 @@ class Engine:
             self._validate(request)
         except OneBaseError as error:
             return [_failure(request.id, error)]
-        sequence = Sequence.of(request, self._order)
+        sequence = Sequence.of(without_idle(request), self._order)
         self._order += 1
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -185,15 +187,16 @@ class Engine:
     def _deliver(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Output:
         if token == NOT_FINITE:
             return self._overflowed(sequence)
+        cached = 0 if sequence.num_generated else sequence.num_cached_prompt
         if sequence.request.sampling.max_tokens == 0:
             self.abort(sequence.id)
-            return TokenOutput(sequence.id, (), "length")
+            return TokenOutput(sequence.id, (), "length", cached_tokens=cached)
         sequence.tokens.append(token)
         self._generated_tokens += 1
         reason = sequence.finish_reason(self._eos, self.max_model_len)
         if reason is not None:
             self.abort(sequence.id)
-        return TokenOutput(sequence.id, (token,), reason, logprobs)
+        return TokenOutput(sequence.id, (token,), reason, logprobs, cached_tokens=cached)
 
     def _overflowed(self, sequence: Sequence) -> Output:
         self.abort(sequence.id)
@@ -234,20 +237,26 @@ class Engine:
             known = [one for one in traits if one is not None]
             if len(known) < len(traits):
                 continue
-            scales = [use.scale for use in sequence.request.adapters]
-            layout = Layout.of(sequence.request.prompt, list(zip(known, scales, strict=True)))
-            sequence.lay_out(layout)
-            if len(sequence.tokens) + min(sequence.request.sampling.max_tokens, 1) > self.max_model_len:
+            try:
+                self._place(sequence, known)
+            except RequestRejected as error:
                 self.abort(sequence.id)
-                outputs.append(_failure(sequence.id, self._too_long(len(sequence.request.prompt), layout.num_virtual)))
+                outputs.append(_failure(sequence.id, error))
         return outputs
 
-    def _too_long(self, num_prompt: int, num_virtual: int) -> RequestRejected:
-        message = (
-            f"the prompt has {num_prompt} tokens and its adapter puts {num_virtual} virtual tokens before it; "
-            f"the model's context is {self.max_model_len}"
-        )
-        return RequestRejected(message, param="prompt")
+    def _place(self, sequence: Sequence, traits: list[Traits]) -> None:
+        """Lay a sequence out. Raises RequestRejected where its adapters do not go together, or no token has room."""
+        request = sequence.request
+        check_combination(request.adapters, traits)
+        scales = [use.scale for use in request.adapters]
+        layout = Layout.of(request.prompt, list(zip(traits, scales, strict=True)))
+        sequence.lay_out(layout)
+        if len(sequence.tokens) + min(request.sampling.max_tokens, 1) > self.max_model_len:
+            message = (
+                f"the prompt has {len(request.prompt)} tokens and its adapter puts {layout.num_virtual} virtual tokens "
+                f"before it; the model's context is {self.max_model_len}"
+            )
+            raise RequestRejected(message, param="prompt")
 
     def _prefetch(self) -> set[str]:
         """Start the loads that waiting requests need, oldest first, as far as the device budget goes.
@@ -298,8 +307,11 @@ class Engine:
             waiting=len(waiting),
             waiting_for_adapter=sum(1 for s in waiting if any(digest not in resident for digest in s.digests)),
             free_pages=self.scheduler.pages.num_free,
+            cached_pages=self.scheduler.pages.num_idle,
+            page_evictions=self.scheduler.pages.num_evicted,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self.scheduler.cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
             adapter_bytes_used=self.adapters.arena.used_bytes,

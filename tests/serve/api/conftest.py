@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from onebase.adapters.errors import EngineDead
 from onebase.serve.api.app import create_app
 from onebase.serve.config import Settings
+from onebase.serve.engine.inprocess import InProcessEngine
 from onebase.serve.engine.messages import AdapterReady, AdapterUse, EngineInfo, EngineStats, Request, TokenOutput
 
 TEMPLATE = (
@@ -241,5 +242,40 @@ def adapter_folder(tmp_path: Path) -> Callable[..., Path]:
         config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with the tokenizer above."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("real")
+    fast = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        **sizes,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def open_real(real_folder: Path, settings_for: Callable[..., Settings]) -> Callable[..., Any]:
+    """open_real(**settings): the application over a real engine in a thread."""
+
+    def make(**options: Any) -> Any:
+        small = {"dtype": "float32", "device": "cpu", "kv_memory": 0.01, "adapter_memory": 0.01}
+        settings = settings_for(model=str(real_folder), **small, **options)
+        return running_site(settings, InProcessEngine(settings.engine_config()))  # type: ignore[arg-type]
 
     return make

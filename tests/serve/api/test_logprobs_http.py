@@ -1,9 +1,8 @@
-"""Log-probabilities through HTTP over a real engine: both protocols' shapes, whole and streamed, against transformers."""
+"""Log-probabilities through HTTP over a real engine, in both protocols' shapes, whole and streamed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +10,12 @@ import pytest
 import torch
 import transformers
 
-from onebase.serve.engine.inprocess import InProcessEngine
-
-from .conftest import TEMPLATE, make_tokenizer, running_site
-
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with the byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("real")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), bos_token="<s>", eos_token="</s>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, bos_token_id=0, eos_token_id=1, initializer_range=0.5,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def open_real(folder: Path, settings_for: Callable[..., Any]) -> Callable[..., Any]:
-    def make(**options: Any) -> Any:
-        given = {"model": str(folder), "dtype": "float32", "device": "cpu", "kv_memory": 0.01, "adapter_memory": 0.01}
-        settings = settings_for(**given, **options)
-        return running_site(settings, InProcessEngine(settings.engine_config()))  # type: ignore[arg-type]
-
-    return make
-
-
 @torch.inference_mode()
-def reference(folder: Path, tokens: list[int]) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+def reference(real_folder: Path, tokens: list[int]) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(real_folder, attn_implementation="eager").eval()
     return torch.log_softmax(model(torch.tensor([tokens])).logits[0].float(), -1)
 
 
@@ -73,7 +42,7 @@ def check_legacy(said: dict[str, Any], text: str, tokens: list[int], expected: t
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 6])
-def test_what_a_harness_sends(run: Any, open_real: Any, folder: Path, max_tokens: int) -> None:
+def test_what_a_harness_sends(run: Any, open_real: Any, real_folder: Path, max_tokens: int) -> None:
     """Log-likelihoods: echo, logprobs, ids in a batch, as lm-eval asks for them."""
 
     async def body() -> None:
@@ -93,9 +62,9 @@ def test_what_a_harness_sends(run: Any, open_real: Any, folder: Path, max_tokens
                 assert "prompt_logprobs" not in choice
                 greedy = list(prompt)
                 for _ in range(max_tokens):
-                    greedy.append(int(reference(folder, greedy)[-1].argmax()))
+                    greedy.append(int(reference(real_folder, greedy)[-1].argmax()))
                 assert len(said["tokens"]) == len(greedy)
-                check_legacy(said, choice["text"], greedy, reference(folder, greedy), 2)
+                check_legacy(said, choice["text"], greedy, reference(real_folder, greedy), 2)
                 names = said["tokens"][: len(prompt)]
                 assert "é" in text or "".join(names) == text
 
@@ -120,11 +89,11 @@ def test_streamed_pieces_join_to_the_whole(run: Any, open_real: Any) -> None:
     run(body())
 
 
-def test_prompt_logprobs_have_the_shape_of_vllm(run: Any, open_real: Any, folder: Path) -> None:
+def test_prompt_logprobs_have_the_shape_of_vllm(run: Any, open_real: Any, real_folder: Path) -> None:
     async def body() -> None:
         async with open_real() as site:
             prompt = site.encode("the quick brown fox")
-            expected = reference(folder, prompt)
+            expected = reference(real_folder, prompt)
             answer = (await site.complete(prompt=prompt, max_tokens=0, prompt_logprobs=1)).json()
             (choice,) = answer["choices"]
             assert (choice["text"], choice["logprobs"]) == ("", None)
@@ -142,7 +111,7 @@ def test_prompt_logprobs_have_the_shape_of_vllm(run: Any, open_real: Any, folder
     run(body())
 
 
-def test_chat_has_content_with_bytes(run: Any, open_real: Any, folder: Path) -> None:
+def test_chat_has_content_with_bytes(run: Any, open_real: Any, real_folder: Path) -> None:
     async def body() -> None:
         async with open_real() as site:
             asked = {"max_tokens": 10, "logprobs": True, "top_logprobs": 2, "temperature": 0, "ignore_eos": True}
@@ -152,7 +121,7 @@ def test_chat_has_content_with_bytes(run: Any, open_real: Any, folder: Path) -> 
             raw = b"".join(bytes(item["bytes"]) for item in content)
             assert raw.decode("utf-8", "replace").rstrip("\ufffd") == whole["message"]["content"]
             prompt = site.encode("user: hello\nassistant:")
-            row = reference(folder, prompt)[-1]
+            row = reference(real_folder, prompt)[-1]
             assert content[0]["logprob"] == pytest.approx(float(row.max()), abs=TOLERANCE)
             assert [one["logprob"] for one in content[0]["top_logprobs"]] == pytest.approx(
                 row.topk(2).values.tolist(), abs=TOLERANCE
