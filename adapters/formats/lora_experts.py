@@ -46,7 +46,10 @@ def take_expert_factors(files: AdapterFiles, base: BaseModel, settings: RankTabl
     targets = files.fields.names("target_parameters")
     ops: dict[str, SiteOps] = {}
     for path, levels in _keys_by_site(files.tensors, base).items():
-        names = _targeted(path, levels, targets, base)
+        names = _targeted(path, targets, base)
+        _check_levels(path, names, levels)
+        if not levels:
+            continue
         if path in base.experts:
             ops[path] = _experts_ops(path, base.experts[path], names, levels, files.tensors, settings)
         else:
@@ -54,35 +57,36 @@ def take_expert_factors(files: AdapterFiles, base: BaseModel, settings: RankTabl
     return ops
 
 
-def _targeted(
-    path: str, levels: Mapping[int, Mapping[str, str]], targets: Sequence[str], base: BaseModel
-) -> tuple[str, ...]:
-    """The targeted parameters of a site, one for each level, in the order of the module."""
+def _targeted(path: str, targets: Sequence[str], base: BaseModel) -> tuple[str, ...]:
+    """The targeted parameters of a site, in the order of the module."""
     parameters = base.experts[path].parameters if path in base.experts else (ROUTER_WEIGHT,)
-    names = tuple(name for name in parameters if _is_targeted(f"{path}.{name}", targets))
-    if sorted(levels) == list(range(len(names))):
-        return names
-    raise AdapterRejected(
-        f"{path} has LoRA tensors for {len(levels)} parameters, and target_parameters names {len(names)} of its "
-        f"{len(parameters)}: {', '.join(parameters)}.",
-        param=next(iter(levels[min(levels)].values())),
-    )
+    return tuple(name for name in parameters if _is_targeted(f"{path}.{name}", targets))
+
+
+def _check_levels(path: str, names: Sequence[str], levels: Mapping[int, Mapping[str, str]]) -> None:
+    """One level of wrappers for each targeted parameter. Raises AdapterRejected where they do not agree."""
+    if sorted(levels) != list(range(len(names))):
+        raise AdapterRejected(
+            f"{path} has LoRA tensors for {len(levels)} parameters, and target_parameters names {len(names)} of its own"
+            f" ({', '.join(names) or 'none'}): half an adapter is refused.",
+            param=next((key for level in levels.values() for key in level.values()), "target_parameters"),
+        )
 
 
 def _keys_by_site(tensors: TensorBag, base: BaseModel) -> dict[str, dict[int, dict[str, str]]]:
-    """Site path -> depth (number of base_layer parts) -> {suffix: key}."""
-    found: dict[str, dict[int, dict[str, str]]] = {}
-    sites = {path for path, site in base.sites.items() if site.kind in (SiteKind.EXPERTS, SiteKind.ROUTER)}
-    for key in tensors if sites else ():
+    """Site path -> depth (number of base_layer parts) -> {suffix: key}; every EXPERTS and ROUTER site is there."""
+    kinds = (SiteKind.EXPERTS, SiteKind.ROUTER)
+    found: dict[str, dict[int, dict[str, str]]] = {path: {} for path in base.sites if base.sites[path].kind in kinds}
+    for key in tensors if found else ():
         ending = next((ending for ending in _SUFFIXES if key.endswith(ending)), None)
-        module = key.removesuffix(ending or "")
+        module = key.removesuffix(ending or "").replace("_orig_mod.", "")
         depth = 0
         while module.endswith(_LAYER):
             module, depth = module.removesuffix(_LAYER), depth + 1
-        path = next((path for prefix in _PREFIXES if (path := _without(module, prefix)) in sites), None)
+        path = next((path for prefix in _PREFIXES if (path := _without(module, prefix)) in found), None)
         if ending is None or path is None:
             continue
-        level = found.setdefault(path, {}).setdefault(depth, {})
+        level = found[path].setdefault(depth, {})
         if _SUFFIXES[ending] in level:
             raise AdapterRejected(f"The tensors {level[_SUFFIXES[ending]]!r} and {key!r} mean the same.", param=key)
         level[_SUFFIXES[ending]] = key
