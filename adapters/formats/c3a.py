@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from onebase.adapters.base import BaseModel
 from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.circulant import BlockCirculant
 
@@ -26,8 +28,9 @@ KERNEL = "c3a_kernel"
 )
 def compile_c3a(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    take_common_fields(files.fields, "block_size", "block_size_pattern")
-    return Compiled({group.site.path: _site_ops(group) for group in sites_with(files, base, (KERNEL,))})
+    ignore_training(files.fields, "block_size", "block_size_pattern")
+    ops = {group.site.path: _site_ops(group) for group in linear_sites(files, base, (KERNEL,))}
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _site_ops(group: SiteTensors) -> SiteOps:

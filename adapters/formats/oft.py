@@ -1,27 +1,33 @@
 """PEFT's OFT. Qiu et al., "Orthogonal Finetuning" (2306.07280); the Cayley-Neumann series: OFTv2 (2506.19847).
 
 ``y = W (x R) + b`` with R block-diagonal. The file has the upper triangles of skew matrices Q, one for each block:
-R = (I - Q)(I + Q)^-1, or a series for it. ``coft`` bounds Q's norm, ``block_share`` uses one block everywhere.
+R = (I - Q)(I + Q)^-1, or a series for it. ``coft`` bounds Q's norm, ``block_share`` uses one block everywhere. Of an
+embedding it rotates the output.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from onebase.adapters.base import BaseModel
+from onebase.adapters.base import BaseModel, SiteKind
+from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
+from onebase.adapters.formats.keys import group_by_site
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import with_saved
+from onebase.adapters.formats.targets import SiteTensors
 from onebase.adapters.program import SiteOps
-from onebase.kernels.ops.rotate import BlockRotateIn
+from onebase.kernels.ops.rotate import BlockRotateIn, TokenRotate
 
-R = "oft_R.weight"
+R, TOKEN_R = "oft_R.weight", "oft_embedding_R.weight"
 MAX_BLOCKS = 1 << 16
 MAX_TERMS = 64
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})(\.?(?:dev|a|b|rc)\d*)?")
@@ -51,18 +57,22 @@ class _Settings:
     title="OFT",
     paper="2306.07280",
     covers=("OFT", "COFT", "OFTv2"),
-    instructions=("BlockRotateIn",),
+    instructions=("BlockRotateIn", "TokenRotate"),
     cost="2hk FLOPs for blocks of k, hk elements",
     note="Cayley transforms and series are computed at load; files of PEFT before 0.16 have another layout",
 )
 def compile_oft(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = _read(files.fields)
-    return Compiled({group.site.path: _site_ops(group, settings) for group in sites_with(files, base, (R,))})
+    ops = {group.site.path: SiteOps(extra=(_token_rotation(group, settings),)) for group in _embeddings(files, base)}
+    for group in linear_sites(files, base, (R,)):
+        width = group.site.in_features
+        ops[group.site.path] = SiteOps(extra=(BlockRotateIn(_turn(group, R, width, settings), width),))
+    return with_saved(ops, files, base)
 
 
 def _read(fields: Fields) -> _Settings:
-    take_common_fields(fields, "module_dropout")
+    ignore_training(fields, "module_dropout")
     r = fields.integer("r", 0, MAX_BLOCKS, default=0)
     size = fields.integer("oft_block_size", 0, MAX_BLOCKS)
     if (r == 0) == (size == 0):
@@ -93,16 +103,30 @@ def _terms(fields: Fields) -> int | None:
     return terms
 
 
-def _site_ops(group: SiteTensors, settings: _Settings) -> SiteOps:
-    width = group.site.in_features
+def _embeddings(files: AdapterFiles, base: BaseModel) -> Iterator[SiteTensors]:
+    for path, keys in group_by_site(files.tensors, base, (TOKEN_R,)).items():
+        site = base.sites[path]
+        if site.kind is not SiteKind.EMBEDDING:
+            message = f"The tensor {keys[TOKEN_R]!r} is an embedding's, and {path} is a {site.kind} of the base."
+            raise AdapterRejected(message, param=keys[TOKEN_R])
+        yield SiteTensors(site, keys, files.tensors)
+
+
+def _token_rotation(group: SiteTensors, settings: _Settings) -> TokenRotate:
+    width = group.site.out_features
+    return TokenRotate(_turn(group, TOKEN_R, width, settings), width)
+
+
+def _turn(group: SiteTensors, suffix: str, width: int, settings: _Settings) -> Tensor:
+    """The rotation's blocks less the identity, float32."""
     size = settings.block_size(width)
     blocks = 1 if settings.shared else width // size
     shape = (blocks, size * (size - 1) // 2)
-    skew = _skew(group.take(R, shape, f"{blocks} blocks of {size} by the config, {width} in"), size)
+    skew = _skew(group.take(suffix, shape, f"{blocks} blocks of {size} by the config, {width} wide"), size)
     if settings.bound is not None:
         skew = _bounded(skew, settings.bound)
     turn = cayley_turn(skew) if settings.terms is None else _series_turn(skew, settings.terms)
-    return SiteOps(extra=(BlockRotateIn(turn.float(), width),))
+    return turn.float()
 
 
 def cayley_turn(skew: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel
 from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.rotate import PairRotateOut
 
@@ -31,12 +33,13 @@ VARIANTS = ("road_1", "road_2", "road_4")
 )
 def compile_road(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    take_common_fields(files.fields)
+    ignore_training(files.fields)
     reason = f"it must be one of {', '.join(VARIANTS)}"
     variant = str(files.fields.choice("variant", VARIANTS, "road_1", reason))
     size = files.fields.integer("group_size", 2, MAX_GROUP, default=64)
-    groups = sites_with(files, base, (THETA, ALPHA))
-    return Compiled({group.site.path: _site_ops(group, variant, size) for group in groups})
+    groups = linear_sites(files, base, (THETA, ALPHA))
+    ops = {group.site.path: _site_ops(group, variant, size) for group in groups}
+    return with_saved(ops, files, base, Beside(bias=False))
 
 
 def _site_ops(group: SiteTensors, variant: str, size: int) -> SiteOps:

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from onebase.adapters.base import BaseModel
+from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.entries import sparse, take_indices
 from onebase.adapters.formats.fields import MAX_RANK
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors
 from onebase.adapters.program import SiteOps
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
@@ -26,9 +28,10 @@ WEIGHT, INDICES = "shira_weight", "shira_indices"
 )
 def compile_shira(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    take_common_fields(files.fields, "mask_type", "random_seed")
+    ignore_training(files.fields, "mask_type", "random_seed")
     r = files.fields.integer("r", 1, MAX_RANK)
-    return Compiled({group.site.path: _site_ops(group, r) for group in sites_with(files, base, (WEIGHT, INDICES))})
+    ops = {group.site.path: _site_ops(group, r) for group in linear_sites(files, base, (WEIGHT, INDICES))}
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _site_ops(group: SiteTensors, r: int) -> SiteOps:

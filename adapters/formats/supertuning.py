@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
+from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.entries import sparse_flat, take_indices
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import with_saved
+from onebase.adapters.formats.targets import SiteTensors
 from onebase.adapters.program import LowRank, SiteOps
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
@@ -46,12 +48,13 @@ class _Settings:
 def compile_supertuning(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = _read(files.fields)
-    groups = sites_with(files, base, (VALUES, INDICES, A, B))
-    return Compiled({group.site.path: _site_ops(group, settings, base) for group in groups})
+    groups = linear_sites(files, base, (VALUES, INDICES, A, B))
+    ops = {group.site.path: _site_ops(group, settings, base) for group in groups}
+    return with_saved(ops, files, base)
 
 
 def _read(fields: Fields) -> _Settings:
-    take_common_fields(fields, "lora_dropout")
+    ignore_training(fields, "lora_dropout")
     sparsity = fields.number("sparsity", default=0.99)
     if not 0 <= sparsity < 1:
         raise refused("sparsity", sparsity, "it must be at least 0 and below 1")

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel
+from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.fields import Fields
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.locations import SEEDS, Locations, take_coefficients
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors
 from onebase.adapters.formats.wavelets import WAVELETS, filters
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.sparse import Sparse, compress
@@ -47,11 +49,12 @@ class _Settings:
 def compile_waveft(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = _read(files.fields)
-    return Compiled({group.site.path: _site_ops(group, settings) for group in sites_with(files, base, (SPECTRUM,))})
+    ops = {group.site.path: _site_ops(group, settings) for group in linear_sites(files, base, (SPECTRUM,))}
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _read(fields: Fields) -> _Settings:
-    take_common_fields(fields, "n_frequency", "n_frequency_pattern", "proportional_parameters")
+    ignore_training(fields, "n_frequency", "n_frequency_pattern", "proportional_parameters")
     wavelet = fields.take("wavelet_family", "db1")
     transformed = fields.flag("use_idwt", default=True)
     if transformed:

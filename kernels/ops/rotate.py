@@ -1,4 +1,5 @@
-"""Rotations of coordinates: in blocks and butterflies of them before a linear module, in pairs after it."""
+"""Rotations of coordinates: in blocks and butterflies of them before a linear module, in pairs after it, and of what an
+embedding gives."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from onebase.kernels.ops.instruction import Phase, RowInstruction, repeated, wide
 from onebase.kernels.ops.stacking import stacked
+from onebase.kernels.ops.tokens import TokenInstruction
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,14 +32,10 @@ class BlockRotateIn(RowInstruction):
         return 2 * self.width * self.turn.shape[1]
 
     def delta(self, rows: Tensor) -> Tensor:
-        if self.turn.shape[0] == 1:
-            return (rows.reshape(-1, self.turn.shape[1]) @ self.turn[0]).view(rows.shape)
-        return _in_blocks(rows, self.turn)
+        return _turned(rows, self.turn)
 
     def reference(self, rows: Tensor) -> Tensor:
-        count = self.width // self.turn.shape[1]
-        blocks = [self.turn[at % self.turn.shape[0]].double() for at in range(count)]
-        return rows.double() @ torch.block_diag(*blocks)
+        return rows.double() @ _matrix(self.turn, self.width)
 
     @classmethod
     def batched(cls, ops: Sequence[Self], lengths: Sequence[int], rows: Tensor) -> Tensor:
@@ -51,10 +49,40 @@ def _one_row_each(ops: Sequence[BlockRotateIn], rows: Tensor) -> Tensor:
     return torch.bmm(rows.reshape(len(turns), -1, turns.shape[1]), turns).view(rows.shape)
 
 
+def _turned(rows: Tensor, turn: Tensor) -> Tensor:
+    """rows [n, width] times blocks [width / size or 1, size, size]."""
+    if turn.shape[0] == 1:
+        return (rows.reshape(-1, turn.shape[1]) @ turn[0]).view(rows.shape)
+    return _in_blocks(rows, turn)
+
+
+def _matrix(turn: Tensor, width: int) -> Tensor:
+    """[width, width] in float64."""
+    return torch.block_diag(*(turn[at % len(turn)].double() for at in range(width // turn.shape[1])))
+
+
 def _in_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
     """rows [n, width] times the block-diagonal matrix of blocks [width / size, size, size]."""
     apart = rows.reshape(len(rows), *blocks.shape[:2]).transpose(0, 1)  # [blocks, n, size]
     return torch.bmm(apart, blocks).transpose(0, 1).reshape(rows.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRotate(TokenInstruction):
+    """E[t] R for every token, the virtual ones included. turn and width: as of BlockRotateIn."""
+
+    turn: Tensor
+    width: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.width * self.turn.shape[1]
+
+    def apply(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        return (wide(rows) + wide(_turned(rows, self.turn))).to(rows.dtype)
+
+    def reference(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        return rows.double() + rows.double() @ _matrix(self.turn, self.width)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

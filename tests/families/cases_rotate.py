@@ -16,6 +16,8 @@ from .case import TARGETS, Case, Move, move_trainable
 
 # GPT-2's modules are Conv1D, which PEFT adapts by IA3, FOURIERFT and WAVEFT only.
 LINEAR = ("llama", "qwen3", "gemma2", "opt")
+EMBEDDINGS = {"gpt2": "wte"}
+NORMS = {"opt": "self_attn_layer_norm"}
 
 
 class _BlockDiagonal:
@@ -42,6 +44,15 @@ def _moved(amount: float) -> Move:
 
 def _oft(**options: Any) -> Callable[[str], Any]:
     return lambda name: peft.OFTConfig(target_modules=TARGETS[name], **options)
+
+
+def _oft_tokens(name: str) -> Any:
+    return peft.OFTConfig(target_modules=[EMBEDDINGS.get(name, "embed_tokens")], oft_block_size=16)
+
+
+def _oft_saved(name: str) -> Any:
+    saved = ["v_proj", NORMS.get(name, "norm")]
+    return peft.OFTConfig(target_modules=["q_proj"], oft_block_size=16, modules_to_save=saved)
 
 
 def _boft(**options: Any) -> Callable[[str], Any]:
@@ -93,6 +104,9 @@ CASES = [
     # 5 blocks divide nothing: PEFT takes 4. eps bounds some blocks and leaves others.
     Case("oft-r-coft", _oft(r=5, oft_block_size=0, use_cayley_neumann=False, coft=True, eps=2.5), LINEAR),
     Case("oft-size-adjusted", _oft(oft_block_size=20, coft=True, eps=0.5, block_share=True), LINEAR),
+    Case("oft-tokens", _oft_tokens),
+    Case("oft-saved", _oft_saved, LINEAR),
+    Case("boft-bias", _boft(boft_block_size=8, bias="boft_only"), ("llama", "opt"), _moved(0.2)),
     Case("boft-one", _boft(boft_block_size=8), LINEAR, _moved(0.2)),
     Case("boft-butterfly", _boft(boft_block_num=8, boft_block_size=0, boft_n_butterfly_factor=3), LINEAR, _moved(0.2)),
     Case("boft-two", _boft(boft_block_size=4, boft_n_butterfly_factor=2), ("llama",), _moved(0.2)),
@@ -117,7 +131,9 @@ CASES = [
     Case("c3a", lambda name: peft.C3AConfig(target_modules=TARGETS[name], block_size=8), LINEAR, _moved(1.0)),
     Case(
         "c3a-pattern",
-        lambda name: peft.C3AConfig(target_modules=TARGETS[name], block_size=16, block_size_pattern={"q_proj": 4}),
+        lambda name: peft.C3AConfig(
+            target_modules=TARGETS[name], block_size=16, block_size_pattern={"q_proj": 4}, bias="all"
+        ),
         ("llama",),
         _moved(1.0),
     ),
