@@ -61,8 +61,8 @@ def shifted_part(shift: Shift, site: Site, base: BaseModel, rank: int) -> tuple[
 
 
 def _singular_part(weight: Tensor, rank: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-    """By the eigenvectors of the smaller Gram matrix in float64: as exact as an SVD in float32, and several times
-    faster."""
+    """By the eigenvectors of the smaller Gram matrix in float64: several times faster than the SVD in float32 that PEFT
+    runs, and more exact (PEFT's is off by some 1e-6 of W's entries, and with it what PEFT computes)."""
     wide = weight.shape[0] < weight.shape[1]
     double = weight.double()
     vectors = torch.linalg.eigh(double @ double.T if wide else double.T @ double)[1]  # ascending

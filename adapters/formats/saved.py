@@ -67,7 +67,9 @@ def with_saved(
     _check_complete(names, {*groups, *ops}, base)
     found = dict(ops)
     for path, keys in groups.items():
-        copies = take_copies(base.sites[path], _spelled(path, keys, path in ops), files.tensors, base)
+        copies = take_copies(base.sites[path], _plain(keys), files.tensors, base)
+        if copies.weight is not None or copies.bias is not None:
+            _check_spelling(path, keys, path in ops)
         tied = () if _is_named(path, names) else (p for p in base.tied(path) if p not in groups)
         for target in (path, *tied):
             if target in ops:
@@ -146,17 +148,25 @@ def _is_named(path: str, names: Collection[str]) -> bool:
     return any(".".join(parts[:end]).endswith(name) for name in names for end in range(1, len(parts) + 1))
 
 
-def _spelled(path: str, keys: Mapping[str, str], adapted: bool) -> dict[str, str]:
-    """{"weight" or "bias": key}. Raises AdapterRejected where PEFT would look for it under another name."""
+def _plain(keys: Mapping[str, str]) -> dict[str, str]:
+    """{"weight" or "bias": key}. Raises AdapterRejected where two keys mean the same."""
     found: dict[str, str] = {}
     for suffix, key in keys.items():
+        name = suffix.removeprefix(_WRAPPED)
+        if name in found:
+            raise AdapterRejected(f"The tensors {found[name]!r} and {key!r} mean the same.", param=key)
+        found[name] = key
+    return found
+
+
+def _check_spelling(path: str, keys: Mapping[str, str], adapted: bool) -> None:
+    """PEFT drops a parameter under another name than it has in the adapted model."""
+    for suffix, key in keys.items():
         if suffix.startswith(_WRAPPED) is not adapted:
-            name = f"{path}.{suffix.removeprefix(_WRAPPED) if not adapted else _WRAPPED + suffix}"
+            name = f"{path}.{_WRAPPED if adapted else ''}{suffix.removeprefix(_WRAPPED)}"
             raise AdapterRejected(
                 f"The tensor {key!r} would be dropped: in this adapter it is called {name}.", param=key
             )
-        found[suffix.removeprefix(_WRAPPED)] = key
-    return found
 
 
 def _check_beside(path: str, copies: Copies, beside: Beside) -> None:

@@ -23,11 +23,7 @@ from onebase.adapters.program import SiteOps
 from onebase.adapters.strict_json import JsonValue
 from onebase.kernels.ops.tokens import TokenRows
 
-ROWS, ROWS_OF_TIED, ROWS_IN_LORA = (
-    "trainable_tokens_delta",
-    "base_layer.trainable_tokens_delta",
-    "token_adapter.trainable_tokens_delta",
-)
+ROWS, ROWS_IN_LORA = "trainable_tokens_delta", "token_adapter.trainable_tokens_delta"
 MAX_TOKENS = 1 << 20
 
 IndicesOf = Callable[[str], tuple[str, JsonValue]]
@@ -45,7 +41,7 @@ def compile_trainable_tokens(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     files.fields.ignore(("init_weights", "target_modules", "exclude_modules"))
     indices = files.fields.take("token_indices")
-    ops = take_token_rows(files, base, (ROWS, ROWS_OF_TIED), lambda path: ("token_indices", indices))
+    ops = take_token_rows(files, base, ROWS, lambda path: ("token_indices", indices))
     return with_saved(ops, files, base)
 
 
@@ -62,36 +58,29 @@ def lora_token_rows(files: AdapterFiles, base: BaseModel) -> dict[str, SiteOps]:
             raise refused(field, value, f"exactly one of its names must be the end of {path}, which has trained rows")
         return f"{field}[{found[0]!r}]", value[found[0]]
 
-    ops = take_token_rows(files, base, (ROWS_IN_LORA,), indices)
+    ops = take_token_rows(files, base, ROWS_IN_LORA, indices)
     if value and not ops:
         raise refused(field, value, "the files have no trained rows")
     return ops
 
 
-def take_token_rows(
-    files: AdapterFiles, base: BaseModel, suffixes: tuple[str, ...], indices_of: IndicesOf
-) -> dict[str, SiteOps]:
+def take_token_rows(files: AdapterFiles, base: BaseModel, suffix: str, indices_of: IndicesOf) -> dict[str, SiteOps]:
     """Site path -> its new rows, tied heads included. indices_of: path -> the field's name and what it says."""
     rows: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, keys in group_by_site(files.tensors, base, suffixes).items():
+    for path, keys in group_by_site(files.tensors, base, (suffix,)).items():
         name, value = indices_of(path)
         site = base.sites[path]
         index = _check_indices(name, value, _num_tokens(site))
-        given = [_take_rows(key, site, len(index), files) for key in keys.values()]
-        if any(not torch.equal(given[0], other) for other in given):
-            raise AdapterRejected(f"{path} has trained rows twice, and they differ.", param=path)
         order = torch.argsort(index)
-        rows[path] = index[order], given[0][order]
+        rows[path] = index[order], _take_rows(keys[suffix], site, len(index), files)[order]
     _tie(rows, base)
     return {path: _row_ops(base.sites[path], *both, base) for path, both in rows.items()}
 
 
 def _tie(rows: dict[str, tuple[Tensor, Tensor]], base: BaseModel) -> None:
     """Heads that share an embedding's memory get its rows. Two copies of one tied row must be equal."""
-    if not base.config.get("tie_word_embeddings"):
-        return
     for path in [path for path in rows if base.sites[path].kind is SiteKind.EMBEDDING]:
-        for other in base.tied(path):
+        for other in base.tied(path) if base.config.get("tie_word_embeddings") else ():
             index, weight = rows.setdefault(other, rows[path])
             if torch.equal(index, rows[path][0]) and not torch.equal(weight, rows[path][1]):
                 raise AdapterRejected(f"{other} is tied to {path}, and their trained rows differ.", param=other)

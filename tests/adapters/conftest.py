@@ -26,7 +26,7 @@ VOCABULARY = 64
 
 
 class TinyBase:
-    """BaseModel over a transformers model: every linear, Conv1D and embedding is a site."""
+    """BaseModel over a transformers model: every linear, Conv1D, embedding and norm is a site."""
 
     fingerprint = "tiny"
     experts: Mapping[str, Experts] = {}
@@ -42,6 +42,17 @@ class TinyBase:
         module = self.model.get_submodule(path)
         return module.weight.T if isinstance(module, Conv1D) else module.weight
 
+    def bias(self, path: str) -> Tensor | None:
+        return getattr(self.model.get_submodule(path), "bias", None)
+
+    def tied(self, path: str) -> tuple[str, ...]:
+        mine = self.model.get_submodule(path).weight
+        return tuple(p for p in self.sites if p != path and self.model.get_submodule(p).weight is mine)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.model.config.to_dict()
+
 
 def _site(path: str, module: nn.Module) -> Site | None:
     if isinstance(module, nn.Embedding):
@@ -51,6 +62,8 @@ def _site(path: str, module: nn.Module) -> Site | None:
         return Site(path, SiteKind.LINEAR, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
         return Site(path, SiteKind.LINEAR, *module.weight.shape)
+    if type(module).__name__.endswith("Norm"):
+        return Site(path, SiteKind.NORM, module.weight.numel(), module.weight.numel())
     return None
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from onebase.adapters.check import check_finite, check_folder
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
 from onebase.adapters.formats import compile_folder, families, register
+from onebase.kernels.ops.dense import OutputRows
 
 from .conftest import TinyBase, edit_config, edit_tensors
 
@@ -261,10 +262,12 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha text": ({"lora_alpha": "8"}, "lora_alpha"),
     "alpha long": ({"lora_alpha": 10**400}, "lora_alpha"),
     "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
-    "dora": ({"use_dora": True}, "use_dora"),
-    "bias": ({"bias": "all"}, "bias"),
+    "dora without magnitudes": ({"use_dora": True}, "lora_magnitude_vector"),
+    "bias": ({"bias": "some"}, "bias"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "pissa": ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+    "random pissa": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    "lora_ga": ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
     "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights"),
     "init number": ({"init_lora_weights": 1}, "init_lora_weights"),
     "replication": ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -347,9 +350,13 @@ def test_copies_of_base_weights(adapter: Path, llama: nn.Module) -> None:
     assert "lm_head" not in compile_folder(adapter, TinyBase(llama), "d").ops
 
     edit_tensors(adapter, lambda t: t[key][5].add_(1e-3))
-    with pytest.raises(AdapterRejected, match="trained full weights"):
+    with pytest.raises(AdapterRejected, match=r"would be dropped.*lm_head\.weight"):
         compile_folder(adapter, TinyBase(llama), "d")
-    edit_tensors(adapter, lambda t: t.update({key: torch.ones(65, 32)}))
+    edit_tensors(adapter, lambda t: t.update({"base_model.model.lm_head.weight": t.pop(key)}))
+    rows = compile_folder(adapter, TinyBase(llama), "d").ops["lm_head"].extra[0]
+    assert isinstance(rows, OutputRows)
+    assert rows.index.tolist() == [5]
+    edit_tensors(adapter, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(65, 32)}))
     with pytest.raises(AdapterRejected, match="resized"):
         compile_folder(adapter, TinyBase(llama), "d")
 
