@@ -72,7 +72,8 @@ class TokenOutput:
     """New tokens of one request. The last output of a request has a finish_reason.
 
     logprobs: of these tokens. prompt_logprobs: of the next tokens of the prompt, from its second on; they come in as
-    many outputs as the prompt has chunks, all of them before the first token.
+    many outputs as the prompt has chunks, all of them before the first token. cached_tokens: tokens of the prompt that
+    the prefix cache gave; said with the first token.
     """
 
     id: str
@@ -80,6 +81,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +149,21 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges after a step; counters are totals since the engine started. resident: digest -> bytes on the device."""
+    """Gauges after a step; counters are totals since the engine started. resident: digest -> bytes on the device.
+
+    free_pages: nobody holds them; cached_pages: those of them that the prefix cache can still give. prompt_tokens: of
+    prompts, computed; cached_tokens: of prompts, not computed since the prefix cache gave them.
+    """
 
     running: int = 0
     waiting: int = 0
     waiting_for_adapter: int = 0
     free_pages: int = 0
+    cached_pages: int = 0
+    page_evictions: int = 0
     steps: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
     adapter_bytes_used: int = 0

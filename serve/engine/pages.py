@@ -30,6 +30,11 @@ class PageAllocator:
     def num_idle(self) -> int:
         return 0 if self.cache is None else self.cache.num_idle
 
+    @property
+    def num_evicted(self) -> int:
+        """Cached pages that were given away, since the start."""
+        return 0 if self.cache is None else self.cache.evictions
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)

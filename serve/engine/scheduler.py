@@ -45,6 +45,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.cached_tokens = 0  # of prompts, given by the prefix cache
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
 
@@ -80,8 +81,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self._max_num_seqs:
                 return
-            next_token = min(sequence.request.sampling.max_tokens, 1)
-            if self.pages.num_free < self.pages.pages_for(len(sequence.tokens) + next_token):
+            if not self._has_room(sequence):
                 return
             if admit(sequence):
                 self._start(sequence)
@@ -90,8 +90,9 @@ class Scheduler:
                 budget -= num_tokens
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Whether its tokens and one more fit the pages, with those that the prefix cache has."""
-        count = self.pages.pages_for(len(sequence.tokens) + 1)
+        """Whether its tokens and the next one fit the pages, with those that the prefix cache has."""
+        next_token = min(sequence.request.sampling.max_tokens, 1)
+        count = self.pages.pages_for(len(sequence.tokens) + next_token)
         return self.pages.can_hold(count, ()) or self.pages.can_hold(count, self._cached(sequence))
 
     def _cached(self, sequence: Sequence) -> list[int]:
@@ -109,17 +110,17 @@ class Scheduler:
         sequence.pages = self._cached(sequence)
         self.pages.share(sequence.pages)
         sequence.reuse(len(sequence.pages) * self.pages.page_size)
+        self.cached_tokens += sequence.num_cached_prompt
         self._grow(sequence, len(sequence.tokens))
 
     def computed(self, chunk: Chunk) -> None:
         """A chunk's K and V are in its pages now; those that it filled can be found by others."""
         sequence, page_size = chunk.sequence, self.pages.page_size
-        first, sequence.num_computed = sequence.num_computed // page_size, chunk.stop
+        first = sequence.uncopied.start if sequence.uncopied else chunk.start  # stored K and V were copied beside it
+        sequence.num_computed = chunk.stop
         if self.pages.cache is None:
             return
-        if first * page_size < sequence.placed.num_stored:
-            first = sequence.num_cached // page_size  # stored K and V were copied beside it
-        for index in range(first, sequence.num_computed // page_size):
+        for index in range(first // page_size, sequence.num_computed // page_size):
             self.pages.cache.add(sequence.pages[index], sequence.block(index, page_size))
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
