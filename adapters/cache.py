@@ -66,8 +66,9 @@ class AdapterCache:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is at work, so that poll() will have something to do soon."""
-        return any(entry.work is not None for entry in self._entries.values())
+        """Whether a thread is at work, or has just filled what an entry waits for, so that poll() will have something
+        to do soon."""
+        return any(entry.work is not None or entry.state is State.COPYING for entry in self._entries.values())
 
     @property
     def num_compiling(self) -> int:
@@ -103,6 +104,15 @@ class AdapterCache:
         if entry is None or entry.state not in (State.PLACING, State.COPYING, State.READY):
             return None
         return self.arena.block_bytes(entry.num_elements)
+
+    def parts(self, digest: str) -> dict[str, int]:
+        """Block -> bytes of all that the adapter takes, empty while that is not known. Adapters that share a block have
+        the same key for it, so that the union of their parts is what they take together."""
+        size = self.size(digest)
+        if size is None:
+            return {}
+        shared = self._entries[digest].shared
+        return {digest: size, **{key: self.arena.block_bytes(count) for key, count in shared.items()}}
 
     def traits(self, digest: str) -> Traits | None:
         """What the engine has to know of a compiled adapter, None while it is not compiled."""
@@ -211,7 +221,8 @@ class AdapterCache:
             return _fail(entry, AdapterTooLarge(message))
         entry.packed, entry.state = packed, State.PLACING
         entry.operands, entry.extra, entry.num_elements = packed.operands, packed.extra, packed.data.numel()
-        entry.shared, entry.traits = tuple(packed.shared), Traits.of(packed.program)
+        entry.shared = {key: part.numel() for key, part in packed.shared.items()}
+        entry.traits = Traits.of(packed.program)
         entry.family, entry.rank = packed.program.family, packed.program.rank
         entry.nbytes, entry.sites = packed.nbytes, len(packed.program.ops)
         return None

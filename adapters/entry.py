@@ -32,7 +32,7 @@ class Entry:
     packed: PackedProgram | None = None  # dropped once copied
     operands: Mapping[str, Operands] = field(default_factory=dict)  # relative to the block
     extra: Mapping[str, tuple[PackedInstruction, ...]] = field(default_factory=dict)
-    shared: tuple[str, ...] = ()  # keys of the shared blocks that it reads
+    shared: Mapping[str, int] = field(default_factory=dict)  # key of a shared block that it reads -> elements
     traits: Traits = field(default_factory=Traits)
     num_elements: int = 0
     family: str = ""

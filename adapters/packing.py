@@ -102,6 +102,7 @@ class _Packer:
         self.shared: dict[str, Tensor] = {}
         self._dtype = dtype
         self._placed: list[tuple[int, Tensor]] = []
+        self._keys: dict[tuple[int, bool], tuple[Tensor, str]] = {}  # of shared tensors: id, keeps -> it, and its key
         self._size = 0
 
     def place(self, tensor: Tensor) -> int:
@@ -121,13 +122,24 @@ class _Packer:
 
     def _slot(self, instruction: Instruction, name: str, tensor: Tensor) -> Slot:
         keeps = name in instruction.kept or not tensor.is_floating_point()
-        dtype = tensor.dtype if keeps else self._dtype
-        flat = _bits(self._finite(tensor), self._dtype) if keeps else self._cast(tensor)
-        if name not in instruction.shared:
-            return Slot(self._append(flat), tuple(tensor.shape), dtype)
+        dtype, shape = tensor.dtype if keeps else self._dtype, tuple(tensor.shape)
+        if name in instruction.shared:
+            return Slot(0, shape, dtype, self._share(tensor, keeps=keeps))
+        return Slot(self._append(self._flat(tensor, keeps=keeps)), shape, dtype)
+
+    def _share(self, tensor: Tensor, *, keeps: bool) -> str:
+        """The key of a shared tensor. Sites usually share the very same object, which is cast and hashed once."""
+        known = self._keys.get((id(tensor), keeps))
+        if known is not None:
+            return known[1]
+        flat = self._flat(tensor, keeps=keeps)
         key = _content_key(flat)
         self.shared.setdefault(key, flat)
-        return Slot(0, tuple(tensor.shape), dtype, key)
+        self._keys[id(tensor), keeps] = tensor, key
+        return key
+
+    def _flat(self, tensor: Tensor, *, keeps: bool) -> Tensor:
+        return _bits(self._finite(tensor), self._dtype) if keeps else self._cast(tensor)
 
     def _append(self, flat: Tensor) -> int:
         start = self._size

@@ -44,8 +44,8 @@ class SharedBlocks:
         return [key for key in keys if key not in self._blocks]
 
     def acquire(self, tensors: Mapping[str, Tensor]) -> dict[str, int] | None:
-        """Count a user of each; key -> start of those that are new and have to be filled. None, and nothing changed,
-        where the arena has no room for them."""
+        """Count a user of each; key -> start of those that it has to fill: the new ones, and those whose copy failed.
+        None, and nothing changed, where the arena has no room for them."""
         new: dict[str, int] = {}
         for key in self.missing(tensors):
             start = self._arena.allocate(tensors[key].numel())
@@ -56,7 +56,11 @@ class SharedBlocks:
             new[key] = start
         self._blocks.update({key: SharedBlock(start, tensors[key].numel()) for key, start in new.items()})
         for key in tensors:
-            self._blocks[key].references += 1
+            block = self._blocks[key]
+            block.references += 1
+            if block.broken:  # somebody who waited for the copy still holds it
+                block.filled = block.broken = False
+                new[key] = block.start
         return new
 
     def release(self, keys: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from onebase.adapters.base import BaseModel, SiteKind
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, read_ranks, sites_with, take_common_fields
+from onebase.adapters.formats.targets import Ranks, SiteTensors, read_ranks, sites_with, take_common_fields
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.modulated import ModulatedRows
 
@@ -32,13 +32,16 @@ def compile_hira(files: AdapterFiles, base: BaseModel) -> Compiled:
     take_common_fields(files.fields, "hira_dropout")
     ranks, reducer = read_ranks(files.fields), Reducer()
     sites = sites_with(files, base, (_A, _B, _TOKEN_A, _TOKEN_B), (SiteKind.LINEAR, SiteKind.EMBEDDING))
-    return Compiled({s.site.path: _site_ops(s, ranks.at(s.site.path), base, reducer) for s in sites})
+    return Compiled({s.site.path: _site_ops(s, ranks, base, reducer) for s in sites})
 
 
-def _site_ops(tensors: SiteTensors, rank: int, base: BaseModel, reducer: Reducer) -> SiteOps:
+def _site_ops(tensors: SiteTensors, ranks: Ranks, base: BaseModel, reducer: Reducer) -> SiteOps:
+    """No scale depends on the rank. PEFT minds rank_pattern for an adapter that joins another one, and else takes r."""
     site = tensors.site
-    embedding = site.kind is SiteKind.EMBEDDING
+    embedding, rank = site.kind is SiteKind.EMBEDDING, ranks.at(site.path)
     suffix_a, suffix_b = (_TOKEN_A, _TOKEN_B) if embedding else (_A, _B)
+    if tensors.shape(suffix_a)[:1] == (ranks.r,):
+        rank = ranks.r
     meaning = f"rank {rank} by r and rank_pattern, {site.in_features} in, {site.out_features} out"
     a = tensors.take(suffix_a, (rank, site.in_features), meaning)
     b = tensors.take(suffix_b, (site.out_features, rank), meaning)

@@ -113,7 +113,7 @@ def take_global(tensors: TensorBag, name: str, shape: tuple[int, ...], meaning: 
 
 @dataclass(frozen=True, slots=True)
 class ByPattern:
-    """A number of the config with exceptions by module (rank_pattern over r, say)."""
+    """A number of the config with exceptions by module."""
 
     default: float
     table: PatternTable
@@ -127,19 +127,21 @@ class ByPattern:
 class Ranks:
     """r and rank_pattern."""
 
-    by_pattern: ByPattern
+    r: int
+    table: PatternTable
 
     def at(self, path: str) -> int:
-        return int(self.by_pattern.at(path))
+        found = self.table.find(path)
+        return self.r if found is None else int(found)
 
 
-def read_ranks(fields: Fields, low: int = 1) -> Ranks:
-    """Raises AdapterRejected unless every rank is an integer from ``low`` to MAX_RANK."""
+def read_ranks(fields: Fields) -> Ranks:
+    """Raises AdapterRejected unless every rank is an integer from 1 to MAX_RANK."""
     table = fields.numbers("rank_pattern")
     for key, rank in table.items():
-        if not rank.is_integer() or not low <= rank <= MAX_RANK:
-            raise refused("rank_pattern", {key: rank}, f"ranks are integers from {low} to {MAX_RANK}")
-    return Ranks(ByPattern(fields.integer("r", low, MAX_RANK), PatternTable("rank_pattern", table)))
+        if not rank.is_integer() or not 1 <= rank <= MAX_RANK:
+            raise refused("rank_pattern", {key: rank}, f"ranks are integers from 1 to {MAX_RANK}")
+    return Ranks(fields.integer("r", 1, MAX_RANK), PatternTable("rank_pattern", table))
 
 
 def read_alphas(fields: Fields) -> ByPattern:

@@ -26,6 +26,11 @@ def _ranks(name: str, rank: int) -> dict[str, int]:
     return dict.fromkeys(_middle(name), rank)
 
 
+def _batched(name: str) -> list[str]:
+    """Poly multiplies by batch, and OPT flattens the batch before its feed-forward modules."""
+    return [target for target in TARGETS[name] if not target.startswith("fc")]
+
+
 def _vera(name: str, **options: Any) -> peft.VeraConfig:
     return peft.VeraConfig(r=12, target_modules=TARGETS[name], **options)
 
@@ -72,7 +77,7 @@ def _cases() -> Iterator[Case]:
     yield Case(
         "poly",
         lambda name: peft.PolyConfig(
-            task_type="CAUSAL_LM", r=3, n_tasks=2, n_skills=3, n_splits=2, target_modules=TARGETS[name]
+            task_type="CAUSAL_LM", r=3, n_tasks=2, n_skills=3, n_splits=2, target_modules=_batched(name)
         ),
         LINEAR_ONLY,
         forward=lambda: {"task_ids": torch.tensor([0])},
