@@ -52,7 +52,7 @@ def check_served(driver: Any, base: Path, architecture: str, folder: Path, appli
     """In one batch with the base and a LoRA, in one go and in chunks, the adapter equals its recomputation."""
     prompt = prompt_of(folder.name)
     expected = recomputed(base, prompt, applied)
-    cache.mkdir(exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     companion = made(LORA, architecture if architecture in TARGETS else "llama", base, cache / architecture, prompt)
     use, other = driver.use(folder), driver.use(companion.adapter)
     jobs = [(prompt, (use,)), (companion.tokens, (other,)), (prompt, ())]

@@ -72,4 +72,4 @@ def test_hub_method_equals_its_recomputation(
     base, folder = checkpoint(architecture), tmp_path / case.name
     case.write(load(base), folder)
     applied = functools.partial(hub_applied, folder)
-    check_served(driver_of(architecture), base, architecture, folder, applied, families_cache)
+    check_served(driver_of(architecture), base, architecture, folder, applied, families_cache / "recomputed")
