@@ -48,7 +48,8 @@ def test_a_hundred_adapters_hold_their_vectors_and_one_pair_of_projections(
     alone = driver.logprobs([(vera.tokens, (first,))], 100)[0]
     used = cache.arena.used_bytes
     own = cache.size(first.digest)
-    assert own is not None and used > 2 * own, "the projections should outweigh the vectors"
+    assert own is not None
+    assert used > 2 * own, "the projections should outweigh the vectors"
     uses = [driver.use(folder) for folder in _siblings(vera, tmp_path / "siblings")]
     prompts = [(vera.prompt, (use,)) for use in uses[::33]]
     driver.logprobs([(vera.prompt, (use,)) for use in uses], 100)
