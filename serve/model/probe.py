@@ -88,9 +88,12 @@ def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) ->
         )
     _prove(model, context, tokens)
     result = _classify(model, calls, block_calls.find(context))
-    experts, refused = expert_calls.find(PROBE_TOKENS, _TOLERANCE[model.dtype])
-    result.blocks.extend([*experts, *router_calls.find(PROBE_TOKENS)])
-    result.refused.update(refused)
+    for found, refused in (
+        expert_calls.find(PROBE_TOKENS, _TOLERANCE[model.dtype]),
+        router_calls.find(PROBE_TOKENS),
+    ):
+        result.blocks.extend(found)
+        result.refused.update(refused)
     return result
 
 
@@ -121,7 +124,7 @@ def _rows(module: nn.Module, source: Tensor | None) -> int:
     if source is None:
         return 0
     if _is_norm(module):
-        return source.shape[1] if source.dim() >= 3 and source.shape[0] == 1 else 0
+        return source.shape[0] if source.dim() == 2 else source.shape[1] * (source.shape[0] == 1)
     return source.numel() if isinstance(module, nn.Embedding) else source.numel() // source.shape[-1]
 
 

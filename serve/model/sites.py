@@ -206,11 +206,12 @@ class AdaptedNorm:
         if self.context.plans.rows is None:
             return y
         for block in self.entry.feeds:
-            if self.context.placed(block):
+            if any(isinstance(item.op, BlockBottleneck) for item in self.context.placed(block)):
                 self.context.residuals[block] = x
         placed = self.context.placed(self.entry.site.path)
-        if placed:
-            _replace(y[0], placed, lambda item, at, _: self._override(item, x[:, at])[0])
+        if placed:  # some models have dropped the batch's dimension here (OPT)
+            rows, source = (y[0], x[0]) if x.dim() > 2 else (y, x)
+            _replace(rows, placed, lambda item, at, _: self._override(item, source[at][None])[0])
         return y
 
     def _override(self, item: Placed, x: Tensor) -> Tensor:

@@ -41,9 +41,14 @@ def whole(model: nn.Module, draw: Draw) -> dict[str, Tensor]:
 
 
 def entries(model: nn.Module, draw: Draw) -> dict[str, Tensor]:
-    """Single entries of every parameter, Conv1D's transposed ones, norms and tied embeddings among them."""
+    """Single entries of every parameter, Conv1D's transposed ones, norms and tied embeddings among them.
+
+    OPT's positions are the exception: its embedding of them takes more than token ids, so that it is no site.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        if "embed_positions" in name:
+            continue
         count = max(1, parameter.numel() // 20)
         places = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(len(name)))[:count]
         tensors |= {f"{name}.indices": places, f"{name}.values": draw(count)}
