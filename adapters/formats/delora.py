@@ -10,7 +10,8 @@ from onebase.adapters.base import BaseModel
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, read_ranks, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, read_ranks, sites_with
 from onebase.adapters.program import SiteOps
 
 _SUFFIXES = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
@@ -28,10 +29,11 @@ _LEAST_NORM = 1e-4
 def compile_delora(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     # delora_lambda and its pattern are where training starts from: the tensors hold what it became
-    take_common_fields(files.fields, "delora_lambda", "lambda_pattern", "module_dropout")
+    ignore_training(files.fields, "delora_lambda", "lambda_pattern", "module_dropout")
     ranks, reducer = read_ranks(files.fields), Reducer()
     sites = sites_with(files, base, _SUFFIXES)
-    return Compiled({s.site.path: _site_ops(s, ranks.at(s.site.path), reducer) for s in sites})
+    ops = {s.site.path: _site_ops(s, ranks.at(s.site.path), reducer) for s in sites}
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _site_ops(tensors: SiteTensors, rank: int, reducer: Reducer) -> SiteOps:

@@ -18,7 +18,8 @@ from onebase.adapters.formats.fields import MAX_RANK
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import LowRank, SiteOps
 from onebase.kernels.ops.vector import ScaleOut
 
@@ -59,12 +60,12 @@ def compile_glora(files: AdapterFiles, base: BaseModel) -> Compiled:
         site_ops = _site_ops(tensors, kinds, base, reducer)
         if any(True for _ in site_ops.tensors()):
             ops[tensors.site.path] = site_ops
-    return Compiled(ops)
+    return with_saved(ops, files, base, Beside(bias=False))
 
 
 def _read(files: AdapterFiles) -> GloraKinds:
     fields = files.fields
-    take_common_fields(fields)
+    ignore_training(fields)
     kinds = []
     for name, allowed in (
         ("config_A_B", ("lora", "vector", "constant", "none")),

@@ -16,7 +16,8 @@ from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 _A, _B = "gralora_A", "gralora_B"
@@ -46,12 +47,12 @@ def compile_gralora(files: AdapterFiles, base: BaseModel) -> Compiled:
             a = torch.cat([a, tensors.take(_GENERAL_A, (hybrid, site.in_features), meaning)])
             b = torch.cat([b, tensors.take(_GENERAL_B, (site.out_features, hybrid), meaning).T])
         ops[site.path] = reducer.product(site, a, b, scale)
-    return Compiled(ops)
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _read(fields: Fields) -> tuple[int, int, int, float]:
     """r, gralora_k, hybrid_r and the scale."""
-    take_common_fields(fields, "gralora_dropout")
+    ignore_training(fields, "gralora_dropout")
     rank, blocks = fields.integer("r", 1, MAX_RANK), fields.integer("gralora_k", 1, MAX_RANK)
     hybrid = fields.integer("hybrid_r", 0, MAX_RANK, 0)
     if rank % blocks:

@@ -10,7 +10,8 @@ from onebase.adapters.base import BaseModel, SiteKind
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import Ranks, SiteTensors, read_ranks, sites_with, take_common_fields
+from onebase.adapters.formats.saved import with_saved
+from onebase.adapters.formats.targets import Ranks, SiteTensors, ignore_training, read_ranks, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.modulated import ModulatedRows
 
@@ -29,10 +30,10 @@ _TOKEN_A, _TOKEN_B = "hira_embedding_A", "hira_embedding_B"
 )
 def compile_hira(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    take_common_fields(files.fields, "hira_dropout")
+    ignore_training(files.fields, "hira_dropout")
     ranks, reducer = read_ranks(files.fields), Reducer()
     sites = sites_with(files, base, (_A, _B, _TOKEN_A, _TOKEN_B), (SiteKind.LINEAR, SiteKind.EMBEDDING))
-    return Compiled({s.site.path: _site_ops(s, ranks, base, reducer) for s in sites})
+    return with_saved({s.site.path: _site_ops(s, ranks, base, reducer) for s in sites}, files, base)
 
 
 def _site_ops(tensors: SiteTensors, ranks: Ranks, base: BaseModel, reducer: Reducer) -> SiteOps:

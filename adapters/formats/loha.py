@@ -12,7 +12,8 @@ from onebase.adapters.base import BaseModel
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, read_alphas, read_ranks, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, read_alphas, read_ranks, sites_with
 from onebase.adapters.program import SiteOps
 
 _SUFFIXES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -29,14 +30,14 @@ _SUFFIXES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 def compile_loha(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     fields = files.fields
-    take_common_fields(fields, "module_dropout", "rank_dropout", "use_effective_conv2d")
+    ignore_training(fields, "module_dropout", "rank_dropout", "use_effective_conv2d")
     ranks, alphas, reducer = read_ranks(fields), read_alphas(fields), Reducer()
     ops: dict[str, SiteOps] = {}
     for tensors in sites_with(files, base, _SUFFIXES):
         path = tensors.site.path
         rank = ranks.at(path)
         ops[path] = _site_ops(tensors, rank, alphas.at(path) / rank, reducer)
-    return Compiled(ops)
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _site_ops(tensors: SiteTensors, rank: int, scale: float, reducer: Reducer) -> SiteOps:

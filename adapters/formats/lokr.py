@@ -13,7 +13,8 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, read_alphas, read_ranks, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, read_alphas, read_ranks, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.kron import Kron
 
@@ -39,14 +40,14 @@ _HARMLESS = (
 def compile_lokr(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     fields = files.fields
-    take_common_fields(fields, *_HARMLESS)
+    ignore_training(fields, *_HARMLESS)
     ranks, alphas, reducer = read_ranks(fields), read_alphas(fields), Reducer()
     ops: dict[str, SiteOps] = {}
     for tensors in sites_with(files, base, _SUFFIXES):
         path = tensors.site.path
         rank = ranks.at(path)
         ops[path] = SiteOps(extra=(_kron(tensors, rank, alphas.at(path) / rank, reducer),))
-    return Compiled(ops)
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _kron(tensors: SiteTensors, rank: int, scale: float, reducer: Reducer) -> Kron:

@@ -15,7 +15,8 @@ from onebase.adapters.formats.fields import MAX_RANK
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
@@ -36,7 +37,7 @@ TASK = 0
 def compile_poly(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     fields = files.fields
-    take_common_fields(fields)
+    ignore_training(fields)
     fields.choice("poly_type", ("poly",), "poly", "only 'poly' is served")
     rank = fields.integer("r", 1, MAX_RANK)
     tasks, skills, splits = (fields.integer(name, 1, _MAX_COUNT) for name in ("n_tasks", "n_skills", "n_splits"))
@@ -48,7 +49,7 @@ def compile_poly(files: AdapterFiles, base: BaseModel) -> Compiled:
         down = torch.einsum("qs,qsdr->rqd", mixture, a).flatten(1)
         up = torch.einsum("qs,qsrd->rqd", mixture, b).flatten(1)
         ops[tensors.site.path] = reducer.product(tensors.site, down, up, 1 / rank)
-    return Compiled(ops)
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _mixture(tensors: SiteTensors, tasks: int, skills: int, splits: int) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import Fields
 from onebase.adapters.formats.files import AdapterFiles
-from onebase.adapters.formats.register import Compiled
 from onebase.adapters.formats.targets import SiteTensors, global_key, take_global
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.shared import SharedLowRank
@@ -45,7 +44,7 @@ def refuse_saved(files: AdapterFiles, *names: str) -> None:
             )
 
 
-def shared_low_rank(sites: Sequence[SiteTensors], a: Tensor, b: Tensor, prefix: str, mids: int) -> Compiled:
+def shared_low_rank(sites: Sequence[SiteTensors], a: Tensor, b: Tensor, prefix: str, mids: int) -> dict[str, SiteOps]:
     """Vectors of each site over one pair of matrices.
 
     a: [rank, largest in_features]; b: [largest out_features, rank]; a site uses the left part of the one and the top
@@ -62,7 +61,7 @@ def shared_low_rank(sites: Sequence[SiteTensors], a: Tensor, b: Tensor, prefix: 
         out = tensors.take(f"{prefix}_lambda_b", (site.out_features,), "out_features")
         instruction = SharedLowRank(downs[site.in_features], ups[site.out_features], mid.contiguous(), out)
         ops[site.path] = SiteOps(extra=(instruction,))
-    return Compiled(ops)
+    return ops
 
 
 def projections(

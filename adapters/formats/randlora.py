@@ -23,7 +23,8 @@ from onebase.adapters.formats.keys import group_by_site
 from onebase.adapters.formats.projections import largest, read_seed, refuse_saved, seeded
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields, take_global
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with, take_global
 from onebase.adapters.program import SiteOps
 
 _A, _B = "randlora_A", "randlora_B"
@@ -55,16 +56,17 @@ def compile_randlora(files: AdapterFiles, base: BaseModel) -> Compiled:
     settings, reducer = _read(files.fields), Reducer()
     sites = sites_with(files, base, (_LAMBDA, _GAMMA))
     if not sites:
-        return Compiled({})
+        return with_saved({}, files, base)
     width, out = largest(sites)
     sizes = (settings.rank, min(width, out), max(width, out))
     reducer.spend("the random bases", math.prod(_shapes(sizes)[1]))
     a, b = _saved(files, base, sizes) if settings.saved else _drawn(files, sizes, settings)
-    return Compiled({s.site.path: _site_ops(s, a, b, settings, reducer) for s in sites})
+    ops = {s.site.path: _site_ops(s, a, b, settings, reducer) for s in sites}
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _read(fields: Fields) -> RandLoraSettings:
-    take_common_fields(fields, "randlora_dropout")
+    ignore_training(fields, "randlora_dropout")
     rank = fields.integer("r", 1, MAX_RANK)
     return RandLoraSettings(
         rank=rank,

@@ -12,7 +12,7 @@ from onebase.adapters.base import BaseModel, Site, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
-from onebase.adapters.formats.keys import check_shape, group_by_site, take_base_copy
+from onebase.adapters.formats.keys import check_shape, group_by_site
 from onebase.adapters.formats.patterns import PatternTable
 
 _HARMLESS = (
@@ -23,15 +23,12 @@ _HARMLESS = (
     "layers_to_transform",
     "target_modules",
 )
-_BASE_COPIES = ("base_layer.weight", "weight")
 _GLOBAL_PREFIXES = ("base_model.", "base_model.model.", "")
 
 
-def take_common_fields(fields: Fields, *harmless: str) -> None:
-    """Fields that every family has; ``harmless``: those of one family that cannot change what it computes."""
+def ignore_training(fields: Fields, *harmless: str) -> None:
+    """Take the fields that change nothing at inference; ``harmless``: those of one family."""
     fields.ignore((*_HARMLESS, *harmless))
-    fields.choice("bias", ("none",), "none", "trained base biases are not served for this family; it must be 'none'")
-    fields.must_be_unset({"modules_to_save": "full copies of modules are not served for this family"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +71,9 @@ def sites_with(
 ) -> list[SiteTensors]:
     """The sites that have any of the suffixes, in the order of the model's modules.
 
-    Copies of base weights, which PEFT saves with a targeted embedding, are taken and compared. Raises AdapterRejected
-    for a site of another kind.
+    Raises AdapterRejected for a site of another kind.
     """
-    found = group_by_site(files.tensors, base, (*suffixes, *_BASE_COPIES))
-    for path, keys in found.items():
-        for copy in _BASE_COPIES:
-            if key := keys.pop(copy, None):
-                take_base_copy(key, files.tensors, base, path)
+    found = group_by_site(files.tensors, base, suffixes)
     groups = [SiteTensors(site, found[path], files.tensors) for path, site in base.sites.items() if found.get(path)]
     for group in groups:
         if group.site.kind not in kinds:

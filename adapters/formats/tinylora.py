@@ -21,7 +21,8 @@ from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.projections import MAX_SEED, read_seed, seeded
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields, take_global
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with, take_global
 from onebase.adapters.program import SiteOps, TokenLowRank
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
@@ -54,11 +55,12 @@ def compile_tinylora(files: AdapterFiles, base: BaseModel) -> Compiled:
     sites = sites_with(files, base, (_A, _B, _P), (SiteKind.LINEAR, SiteKind.EMBEDDING))
     vectors = _vectors(files, sites, settings)
     places = zip(sites, vectors, strict=True)
-    return Compiled({s.site.path: _site_ops(s, at, v, settings, reducer) for at, (s, v) in enumerate(places)})
+    ops = {s.site.path: _site_ops(s, at, v, settings, reducer) for at, (s, v) in enumerate(places)}
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _read(fields: Fields) -> TinyLoraSettings:
-    take_common_fields(fields, "init_v_bound", "tinylora_dropout")
+    ignore_training(fields, "init_v_bound", "tinylora_dropout")
     tying = fields.number("weight_tying", 0.0)
     if not 0 <= tying <= 1:
         raise refused("weight_tying", tying, "it must lie between 0 and 1")

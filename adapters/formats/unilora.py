@@ -23,8 +23,9 @@ from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.formats.projections import read_seed
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
+from onebase.adapters.formats.saved import Beside, with_saved
 from onebase.adapters.formats.targeting import read_targets
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields, take_global
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with, take_global
 from onebase.adapters.program import SiteOps
 
 _INDICES, _SCALES = "unilora_indices", "unilora_scales"
@@ -60,13 +61,17 @@ def compile_unilora(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     fields = files.fields
     saved = fields.flag("save_indices")
-    sites = [] if saved else read_targets(fields, base)
-    take_common_fields(fields, "init_theta_d_bound", "unilora_dropout")
+    sites: list[Site] = []
+    if not saved:
+        fields.must_be_unset({"modules_to_save": "without saved indices it would change which modules are targeted"})
+        sites = read_targets(fields, base)
+    ignore_training(fields, "init_theta_d_bound", "unilora_dropout")
     rank, seed = fields.integer("r", 1, MAX_RANK), read_seed(fields, "proj_seed", 42)
     length = fields.integer("theta_d_length", 1, _MAX_LENGTH)
     theta = take_global(files.tensors, "unilora_theta_d", (length,), f"theta_d_length is {length}")
     targets = _Targets(rank, theta, Reducer())
-    return Compiled(_saved(files, base, targets) if saved else _assigned(sites, targets, seed))
+    ops = _saved(files, base, targets) if saved else _assigned(sites, targets, seed)
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _saved(files: AdapterFiles, base: BaseModel, targets: _Targets) -> dict[str, SiteOps]:

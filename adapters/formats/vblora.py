@@ -19,7 +19,8 @@ from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import SiteTensors, sites_with, take_common_fields, take_global
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with, take_global
 from onebase.adapters.program import SiteOps
 
 _A, _B = "vblora_logits_A", "vblora_logits_B"
@@ -55,13 +56,14 @@ class VectorBank:
 )
 def compile_vblora(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    take_common_fields(files.fields, "init_logits_std", "init_vector_bank_bound", "vblora_dropout")
+    ignore_training(files.fields, "init_logits_std", "init_vector_bank_bound", "vblora_dropout")
     rank = files.fields.integer("r", 1, MAX_RANK)
     bank = _bank(files, files.fields)
     reducer = Reducer()
     suffixes = [f"{name}{end}" for name in (_A, _B) for end in ("", _INDICES, _WEIGHTS)]
     sites = sites_with(files, base, suffixes)
-    return Compiled({s.site.path: _site_ops(s, rank, bank, reducer) for s in sites})
+    ops = {s.site.path: _site_ops(s, rank, bank, reducer) for s in sites}
+    return with_saved(ops, files, base, Beside(weight=True))
 
 
 def _bank(files: AdapterFiles, fields: Fields) -> VectorBank:

@@ -12,7 +12,8 @@ from onebase.adapters.formats.fields import MAX_RANK, Fields
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.projections import projections, read_seed, shared_low_rank
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.targets import sites_with, take_common_fields
+from onebase.adapters.formats.saved import Beside, with_saved
+from onebase.adapters.formats.targets import ignore_training, sites_with
 
 _NOTE = "projections saved, or drawn again from projection_prng_key; held once for all adapters that have equal ones"
 
@@ -28,7 +29,7 @@ _NOTE = "projections saved, or drawn again from projection_prng_key; held once f
 )
 def compile_vera(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    take_common_fields(files.fields, "d_initial", "vera_dropout")
+    ignore_training(files.fields, "d_initial", "vera_dropout")
     return _compile(files, base, "vera", 1)
 
 
@@ -44,7 +45,7 @@ def compile_vera(files: AdapterFiles, base: BaseModel) -> Compiled:
 def compile_pvera(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     fields = files.fields
-    take_common_fields(fields, "d_initial", "generator_seed", "pvera_dropout")
+    ignore_training(fields, "d_initial", "generator_seed", "pvera_dropout")
     fields.must_be_unset({"sample_at_inference": "its answers would be random: only the mean is served"})
     return _compile(files, base, "pvera", 2)
 
@@ -53,9 +54,9 @@ def _compile(files: AdapterFiles, base: BaseModel, prefix: str, parts: int) -> C
     rank, saved, seed = _read(files.fields)
     sites = sites_with(files, base, (f"{prefix}_lambda_b", f"{prefix}_lambda_d"))
     if not sites:
-        return Compiled({})
+        return with_saved({}, files, base)
     a, b = projections(files, sites, prefix, parts * rank, rank, seed, saved=saved)
-    return shared_low_rank(sites, a[:rank], b, prefix, parts * rank)
+    return with_saved(shared_low_rank(sites, a[:rank], b, prefix, parts * rank), files, base, Beside(weight=True))
 
 
 def _read(fields: Fields) -> tuple[int, bool, int]:

@@ -56,6 +56,9 @@ def _cases() -> Iterator[Case]:
         LINEAR_ONLY,
     )
     yield Case("vera", _vera)
+    yield Case(
+        "vera-saved", lambda name: _vera(name, bias="all", modules_to_save=["lm_head"]), ("llama", "gpt2", "opt")
+    )
     yield Case("vera-seed", lambda name: _vera(name, save_projection=False, projection_prng_key=7))
     yield Case("pvera", _pvera)
     yield Case("pvera-seed", lambda name: _pvera(name, save_projection=False, projection_prng_key=7))
@@ -72,7 +75,7 @@ def _cases() -> Iterator[Case]:
     )
     yield Case(
         "gralora-plain",  # rank 32: dense
-        lambda name: peft.GraloraConfig(r=8, alpha=6, gralora_k=8, target_modules=TARGETS[name]),
+        lambda name: peft.GraloraConfig(r=8, alpha=6, gralora_k=8, target_modules=TARGETS[name], bias="gralora_only"),
     )
     yield Case(
         "poly",
