@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,6 +142,11 @@ def test_rows_before_an_invocation_share_the_base() -> None:
     assert _cached((LONG, "activated", 1.0), (LONG, None, 1.0)) == [0, 8], "never invoked"
     inside = (*LONG[:9], 1, 0, *LONG)
     assert _cached((inside, None, 1.0), (inside, "activated", 1.0), (inside, "activated", 1.0)) == [0, 8, 20]
+
+
+def test_the_same_tokens_activated_elsewhere_do_not_share() -> None:
+    early, late = (1, 0, 2, 1, 3, *LONG), (1, 0, 2, 1, 0, *LONG)
+    assert _cached((early, "activated", 1.0), (late, "activated", 1.0)) == [0, 0]
 
 
 def test_stored_prefixes_are_found_up_to_where_they_differ() -> None:
