@@ -132,7 +132,8 @@ def _turn(group: SiteTensors, suffix: str, width: int, settings: _Settings) -> T
 def cayley_turn(skew: Tensor) -> Tensor:
     """(I - Q)(I + Q)^-1 - I = -2 Q (I + Q)^-1 for [blocks, size, size] float64."""
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype)
-    return torch.linalg.solve(identity + skew, -2 * skew, left=False)
+    turn: Tensor = torch.linalg.solve(identity + skew, -2 * skew, left=False)
+    return turn
 
 
 def _series_turn(skew: Tensor, terms: int) -> Tensor:

