@@ -266,14 +266,16 @@ class Engine:
         """
         kept: set[str] = set()
         self._wanted.clear()
-        room = self.adapters.arena.capacity_bytes
+        room, planned = self.adapters.arena.capacity_bytes, set[str]()
         for sequence in self.scheduler.waiting[: self._lookahead]:
             new = {use.digest: use for use in sequence.request.adapters if use.digest not in kept}
             if room < 0 or (new and self.adapters.num_compiling > _MOST_COMPILING):
                 break
             for use in new.values():
                 self.adapters.fetch(use.digest, use.path)
-                room -= self.adapters.size(use.digest) or 0
+                parts = self.adapters.parts(use.digest)
+                room -= sum(size for part, size in parts.items() if part not in planned)
+                planned.update(parts)
             self._wanted.update(new)
             if room >= 0:
                 kept.update(new)
@@ -290,7 +292,8 @@ class Engine:
         capacity = self.adapters.arena.capacity_bytes
         outputs: list[Output] = []
         for sequence in [s for s in self.scheduler.waiting if len(s.digests) > 1]:
-            total = sum(self.adapters.size(digest) or 0 for digest in set(sequence.digests))
+            parts = [self.adapters.parts(digest) for digest in sequence.digests]
+            total = sum({part: size for one in parts for part, size in one.items()}.values())
             if total > capacity:
                 self.abort(sequence.id)
                 message = f"adapters: together they take {total} bytes, the device budget is {capacity}"
