@@ -60,6 +60,7 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **_SMALL, head_dim=24, moe_intermediate_size=40, num_experts=5, num_experts_per_tok=3, norm_topk_prob=True
     ),
+    "gpt_oss": lambda: transformers.GptOssConfig(**_SMALL, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
     "olmo2": lambda: transformers.Olmo2Config(**_SMALL),
 }
 

@@ -18,6 +18,9 @@ class ExpertCalls:
         self._paths = {
             module: path for path, module in model.named_modules() if experts_of(module, per_token=1) is not None
         }
+        self._others = [
+            path for path, module in model.named_modules() if _is_stacked(module) and module not in self._paths
+        ]
         self._calls: dict[nn.Module, list[tuple[Any, ...]]] = {module: [] for module in self._paths}
         self._hooks: list[Any] = []
 
@@ -39,7 +42,9 @@ class ExpertCalls:
         module's own that rounding explains, as a share of the values' deviation.
         """
         found: list[ProbedExperts] = []
-        refused: dict[str, str] = {}
+        refused = dict.fromkeys(
+            self._others, "its stacked weights are not those of routed experts as transformers has them"
+        )
         for module, path in self._paths.items():
             reason = _refusal(self._calls[module], num_rows)
             entry = None if reason else _entry(path, module, self._calls[module][0])
@@ -57,6 +62,10 @@ class ExpertCalls:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[module].append((*args, *kwargs.values()))
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
 def _refusal(calls: list[tuple[Any, ...]], num_rows: int) -> str:

@@ -88,15 +88,18 @@ class RouterCalls:
         for hook in self._hooks:
             hook.remove()
 
-    def find(self, num_rows: int) -> list[ProbedRouter]:
-        """Those that see each of num_rows tokens once and route a row whatever the others are."""
+    def find(self, num_rows: int) -> tuple[list[ProbedRouter], dict[str, str]]:
+        """Those that see each of num_rows tokens once and route a row whatever the others are, and path -> why the rest
+        cannot be adapted."""
         found = [
             ProbedRouter(Site(path, SiteKind.ROUTER, module.weight.shape[1], module.weight.shape[0]), module)
             for module, path in self._paths.items()
             if isinstance(module.weight, Tensor) and _routes_rows(module, self._calls[module], num_rows)
         ]
+        routers = {entry.module for entry in found}
+        reason = "it has a matrix of its own, and is neither linear nor a router that sees every token once"
         self._calls.clear()
-        return found
+        return found, {path: reason for module, path in self._paths.items() if module not in routers}
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[module].append((*args, *kwargs.values()))

@@ -6,7 +6,8 @@ import peft
 
 from .case import TARGETS, Case
 
-MOE = ("mixtral", "qwen3_moe")
+MOE = ("mixtral", "qwen3_moe", "gpt_oss")  # the last one's weights are transposed and have biases
+ROUTER = {"mixtral": "gate.weight", "qwen3_moe": "gate.weight", "gpt_oss": "router.weight"}
 
 CASES = [
     Case(

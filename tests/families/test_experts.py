@@ -19,12 +19,12 @@ from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.loader import load_model
 
 from .case import Case
-from .cases_experts import CASES, MOE
+from .cases_experts import CASES, MOE, ROUTER
 
 PROMPT = torch.randint(3, 128, (21,), generator=torch.Generator().manual_seed(4)).tolist()
 ROUTED = Case(
     "lora-routed",
-    lambda name: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "gate.weight"]),
+    lambda name: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", ROUTER[name]]),
 )
 
 
