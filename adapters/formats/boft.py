@@ -15,7 +15,7 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
-from onebase.adapters.formats.oft import MAX_BLOCKS, cayley_turn
+from onebase.adapters.formats.oft import MAX_BLOCKS, cayley_turn, check_block_size
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
 from onebase.adapters.formats.targets import SiteTensors
@@ -71,6 +71,7 @@ def _site_ops(group: SiteTensors, settings: _Settings, base: BaseModel) -> SiteO
 
 def _rotation(group: SiteTensors, settings: _Settings) -> BlockRotateIn | ButterflyIn:
     size = settings.size or _whole(group.site, settings.count)
+    check_block_size(group.site.path, size)
     count = _whole(group.site, size)
     factors = 1 if group.shape(R)[:1] == (1,) else settings.factors
     meaning = f"{factors} factors of {count} blocks of {size} by the config, {group.site.in_features} in"

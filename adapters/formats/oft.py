@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel, SiteKind
-from onebase.adapters.errors import AdapterRejected
+from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
 from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
@@ -29,6 +29,7 @@ from onebase.kernels.ops.rotate import BlockRotateIn, TokenRotate
 
 R, TOKEN_R = "oft_R.weight", "oft_embedding_R.weight"
 MAX_BLOCKS = 1 << 16
+MAX_BLOCK_SIZE = 4096  # transforms of one block take its cube of work
 MAX_TERMS = 64
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})(\.?(?:dev|a|b|rc)\d*)?")
 _SERIES_SINCE = (0, 18, 0, True)
@@ -120,6 +121,7 @@ def _token_rotation(group: SiteTensors, settings: _Settings) -> TokenRotate:
 def _turn(group: SiteTensors, suffix: str, width: int, settings: _Settings) -> Tensor:
     """The rotation's blocks less the identity, float32."""
     size = settings.block_size(width)
+    check_block_size(group.site.path, size)
     blocks = 1 if settings.shared else width // size
     shape = (blocks, size * (size - 1) // 2)
     skew = _skew(group.take(suffix, shape, f"{blocks} blocks of {size} by the config, {width} wide"), size)
@@ -127,6 +129,13 @@ def _turn(group: SiteTensors, suffix: str, width: int, settings: _Settings) -> T
         skew = _bounded(skew, settings.bound)
     turn = cayley_turn(skew) if settings.terms is None else _series_turn(skew, settings.terms)
     return turn.float()
+
+
+def check_block_size(path: str, size: int) -> None:
+    """Raises AdapterTooLarge over MAX_BLOCK_SIZE."""
+    if size > MAX_BLOCK_SIZE:
+        message = f"{path} is rotated in blocks of {size}; at most {MAX_BLOCK_SIZE} are allowed."
+        raise AdapterTooLarge(message, param=path)
 
 
 def cayley_turn(skew: Tensor) -> Tensor:
