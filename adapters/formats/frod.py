@@ -119,7 +119,7 @@ def _left(v: Tensor, weight: Tensor) -> Tensor:
     wide, target = v.double(), weight.double()
     try:
         quotient = torch.linalg.solve(wide, target.T).T
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch says so where the matrix is singular
         quotient = target @ torch.linalg.pinv(wide, rtol=1e-6).T
     length = quotient.norm(dim=0)
     return torch.where(length > _SMALLEST, quotient / length.clamp_min(_SMALLEST), 0.0).float()

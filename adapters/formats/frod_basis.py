@@ -15,6 +15,7 @@ from torch import Tensor
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.derived import base_weight
+from onebase.adapters.formats.fields import refused
 
 MAX_WIDTH = 8192  # a permutation of its square is drawn
 
@@ -53,6 +54,8 @@ def compute_bases(sites: Iterable[Site], base: BaseModel, recipe: Recipe) -> Map
         group = groups.setdefault(category_of(site.path), {})
         if group.setdefault(_layer_of(site.path), site) is not site:
             raise AdapterRejected(f"{site.path}: two modules of this name in one layer share a basis.", param=site.path)
+    if recipe.ridge <= 0:
+        raise refused("regularization_alpha", recipe.ridge, "it must be above 0 where the basis is computed")
     generator = torch.Generator().manual_seed(recipe.seed)
     bases: dict[str, Basis] = {}
     for category in sorted(groups):
@@ -73,13 +76,15 @@ def _joint_basis(weights: Sequence[Tensor], ridge: float) -> Tensor:
     """weights: [out_i, width] each. The eigenvectors of what their parts of one QR have in common, through R."""
     stacked = torch.cat(list(weights))
     if stacked.shape[0] < stacked.shape[1]:
-        return torch.linalg.svd(stacked, full_matrices=True)[2].T
+        basis: Tensor = torch.linalg.svd(stacked, full_matrices=True)[2].T
+        return basis
     q, r = torch.linalg.qr(stacked)
     eye = torch.eye(r.shape[1])
     total = torch.zeros_like(eye)
     for part in torch.split(q, [len(weight) for weight in weights]):
         total += torch.linalg.inv(part.T @ part + ridge * eye)
-    return r.T @ torch.linalg.eigh(total / len(weights))[1]
+    vectors: Tensor = torch.linalg.eigh(total / len(weights))[1]
+    return r.T @ vectors
 
 
 def _places(site: Site, recipe: Recipe, generator: torch.Generator) -> Tensor:

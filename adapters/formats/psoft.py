@@ -25,7 +25,7 @@ from onebase.adapters.formats.targets import SiteTensors
 from onebase.adapters.program import SiteOps
 
 WEIGHT, ROWS, COLUMNS = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
-MAX_TERMS = 64
+MAX_TERMS = 32
 MAX_ITERATIONS = 64
 
 
@@ -97,7 +97,7 @@ def _read(fields: Fields) -> _Settings:
         terms=terms if series else 0,
         limit=None if limit is None else as_number("cayley_neumann_eps", limit),
         iterations=iterations if method == "lowrank" else None,
-        seed=fields.integer("random_seed", 0, (1 << 63) - 1, default=0),
+        seed=fields.integer("random_seed", 0, (1 << 63) - 1, default=None if method == "lowrank" else 0),
     )
 
 
@@ -128,7 +128,8 @@ def _orthogonal(weight: Tensor, settings: _Settings) -> Tensor:
     skew[tuple(torch.triu_indices(settings.r, settings.r, 1))] = weight
     skew -= skew.T.clone()
     if not settings.terms:
-        return torch.linalg.solve(eye - skew, eye + skew, left=False)
+        turn: Tensor = torch.linalg.solve(eye - skew, eye + skew, left=False)
+        return turn
     norm = torch.linalg.norm(skew)
     if settings.limit is not None and norm > settings.limit:
         skew *= settings.limit / (norm + 1e-12)
