@@ -83,8 +83,8 @@ def _joint_basis(weights: Sequence[Tensor], ridge: float) -> Tensor:
     total = torch.zeros_like(eye)
     for part in torch.split(q, [len(weight) for weight in weights]):
         total += torch.linalg.inv(part.T @ part + ridge * eye)
-    vectors: Tensor = torch.linalg.eigh(total / len(weights))[1]
-    return r.T @ vectors
+    v: Tensor = r.T @ torch.linalg.eigh(total / len(weights))[1]
+    return v
 
 
 def _places(site: Site, recipe: Recipe, generator: torch.Generator) -> Tensor:
