@@ -18,6 +18,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from onebase.bench.cli import app as bench
+from onebase.serve.adapter_commands import app as adapters
 from onebase.serve.config import Settings, load_settings
 
 SHUTDOWN_SECONDS = 30
@@ -25,6 +26,7 @@ SHUTDOWN_SECONDS = 30
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 app.add_typer(bench, name="bench")
+app.add_typer(adapters, name="adapters")
 
 Port = Annotated[int | None, typer.Option(help="Port to listen on.  [default: 8000]")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")]
@@ -67,6 +69,12 @@ def serve(
         int | None, typer.Option(help="Sequences accepted at once, running or waiting; over it 429.")
     ] = None,
     max_inflight_tokens: Annotated[int | None, typer.Option(help="Their prompt tokens; over it 429.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Same request, same bits, whatever else runs. Slower.")
+    ] = None,
+    prefix_caching: Annotated[
+        bool | None, typer.Option(help="Keep pages of earlier requests for those that begin alike.")
+    ] = None,
     device_memory: Annotated[float | None, typer.Option(help="Share of the device to use, 0 to 1.")] = None,
     kv_memory: Annotated[float | None, typer.Option(help="GiB for KV pages.")] = None,
     adapter_memory: Annotated[float | None, typer.Option(help="GiB for adapters on the device.")] = None,
