@@ -78,7 +78,8 @@ class ExpertParameter:
 class Experts:
     """An EXPERTS site. up, down: what a token goes through, in this order. per_token: experts that one token takes.
 
-    parameters: names of all its own parameters, in the order in which the module declares them.
+    parameters: names of all its own parameters, in the order in which the module declares them. interleaved: gate and
+    up take turns among the features of ``up``; else one comes after the other.
     """
 
     num_experts: int
@@ -86,6 +87,7 @@ class Experts:
     up: ExpertParameter
     down: ExpertParameter
     parameters: tuple[str, ...]
+    interleaved: bool = False
 
 
 class BaseModel(Protocol):

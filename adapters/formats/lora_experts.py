@@ -9,13 +9,14 @@ at k*experts + e. A router's matrix is targeted in the same way; a linear module
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 from onebase.adapters.base import BaseModel, ExpertParameter, Experts, Site, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
 from onebase.adapters.formats.keys import check_shape
+from onebase.adapters.formats.lora_settings import LoraSettings
+from onebase.adapters.formats.lora_single_experts import take_single_experts, today
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.experts import ExpertLowRank, RouterLowRank
 
@@ -30,37 +31,33 @@ _SUFFIXES = {
 _LAYER = ".base_layer"
 
 
-class RankTable(Protocol):
-    """What the config says of ranks and scales, by ``<path of a module>.<name of its parameter>``."""
-
-    def rank(self, path: str) -> int: ...
-
-    def scale(self, path: str, rank: int) -> float: ...
-
-
-def take_expert_factors(files: AdapterFiles, base: BaseModel, settings: RankTable) -> dict[str, SiteOps]:
+def take_expert_factors(files: AdapterFiles, base: BaseModel, settings: LoraSettings) -> dict[str, SiteOps]:
     """Take target_parameters and every tensor of an EXPERTS or ROUTER site: site path -> its operations.
 
     Raises AdapterRejected naming the field or the key.
     """
     targets = files.fields.names("target_parameters")
-    ops: dict[str, SiteOps] = {}
+    ops = take_single_experts(files.tensors, base, settings)
     for path, levels in _keys_by_site(files.tensors, base).items():
-        names = _targeted(path, targets, base)
-        _check_levels(path, names, levels)
-        if not levels:
-            continue
-        if path in base.experts:
+        if path in ops and not levels:
+            continue  # single experts
+        names = _targeted(path, levels, targets, base)
+        _check_levels(path, () if path in ops else names, levels)
+        if levels and path in base.experts:
             ops[path] = _experts_ops(path, base.experts[path], names, levels, files.tensors, settings)
-        else:
+        elif levels:
             ops[path] = _router_ops(base.sites[path], levels[0], files.tensors, settings)
     return ops
 
 
-def _targeted(path: str, targets: Sequence[str], base: BaseModel) -> tuple[str, ...]:
-    """The targeted parameters of a site, in the order of the module."""
-    parameters = base.experts[path].parameters if path in base.experts else (ROUTER_WEIGHT,)
-    return tuple(name for name in parameters if _is_targeted(f"{path}.{name}", targets))
+def _targeted(
+    path: str, levels: Mapping[int, Mapping[str, str]], targets: Sequence[str], base: BaseModel
+) -> tuple[str, ...]:
+    """The targeted parameters of a site, in the order of the module. A router has one, and was a linear module once,
+    which nobody had to target as a parameter: its tensors name it."""
+    if path not in base.experts:
+        return (ROUTER_WEIGHT,) if levels or _is_targeted(f"{path}.{ROUTER_WEIGHT}", targets) else ()
+    return tuple(name for name in base.experts[path].parameters if _is_targeted(f"{path}.{name}", targets))
 
 
 def _check_levels(path: str, names: Sequence[str], levels: Mapping[int, Mapping[str, str]]) -> None:
@@ -83,7 +80,8 @@ def _keys_by_site(tensors: TensorBag, base: BaseModel) -> dict[str, dict[int, di
         depth = 0
         while module.endswith(_LAYER):
             module, depth = module.removesuffix(_LAYER), depth + 1
-        path = next((path for prefix in _PREFIXES if (path := _without(module, prefix)) in found), None)
+        paths = (today(_without(module, prefix), base) for prefix in _PREFIXES)
+        path = next((path for path in paths if path in found), None)
         if ending is None or path is None:
             continue
         level = found[path].setdefault(depth, {})
@@ -103,7 +101,7 @@ def _experts_ops(
     names: Sequence[str],
     levels: Mapping[int, Mapping[str, str]],
     tensors: TensorBag,
-    settings: RankTable,
+    settings: LoraSettings,
 ) -> SiteOps:
     depths = range(len(names) - 1, -1, -1)  # the first parameter lies deepest
     pairs = zip(names, depths, strict=True)
@@ -112,7 +110,7 @@ def _experts_ops(
     )
 
 
-def _router_ops(site: Site, keys: Mapping[str, str], tensors: TensorBag, settings: RankTable) -> SiteOps:
+def _router_ops(site: Site, keys: Mapping[str, str], tensors: TensorBag, settings: LoraSettings) -> SiteOps:
     name = f"{site.path}.{ROUTER_WEIGHT}"
     a, b = _both(name, keys)
     rank = settings.rank(name)
@@ -127,7 +125,7 @@ def _is_targeted(parameter: str, targets: Sequence[str]) -> bool:
 
 
 def _low_rank(
-    path: str, name: str, experts: Experts, keys: Mapping[str, str], tensors: TensorBag, settings: RankTable
+    path: str, name: str, experts: Experts, keys: Mapping[str, str], tensors: TensorBag, settings: LoraSettings
 ) -> ExpertLowRank:
     shape = next((part for part in (experts.up, experts.down) if part.name == name), None)
     if shape is None:

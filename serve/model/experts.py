@@ -167,7 +167,8 @@ def experts_of(module: nn.Module, per_token: int) -> Experts | None:
         return None
     transposed = bool(getattr(module, "is_transposed", False))
     up, down = (_parameter(name, own, transposed) for name in (up_name, _DOWN_NAME))
-    return Experts(own[up_name].shape[0], per_token, up, down, tuple(own))
+    interleaved = not getattr(module, "is_concatenated", True)
+    return Experts(own[up_name].shape[0], per_token, up, down, tuple(own), interleaved)
 
 
 def _parameter(name: str, own: Mapping[str, Tensor], transposed: bool) -> ExpertParameter:

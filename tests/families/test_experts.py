@@ -22,6 +22,7 @@ from .case import Case
 from .cases_experts import CASES, MOE, ROUTER
 
 PROMPT = torch.randint(3, 128, (21,), generator=torch.Generator().manual_seed(4)).tolist()
+STACKED, PATTERNS = (case for case in CASES if case.architectures == MOE)
 ROUTED = Case(
     "lora-routed",
     lambda name: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", ROUTER[name]]),
@@ -48,8 +49,8 @@ def test_adapters_and_scales_on_one_row_add_up(
     architecture: str, checkpoint: Callable[..., Path], make_driver: Callable[..., Any], tmp_path: Path
 ) -> None:
     base, driver = checkpoint(architecture), make_driver(architecture)
-    folders = [tmp_path / case.name for case in (CASES[0], CASES[1], ROUTED)]
-    for case, folder in zip((CASES[0], CASES[1], ROUTED), folders, strict=True):
+    folders = [tmp_path / case.name for case in (STACKED, PATTERNS, ROUTED)]
+    for case, folder in zip((STACKED, PATTERNS, ROUTED), folders, strict=True):
         case.save(base, architecture, folder)
     stacks = [
         [],
@@ -88,6 +89,6 @@ def test_experts_with_arithmetic_of_their_own_are_refused(
     base = load_model(EngineConfig(model=str(checkpoint("mixtral")), device="cpu"))
     assert base.experts == {}
     assert "something of their own" in base.refused["model.layers.0.mlp.experts"]
-    CASES[0].save(checkpoint("mixtral"), "mixtral", tmp_path)
+    STACKED.save(checkpoint("mixtral"), "mixtral", tmp_path)
     with pytest.raises(AdapterRejected, match="cannot be adapted: its experts compute something of their own"):
         compile_folder(tmp_path, base, "d")
