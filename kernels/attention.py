@@ -21,7 +21,7 @@ from onebase.kernels.pages import PageCache
 
 __all__ = ["AttentionBatch", "AttentionBody", "AttentionOptions", "PageCache", "check_shapes", "select_attention"]
 
-Choice = Literal["auto", "reference", "cpu", "triton"]
+Choice = Literal["auto", "reference", "blocks", "cpu", "triton"]
 T = TypeVar("T")
 
 
@@ -130,6 +130,10 @@ def select_attention(device: torch.device, choice: Choice = "auto") -> Attention
         from onebase.kernels.attention_reference import ReferenceAttention
 
         return ReferenceAttention()
+    if choice == "blocks":
+        from onebase.kernels.attention_blocks import BlockAttention
+
+        return BlockAttention()
     if choice == "cpu" and device.type == "cpu":
         from onebase.kernels.attention_cpu import CpuAttention
 
@@ -139,7 +143,7 @@ def select_attention(device: torch.device, choice: Choice = "auto") -> Attention
 
         return TritonAttention.on(device)
     raise ValueError(
-        f"attention {choice!r} cannot run on {device.type}: allowed is reference, cpu (CPU), triton (CUDA)"
+        f"attention {choice!r} cannot run on {device.type}: allowed is reference, blocks, cpu (CPU), triton (CUDA)"
     )
 
 

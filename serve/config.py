@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     max_inflight_seqs: int = Field(default=4096, ge=1, le=1 << 20)
     max_inflight_tokens: int = Field(default=1 << 23, ge=1, le=1 << 32)
     prefix_caching: bool = True
+    deterministic: bool = False
     device_memory: float = Field(default=0.9, gt=0, le=1)
     kv_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
     adapter_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
@@ -138,6 +139,7 @@ class Settings(BaseSettings):
             max_batch_tokens=self.max_batch_tokens,
             max_num_seqs=self.max_num_seqs,
             prefix_caching=self.prefix_caching,
+            deterministic=self.deterministic,
             device_memory=self.device_memory,
             kv_memory=self.kv_memory,
             adapter_memory=self.adapter_memory,

@@ -21,6 +21,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     page_size: int = 16
     prefix_caching: bool = True  # pages of earlier requests are found again by requests that begin alike
+    deterministic: bool = False  # the bits of a request depend on nothing but the request
     device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
     kv_memory: float | None = None
     adapter_memory: float | None = None

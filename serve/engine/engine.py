@@ -15,11 +15,12 @@ from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, EngineErro
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
 from onebase.adapters.traits import Traits
-from onebase.kernels.dispatch import select_kernels
+from onebase.kernels.dispatch import Choice, select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.combine import check_combination, without_idle
 from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.logprobs import told
 from onebase.serve.engine.memory import plan_memory
@@ -56,7 +57,7 @@ class Engine:
     def __init__(self, config: EngineConfig, base: LoadedModel | None = None) -> None:
         base = base or load_model(config)
         memory = plan_memory(config, base)
-        base.context.allocate(memory.num_pages)
+        base.context.allocate(memory.num_pages + (SCRATCH_PAGES if config.deterministic else 0))
         base.context.warm_up()
         self.max_model_len = memory.max_model_len
         self.scheduler = Scheduler(
@@ -65,8 +66,14 @@ class Engine:
             config.max_num_seqs,
         )
         plans, instructions = StepPlans(), InstructionTable()
-        self.adapters = _adapter_tier(base, memory.adapter_bytes, plans, instructions)
-        self.runner = ModelRunner(base, plans, instructions)
+        choice: Choice = "reference" if config.deterministic else "auto"
+        self.adapters = _adapter_tier(base, memory.adapter_bytes, plans, instructions, choice)
+        self.runner = (
+            DeterministicRunner(base, plans, instructions, memory.num_pages, memory.max_model_len)
+            if config.deterministic
+            else ModelRunner(base, plans, instructions)
+        )
+        self._rows_apart = config.deterministic
         self.info = EngineInfo(
             architecture=type(base.model).__name__,
             fingerprint=base.fingerprint,
@@ -167,9 +174,10 @@ class Engine:
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[tuple[int, Logprobs | None]]:
         """A token for each row, and its log-probabilities where they were asked for."""
-        params = [sequence.request.sampling for sequence in sequences]
-        tokens = sample(logits, params, [len(sequence.tokens) for sequence in sequences])
-        return list(zip(tokens.tolist(), told(logits, tokens, params), strict=True))
+        if not self._rows_apart:
+            return _drawn(logits, sequences)
+        each = zip(logits.split(1), sequences, strict=True)
+        return [drawn for row, sequence in each for drawn in _drawn(row.clone(), [sequence])]
 
     def _account(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
@@ -339,12 +347,20 @@ class Engine:
         self.adapters.close()
 
 
-def _adapter_tier(base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable) -> AdapterCache:
+def _drawn(logits: Tensor, sequences: list[Sequence]) -> list[tuple[int, Logprobs | None]]:
+    params = [sequence.request.sampling for sequence in sequences]
+    tokens = sample(logits, params, [len(sequence.tokens) for sequence in sequences])
+    return list(zip(tokens.tolist(), told(logits, tokens, params), strict=True))
+
+
+def _adapter_tier(
+    base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable, choice: Choice
+) -> AdapterCache:
     """The arena, the tables, the kernels over them, and every site behind its adapters."""
     arena = Arena(num_bytes // base.dtype.itemsize, base.dtype, base.device)
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
-    kernels = select_kernels(tables)
+    kernels = select_kernels(tables, choice)
     kernels.warm_up()
     context = SiteContext(kernels, tables, instructions, plans)
     wrap_sites(base.probed, base.norms, base.blocks, context)

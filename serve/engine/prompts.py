@@ -47,6 +47,13 @@ def score_prompts(chunks: Sequence[Chunk], logits: Logits, vocab_size: int, at_o
     return _by_request(parts, scored, step)
 
 
+def merge(scores: Scores, more: Scores) -> None:
+    """Add the scores of a later part of the same step."""
+    for request_id, new in more.items():
+        old = scores.get(request_id, new)
+        scores[request_id] = new if request_id not in scores else old and new and joined([old, new])
+
+
 def _scored(logits: Tensor, targets: Sequence[int], width: int) -> Logprobs | None:
     return score(logits, torch.tensor(targets).to(logits.device), width)
 

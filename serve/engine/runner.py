@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.kernels.attention import AttentionBatch
@@ -49,11 +51,15 @@ class ModelRunner:
         self.scores = {}
         keep = _sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
-        logits = self._run(chunks, rows, [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples])
+        runs = [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples]
+        with self._trunk.recording(any(map(wants_scores, chunks))) as recorded:
+            logits = self._run(chunks, rows, runs)
+        for hidden in recorded:
+            self.scores = score_prompts(chunks, partial(self._logits, hidden), self._base.vocab_size)
         return logits if len(keep) else None
 
-    def _run(self, chunks: Rows[Chunk], rows: np.ndarray, runs: list[Run], at_once: int | None = None) -> Tensor:
-        """One forward: logits of these packed rows, which are ``runs`` to the adapters. Adds to the scores."""
+    def _run(self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run]) -> Tensor:
+        """One forward: logits of these packed rows, which are ``runs`` to the adapters."""
         device = self._base.device
         ids, spans = _pack(chunks)
         tokens, positions = (_upload(array, device) for array in (np.maximum(ids, 0), spans))
@@ -62,26 +68,21 @@ class ModelRunner:
         self._plans.logits = self._plan(runs)
         self._base.context.batch = self._attention_batch(chunks)
         store_prefixes(chunks, self._plans.rows, self._instructions, self._base)
-        with self._trunk.recording(any(map(wants_scores, chunks))) as recorded:
-            out = self._base.model(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=_upload(rows, device),
-            )
+        out = self._base.model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=_upload(rows, device),
+        )
         self._base.context.batch = None
-        for hidden in recorded:
-            self._score(chunks, hidden, at_once)
         logits: Tensor = out.logits[0]
         return logits
 
-    def _score(self, chunks: Rows[Chunk], hidden: Any, at_once: int | None) -> None:
-        def logits(rows: Rows[int], uses: Rows[Uses]) -> Tensor:
-            plan = BatchPlan.from_rows(uses)
-            self._plans.logits = None if plan.is_base else plan
-            return self._trunk.logits(hidden, _upload(np.asarray(rows), self._base.device))
-
-        self.scores |= score_prompts(chunks, logits, self._base.vocab_size, at_once)
+    def _logits(self, hidden: Any, rows: Rows[int], uses: Rows[Uses]) -> Tensor:
+        """Of other rows of a forward whose trunk gave ``hidden``."""
+        plan = BatchPlan.from_rows(uses)
+        self._plans.logits = None if plan.is_base else plan
+        return self._trunk.logits(hidden, _upload(np.asarray(rows), self._base.device))
 
     def _plan(self, runs: list[Run]) -> BatchPlan | None:
         """None for a batch of base rows only: its sites then cost one branch."""
@@ -101,7 +102,8 @@ class ModelRunner:
 def _adapter_order(chunk: Chunk) -> tuple[Uses, Uses, int]:
     """Where an adapter is activated inside a chunk its base rows come first, beside the others'."""
     sequence = chunk.sequence
-    return sequence.uses_at(chunk.stop - 1), sequence.uses_at(chunk.start), sequence.order
+    last = sequence.uses_at(chunk.stop - 1)
+    return last, last if chunk.num_tokens == 1 else sequence.uses_at(chunk.start), sequence.order
 
 
 def _pack(chunks: Rows[Chunk]) -> tuple[np.ndarray, np.ndarray]:

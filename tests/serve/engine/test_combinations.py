@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +10,16 @@ import pytest
 import torch
 import transformers
 
-from onebase.adapters.program import AdapterProgram, LowRank, SiteOps
+from onebase.adapters.program import LowRank, SiteOps
 from onebase.kernels.ops.bottleneck import OutputBottleneck
 from onebase.kernels.ops.dense import Dense
 from onebase.kernels.ops.tokens import SoftPrompt
 from onebase.kernels.ops.vector import ScaleIn, ScaleOut
-from onebase.serve.engine.messages import AdapterUse, Failure
+
+from .programs import PROMPT, Programs
 
 TOLERANCE = 1e-4
-PROMPT = [5, 99, 23, 7, 64, 31]
 HIDDEN = 64
-
-
-class Programs:
-    """Adapters made by hand: name -> program, in the place of what would be compiled from folders."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-        self.made: dict[str, AdapterProgram] = {}
-        self.compiled: list[str] = []
-        driver.engine.adapters._compile = self._compile
-
-    def add(self, name: str, ops: Mapping[str, SiteOps], **rest: Any) -> None:
-        self.made[name] = AdapterProgram(name, "MADE", ops, **rest)
-
-    def use(self, name: str, scale: float = 1.0) -> AdapterUse:
-        return AdapterUse(name, name, scale, f"{name}-as-asked")
-
-    def refusal(self, *uses: AdapterUse) -> Failure:
-        request_id = self.driver.submit(PROMPT, *uses, max_tokens=2)
-        self.driver.run()
-        failure = self.driver.failures[request_id]
-        assert isinstance(failure, Failure)
-        assert (failure.kind, failure.param) == ("RequestRejected", "adapters")
-        return failure
-
-    def _compile(self, path: Path, digest: str) -> AdapterProgram:
-        self.compiled.append(digest)
-        return self.made[digest]
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ import torch
 import transformers
 
 from onebase.serve.engine import prompts
-from onebase.serve.engine.logprobs import LEAST, TokenLogprob, cut, joined, score, told, unpack
-from onebase.serve.engine.messages import Failure, SamplingParams, TokenOutput
+from onebase.serve.engine.logprobs import LEAST, cut, joined, score, told, unpack
+from onebase.serve.engine.messages import Failure, SamplingParams
+
+from .ear import Ear
 
 TOLERANCE = 1e-4
 
@@ -63,28 +65,6 @@ def test_only_those_who_asked_are_told() -> None:
     assert found[0] is None
     assert [one and one.width for one in found[1:]] == [0, 2]
     assert told(torch.randn(3, 8), torch.tensor([1, 2, 3]), [SamplingParams()] * 3) == [None] * 3
-
-
-class Ear:
-    """Collects what an engine says of logprobs."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-        self.prompt: dict[str, list[TokenLogprob]] = {}
-        self.drawn: dict[str, list[TokenLogprob]] = {}
-        take = driver._take
-
-        def hear(outputs: list[Any]) -> None:
-            for output in outputs:
-                if isinstance(output, TokenOutput) and output.prompt_logprobs is not None:
-                    assert not output.tokens
-                    assert output.id not in self.drawn, "a prompt was told after its answer began"
-                    self.prompt.setdefault(output.id, []).extend(unpack(output.prompt_logprobs))
-                if isinstance(output, TokenOutput) and output.logprobs is not None:
-                    self.drawn.setdefault(output.id, []).extend(unpack(output.logprobs))
-            take(outputs)
-
-        driver._take = hear
 
 
 @torch.inference_mode()
