@@ -11,7 +11,7 @@ from torch import Tensor
 from onebase.kernels.ops.circulant import BlockCirculant
 from onebase.kernels.ops.instruction import RowInstruction
 from onebase.kernels.ops.rotate import BlockRotateIn, PairRotateOut, TokenRotate
-from onebase.kernels.ops.sparse import Sparse, compress
+from onebase.kernels.ops.sparse import Sparse, compress, one_row_each
 
 WIDTH, OUT = 24, 36
 
@@ -45,6 +45,14 @@ def test_unlike_programs_equal_each_alone(kind: str, step: int, lengths: tuple[i
     parts = torch.split(rows, lengths)
     expected = torch.cat([op.reference(part) for op, part in zip(ops, parts, strict=True)])
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_stacked_sparse_matrices_equal_each_alone() -> None:
+    """What runs on a device."""
+    torch.manual_seed(0)
+    ops, rows = [_sparse(90) for _ in range(5)], _draw(5, WIDTH)
+    expected = torch.cat([op.reference(row[None]) for op, row in zip(ops, rows, strict=True)])
+    torch.testing.assert_close(one_row_each(ops, rows), expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
