@@ -115,7 +115,8 @@ def _part(tensors: SiteTensors, part: str, kinds: GloraKinds, has_bias: bool, re
     )
     if kind == "none":
         shape = {"A": (rows, columns), "B": (rows, columns), "C": (rows, 1)}.get(part, (rows,))
-        return _refuse_values(tensors, f"{name}.zeros", shape)
+        _refuse_values(tensors, f"{name}.zeros", shape)
+        return None
     if kind == "lora":
         reducer.spend(site.path, rows * columns)
         down, up = ((f"{name}.Xd", (rows, kinds.rank)), (f"{name}.Xu", (kinds.rank, columns)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import Fields
 from onebase.adapters.formats.files import AdapterFiles
+from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.targets import SiteTensors, global_key, take_global
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.shared import SharedLowRank
@@ -76,6 +77,7 @@ def projections(
         a, b = (take_global(files.tensors, name, shape, meaning) for name, shape in zip(names, shapes, strict=True))
         return a, b
     refuse_saved(files, *names)
+    Reducer().spend(names[0], rows * width + rank * out)
     generator = seeded(seed)
     a, b = (torch.nn.init.kaiming_uniform_(torch.empty(shape), generator=generator) for shape in shapes)
     return a, b

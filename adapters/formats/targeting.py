@@ -1,8 +1,8 @@
 """Which modules a config's target_modules names, for formats whose tensors do not say it. As PEFT decides it.
 
-A list names modules by their whole path or its end; layers_to_transform (with layers_pattern) keeps those of some
-layers. A string is a regular expression for whole paths. It comes from strangers, so it never meets a backtracking
-matcher.
+A list names modules by their whole path or its end; of the latter, layers_to_transform (with layers_pattern) keeps
+those of some layers. A string is a regular expression for whole paths. It comes from strangers, so it never meets a
+backtracking matcher.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def _read(fields: Fields) -> Matches:
     places = _places(patterns)
 
     def matches(path: str) -> bool:
-        named = path in names or path.endswith(ends)
-        return named and (not wanted or _layer(path, places) in wanted)
+        return path in names or (path.endswith(ends) and (not wanted or _layer(path, places) in wanted))
 
     return matches
 

@@ -17,9 +17,17 @@ FILE = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def vera(checkpoint: Callable[..., Path], families_cache: Path) -> Made:
-    case = next(case for case in all_cases() if case.name == "vera")
-    return made(case, "llama", checkpoint("llama"), families_cache, case.prompt)
+def adapter_of(checkpoint: Callable[..., Path], families_cache: Path) -> Callable[[str], Made]:
+    def get(name: str) -> Made:
+        case = next(case for case in all_cases() if case.name == name)
+        return made(case, "llama", checkpoint("llama"), families_cache, case.prompt)
+
+    return get
+
+
+@pytest.fixture
+def vera(adapter_of: Callable[[str], Made]) -> Made:
+    return adapter_of("vera")
 
 
 def _siblings(vera: Made, root: Path) -> list[Path]:
@@ -63,3 +71,22 @@ def test_a_hundred_adapters_hold_their_vectors_and_one_pair_of_projections(
     assert cache.arena.used_bytes == used
     cache.unload(uses[0].digest)
     assert cache.arena.used_bytes == 0
+
+
+def test_adapters_whose_projections_do_not_fit_together(
+    vera: Made, adapter_of: Callable[[str], Made], make_driver: Callable[..., Any]
+) -> None:
+    """One after the other they are served; on one request they are refused, as nothing could ever make room."""
+    other = adapter_of("vera-seed")  # of another seed
+    ample = make_driver("llama")
+    ample.generate(vera.prompt, ample.use(vera.adapter))
+    used = ample.engine.adapters.arena.used_bytes
+    driver = make_driver("llama", adapter_memory=1.6 * used / (1 << 30))
+    uses = [driver.use(one.adapter) for one in (vera, other)]
+    together = driver.submit(vera.prompt, *uses)
+    driver.run()
+    assert "together they take" in driver.failures[together].message
+    requests = [driver.submit(vera.prompt, uses[turn % 2], max_tokens=3) for turn in range(4)]
+    driver.run()
+    assert [len(driver.outputs[request]) for request in requests] == [3, 3, 3, 3]
+    assert driver.engine.adapters.evictions > 0
