@@ -67,7 +67,7 @@ def compile_lora(files: AdapterFiles, base: BaseModel) -> Compiled:
     _drop_training(files.tensors, settings.variant)
     ops = take_expert_factors(files, base, settings)
     if ops and not settings.is_plain:
-        raise refused("target_parameters", sorted(ops), "PEFT has nothing but plain LoRA on parameters of experts")
+        raise refused("target_parameters", next(iter(ops)), "PEFT has nothing but plain LoRA on parameters of experts")
     for path, keys in group_by_site(files.tensors, base, _SUFFIXES).items():
         ops[path] = _site_ops(base.sites[path], keys, files.tensors, settings, base)
     for path, rows in lora_token_rows(files, base).items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from onebase.adapters.base import Site, SiteKind
@@ -62,7 +61,14 @@ def _check_cuts(site: Site, rank: int, settings: LoraSettings, side: str, count:
 
 def _diagonal(factor: Tensor, count: int) -> Tensor:
     """[m, n / count] -> [m, n]: ``count`` blocks on the diagonal (BD-LoRA)."""
-    return factor if count == 1 else torch.block_diag(*factor.chunk(count)).contiguous()
+    if count == 1:
+        return factor
+    rows, columns = len(factor) // count, factor.shape[1]
+    whole = factor.new_zeros(len(factor), columns * count)
+    for block in range(count):
+        at = slice(block * rows, (block + 1) * rows)
+        whole[at, block * columns : (block + 1) * columns] = factor[at]
+    return whole
 
 
 def _ungrouped(a: Tensor, group: int) -> Tensor:

@@ -204,8 +204,8 @@ def _read_blocks(value: JsonValue) -> Blocks | None:
         raise refused("use_bdlora.nblocks", count, f"it must be an integer from 1 to {MAX_RANK}")
     if not isinstance(strict, bool):
         raise refused("use_bdlora.match_strict", strict, "it must be true or false")
-    parts = (as_names(name, value.get(name)) for name in ("target_modules_bd_a", "target_modules_bd_b"))
-    return Blocks(*parts, count, strict)
+    a, b = (as_names(name, value.get(name)) for name in ("target_modules_bd_a", "target_modules_bd_b"))
+    return Blocks(a, b, count, strict)
 
 
 def _read_invocation(value: JsonValue, base: BaseModel) -> tuple[int, ...]:
