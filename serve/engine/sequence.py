@@ -117,7 +117,7 @@ class Sequence:
 
     def runs(self, start: int, stop: int) -> list[Run]:
         """The slots [start, stop) as runs of equal uses: several where an adapter is activated inside."""
-        inner = {at for at in self.placed.starts if start < at < stop}
+        inner = [] if stop - start == 1 else [at for at in set(self.placed.starts) if start < at < stop]
         if not inner:
             return [(stop - start, self.uses_at(start))]
         cuts = [start, *sorted(inner), stop]
