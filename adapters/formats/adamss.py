@@ -20,14 +20,14 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import base_weight, ignore_training, linear_sites
+from onebase.adapters.formats.derived import base_weight
 from onebase.adapters.formats.fields import MAX_RANK, Fields
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
 from onebase.adapters.formats.spectral_basis import seeded_svd
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 PROJECTION = "adamss_newB"
@@ -74,7 +74,7 @@ def compile_adamss(files: AdapterFiles, base: BaseModel) -> Compiled:
     names = [f"adamss_{side}.{i}" for side in "AB" for i in range(settings.subspaces)]
     reducer = Reducer()
     ops: dict[str, SiteOps] = {}
-    for tensors in linear_sites(files, base, (PROJECTION, *names)):
+    for tensors in sites_with(files, base, (PROJECTION, *names)):
         site = tensors.site
         whole = _with_bias(site, base)
         projection = _projection(tensors, whole, settings)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel
-from onebase.adapters.formats.derived import base_weight, ignore_training, linear_sites
+from onebase.adapters.formats.derived import base_weight
 from onebase.adapters.formats.fields import MAX_RANK, Fields
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
+from onebase.adapters.formats.targets import ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 P, R = "deft_P", "deft_R"
@@ -48,7 +49,7 @@ def compile_deft(files: AdapterFiles, base: BaseModel) -> Compiled:
     settings = _read(files.fields)
     reducer = Reducer()
     ops: dict[str, SiteOps] = {}
-    for tensors in linear_sites(files, base, (P, R)):
+    for tensors in sites_with(files, base, (P, R)):
         site, rank = tensors.site, min(settings.r, tensors.site.out_features)
         basis, right = _projection(tensors.take(P, (site.out_features, rank), "out_features and r"), settings)
         a = -(right.T @ base_weight(base, site))

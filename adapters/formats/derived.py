@@ -1,51 +1,20 @@
-"""What families of linear sites have in common whose operations are derived from the base's weight at load.
-
-Weights are read in float32 on the host, whatever the base runs in.
-"""
+"""For families whose operations are derived from the base's weight at load: the weight, and what comes of it."""
 
 from __future__ import annotations
-
-from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
-from onebase.adapters.base import BaseModel, Site, SiteKind
+from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.fields import Fields
-from onebase.adapters.formats.files import AdapterFiles
-from onebase.adapters.formats.keys import group_by_site
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import ignore_training
+from onebase.adapters.formats.targets import sites_with as linear_sites
 
-# Tensors tell which modules are adapted; how training started, and how the base stores its weight, changes nothing.
-_HARMLESS = (
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "target_modules",
-)
-
-
-def ignore_training(fields: Fields, *harmless: str) -> None:
-    """Take the fields that change nothing at inference; ``harmless``: those of one family."""
-    fields.ignore((*_HARMLESS, *harmless))
-
-
-def linear_sites(files: AdapterFiles, base: BaseModel, suffixes: Collection[str]) -> Iterator[SiteTensors]:
-    """Every site that has any of the suffixes. Raises AdapterRejected where one is not linear."""
-    for path, keys in group_by_site(files.tensors, base, suffixes).items():
-        site = base.sites[path]
-        if site.kind is not SiteKind.LINEAR:
-            key = next(iter(keys.values()))
-            message = f"The tensor {key!r} adapts a {site.kind} of the base; this family adapts linear modules."
-            raise AdapterRejected(message, param=key)
-        yield SiteTensors(site, keys, files.tensors)
+__all__ = ["base_weight", "finite", "ignore_training", "linear_sites"]
 
 
 def base_weight(base: BaseModel, site: Site) -> Tensor:
-    """[out_features, in_features], float32 on the host."""
+    """[out_features, in_features], float32 on the host, whatever the base runs in."""
     return base.weight(site.path).detach().to("cpu", torch.float32)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import base_weight, finite, ignore_training, linear_sites
+from onebase.adapters.formats.derived import base_weight, finite
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.frod_basis import Basis, Recipe, category_of, compute_bases
@@ -22,7 +22,7 @@ from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
-from onebase.adapters.formats.targets import SiteTensors, global_key, take_global
+from onebase.adapters.formats.targets import SiteTensors, global_key, ignore_training, sites_with, take_global
 from onebase.adapters.program import SiteOps
 
 DIAGONAL, CORE = "frod_lambda_l", "frod_lambda_s_values"
@@ -43,7 +43,7 @@ _SMALLEST = 1e-12  # PEFT's: columns of W V^-T that count as zero
 def compile_frod(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     ignore_training(files.fields, "frod_dropout", "progressbar", "runtime_offload_base_weight")
-    found = list(linear_sites(files, base, (DIAGONAL, CORE)))
+    found = sites_with(files, base, (DIAGONAL, CORE))
     recipe = _read(files.fields)
     sites = [tensors.site for tensors in found]
     reducer = Reducer()

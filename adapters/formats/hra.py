@@ -13,12 +13,13 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import base_weight, finite, ignore_training, linear_sites
+from onebase.adapters.formats.derived import base_weight, finite
 from onebase.adapters.formats.fields import MAX_RANK, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
+from onebase.adapters.formats.targets import ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 _DEPENDENT = 1e-5
@@ -39,7 +40,7 @@ def compile_hra(files: AdapterFiles, base: BaseModel) -> Compiled:
     orthonormal = files.fields.flag("apply_GS")
     reducer = Reducer()
     ops: dict[str, SiteOps] = {}
-    for tensors in linear_sites(files, base, ("hra_u",)):
+    for tensors in sites_with(files, base, ("hra_u",)):
         site = tensors.site
         unit = _units(site, tensors.take("hra_u", (site.in_features, r), f"in_features and r {r}").double())
         u, w = _gram_schmidt(site, unit) if orthonormal else _compact(unit)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import base_weight, ignore_training, linear_sites
+from onebase.adapters.formats.derived import base_weight
 from onebase.adapters.formats.fields import MAX_RANK
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 _NOTE = "init_weights 'bat' needs the base's weight at load and is dense"
@@ -76,7 +76,7 @@ def _compile(files: AdapterFiles, base: BaseModel, variant: _Variant) -> Compile
     ignore_training(files.fields, f"{variant.name}_dropout")
     reducer = Reducer()
     ops: dict[str, SiteOps] = {}
-    for tensors in linear_sites(files, base, (f"{variant.name}_block",)):
+    for tensors in sites_with(files, base, (f"{variant.name}_block",)):
         site, block = tensors.site, _take(tensors, variant)
         ops[site.path] = _bat(site, block, base, reducer) if variant.kind == "bat" else _folded(site, block, reducer)
     return with_saved(ops, files, base, Beside(weight=variant.kind != "bat"))

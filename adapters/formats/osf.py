@@ -12,13 +12,13 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import base_weight, ignore_training, linear_sites
+from onebase.adapters.formats.derived import base_weight
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
 from onebase.adapters.formats.spectral_basis import full_svd
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 U, S, V = (f"osf_svd_params.{name}_low" for name in "USV")
@@ -39,7 +39,7 @@ def compile_osf(files: AdapterFiles, base: BaseModel) -> Compiled:
     ignore_training(files.fields, *_HARMLESS)
     reducer = Reducer()
     ops: dict[str, SiteOps] = {}
-    for tensors in linear_sites(files, base, (U, S, V)):
+    for tensors in sites_with(files, base, (U, S, V)):
         u, s, v = _take(tensors)
         if not len(s):
             continue  # effective_rank covers the module's smaller width

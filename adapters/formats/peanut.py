@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from onebase.adapters.base import BaseModel
-from onebase.adapters.formats.derived import base_weight, ignore_training, linear_sites
+from onebase.adapters.formats.derived import base_weight
 from onebase.adapters.formats.fields import MAX_RANK, Fields
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
+from onebase.adapters.formats.targets import ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 A, B = "peanut_A.weight", "peanut_B.weight"
@@ -77,7 +78,7 @@ def compile_peanut(files: AdapterFiles, base: BaseModel) -> Compiled:
     decoders = [f"peanut_decoders.{i}.weight" for i in range(settings.depth)]
     reducer, r = Reducer(), settings.r
     ops: dict[str, SiteOps] = {}
-    for tensors in linear_sites(files, base, (A, B, *encoders, *decoders)):
+    for tensors in sites_with(files, base, (A, B, *encoders, *decoders)):
         site = tensors.site
         a = tensors.take(A, (r, site.out_features), "r and out_features")
         b = tensors.take(B, (site.out_features, r), "out_features and r")

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel
-from onebase.adapters.formats.derived import finite, ignore_training, linear_sites
+from onebase.adapters.formats.derived import finite
 from onebase.adapters.formats.fields import MAX_RANK, Fields, as_number, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
 from onebase.adapters.formats.spectral_basis import full_svd, seeded_svd
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 WEIGHT, ROWS, COLUMNS = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
@@ -61,7 +61,7 @@ def compile_psoft(files: AdapterFiles, base: BaseModel) -> Compiled:
     settings = _read(files.fields)
     reducer = Reducer()
     ops: dict[str, SiteOps] = {}
-    for tensors in linear_sites(files, base, (WEIGHT, ROWS, COLUMNS)):
+    for tensors in sites_with(files, base, (WEIGHT, ROWS, COLUMNS)):
         site = tensors.site
         if settings.r > min(site.in_features, site.out_features):
             raise refused("r", settings.r, f"{site.path} has {site.in_features} inputs, {site.out_features} outputs")
