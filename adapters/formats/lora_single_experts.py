@@ -20,6 +20,7 @@ from onebase.adapters.formats.files import TensorBag
 from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.formats.lora_settings import LoraSettings
 from onebase.adapters.program import SiteOps
+from onebase.adapters.strict_json import JsonValue
 from onebase.kernels.ops.experts import ExpertLowRank
 
 # What the projections were called, in the order in which they are fused, and what the block was called.
@@ -120,7 +121,8 @@ class _Stack:
         found = {(rank := settings.rank(module), settings.scale(module, rank)) for module in modules}
         if len(found) > 1:
             reason = f"the experts of {self.path} must have one rank and one alpha"
-            raise refused("rank_pattern", sorted(rank for rank, _ in found), reason)
+            ranks: list[JsonValue] = [rank for rank, _ in sorted(found)]
+            raise refused("rank_pattern", ranks, reason)
         return found.pop()
 
     def take(self, factor: str, rank: int, tensors: TensorBag) -> Tensor:
