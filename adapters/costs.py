@@ -25,6 +25,9 @@ COSTS: Mapping[str, Cost] = {
     "ExpertLowRank": Cost(
         "4hrk", "2hrE", "k of E experts; the site's adapted rows are sorted by expert: a synchronisation"
     ),
+    "RouterLowRank": Cost(
+        "2hE(r + 1)", "r(h + E)", "the router's matrix for each segment, and its own forward again over those rows"
+    ),
     "ScaleIn": Cost("h", "h", "one multiplication for all programs, on a copy of the input"),
     "ScaleOut": Cost("h", "h", "one multiplication for all programs"),
     "Dense": Cost(
@@ -40,6 +43,8 @@ COSTS: Mapping[str, Cost] = {
     "GatedPrefix": Cost("4Th", "2Th", "a softmax of its own beside attention"),
     "SoftPrompt": Cost("T tokens more", "Th", "T virtual tokens are prefilled and stay in the pages"),
     "TokenRows": Cost("0", "nh", "a look-up for each token"),
+    "TokenRotate": Cost("2hb", "hb", "blocks of b, on the embedding's rows"),
+    "ModulatedRows": Cost("2hr", "r(V + h)", "a gather and one product, times the row"),
     "Kron": Cost("4h^1.5", "2h", "for two square factors; never unfolded, full rank"),
     "BlockRotateIn": Cost("2hb", "hb", "blocks of b; the base reads another input for these rows"),
     "ButterflyIn": Cost("2hbm", "hbm", "m stages of blocks of b"),
