@@ -20,7 +20,7 @@ from onebase.kernels.instructions import InstructionTable, Placed
 from onebase.kernels.ops.bottleneck import BlockBottleneck
 from onebase.kernels.ops.instruction import wide
 from onebase.kernels.ops.norm import NormOverride
-from onebase.kernels.ops.tokens import TokenInstruction
+from onebase.kernels.ops.tokens import SoftPrompt, TokenInstruction
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables
 
@@ -164,7 +164,7 @@ class AdaptedLinear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdaptedEmbedding:
-    """Forward of an embedding site."""
+    """Forward of an embedding site. Virtual tokens get their rows last: low rank has nothing to say of them."""
 
     base: Forward
     index: int
@@ -177,17 +177,18 @@ class AdaptedEmbedding:
         if plan is None:
             return y
         rows = y.view(-1, y.shape[-1])
-        self._replace(rows, tokens, plan)
-        if context.tables.active(self.index, plan):
-            context.kernels.token_low_rank(rows, tokens.reshape(-1), self.index, plan)
-        return y
-
-    def _replace(self, rows: Tensor, tokens: Tensor, plan: BatchPlan) -> None:
-        path = self.entry.site.path
-        work = self.context.instructions.work(path, plan, rows.device)
+        work = context.instructions.work(self.entry.site.path, plan, rows.device)
         if work is not None:
             work.change_output(rows, rows)
-        placed = [item for item in self.context.placed(path) if isinstance(item.op, TokenInstruction)]
+        self._replace(rows, tokens, virtual=False)
+        if context.tables.active(self.index, plan):
+            context.kernels.token_low_rank(rows, tokens.reshape(-1), self.index, plan)
+        self._replace(rows, tokens, virtual=True)
+        return y
+
+    def _replace(self, rows: Tensor, tokens: Tensor, *, virtual: bool) -> None:
+        kinds = [item for item in self.context.placed(self.entry.site.path) if isinstance(item.op, TokenInstruction)]
+        placed = [item for item in kinds if isinstance(item.op, SoftPrompt) is virtual]
         raw = self.context.plans.tokens
         ids = raw if self.entry.is_input and raw is not None else tokens.reshape(-1)
         _replace(rows, placed, lambda item, at, old: item.op.apply(ids[at], old))  # type: ignore[attr-defined]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onebase.serve.engine.messages import Request, SamplingParams, TokenOutput
@@ -115,6 +116,28 @@ def test_adapters_with_virtual_tokens_say_something_else_than_the_base(
     assert driver.generate([20, 21, 22], driver.use(adapters["alora"])) == driver.generate([20, 21, 22])
     for path in adapters.values():
         assert driver.generate(prompt, driver.use(path, 0.0)) == answers[0]
+
+
+def test_token_rows_of_another_adapter_leave_virtual_tokens_alone(
+    adapters: dict[str, Path], make_driver: Callable[..., Any], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Low rank at the embedding: virtual tokens have no id in the vocabulary that it could speak of."""
+    draw = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 128, generator=draw), torch.randn(64, 2, generator=draw)
+    key = "base_model.model.model.embed_tokens.lora_embedding"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    rows = _folder(tmp_path / "rows", config, {f"{key}_A": a, f"{key}_B": b})
+    driver, prompt = make_driver("llama"), torch.arange(20, 30)
+    uses = (driver.use(adapters["soft"]), driver.use(rows))
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
+    virtual = load_file(adapters["soft"] / "adapter_model.safetensors")["prompt_embeddings"]
+    with torch.inference_mode():
+        words = model.get_input_embeddings()(prompt) + (b @ a[:, prompt]).T
+        logits = model(inputs_embeds=torch.cat([virtual, words])[None]).logits[0, len(virtual) :]
+    for chunk in (100, 4):
+        for position, got in driver.logprobs([(prompt.tolist(), uses)], chunk)[0].items():
+            expected = torch.log_softmax(logits[position], -1)
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 def test_virtual_tokens_count_against_the_context(adapters: dict[str, Path], make_driver: Callable[..., Any]) -> None:
