@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from onebase.adapters.costs import COSTS
+from onebase.adapters.family_names import HUB_REFUSALS
 from onebase.adapters.formats import families
 from onebase.adapters.formats.refusals import REFUSED_FAMILIES, REFUSED_OPTIONS
 from onebase.adapters.formats.register import Family
@@ -32,6 +33,7 @@ which of the two an adapter is, and what it would cost.
 _FATES = """\
 *Served*: a file of the method, or of the library that trains it, is served. *Converted*: the method has no format of
 its own, and what it leaves behind can be written as a file of that family, exactly. *Refused*: for the reason given.
+The names are those of Xu et al. (2312.12148), Ding et al. (2203.06904) and LLM-Adapters (2304.01933).
 """
 _TRADES = """\
 FLOPs of one token at one linear of width h, and elements of one adapter there. The base's own linear takes 2h^2 and
@@ -103,7 +105,14 @@ def _refusals() -> Iterator[str]:
     for option in REFUSED_OPTIONS:
         shown = ", ".join(f"`{name}`" for name in option.fields)
         rows.append((option.title, f"{option.family}: {shown}", option.reason, option.way_out))
+    for architecture, text in HUB_REFUSALS.items():
+        why, _, way_out = text.partition("; ")
+        rows.append((f"AdapterHub's {architecture}", "`config`: `architecture`", _sentence(why), _sentence(way_out)))
     yield _table(("what", "named by", "why", "way out"), rows)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _costs() -> Iterator[str]:

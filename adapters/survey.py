@@ -95,7 +95,7 @@ _SURVEY: dict[str, dict[str, tuple[Fate, str, str]]] = {
         "Laplace-LoRA": (Fate.SERVED, "LORA", "the mean of the posterior; its samples are not"),
         "LoRAHub": (Fate.CONVERTED, "LORA", "one LoRA once composed"),
         "MOELoRA": (Fate.CONVERTED, "LORA", "its gate depends on the task alone: one LoRA for each"),
-        "QA-LoRA": (Fate.CONVERTED, "LORA", "A repeated over each group of inputs"),
+        "QA-LoRA": (Fate.SERVED, "LORA", "A repeated over each group of inputs, over the base as it is loaded"),
         "LoftQ": (Fate.CONVERTED, "LORA", "once converted against the original base"),
         "SAID": (Fate.CONVERTED, "PARTIAL", "the projected difference, written out"),
         "Delta-LoRA": (Fate.CONVERTED, "PARTIAL", "the base's weights were trained too: replaced ones"),

@@ -86,6 +86,14 @@ REFUSED_OPTIONS: tuple[OptionRefusal, ...] = (
         {"init_lora_weights": "loftq"},
     ),
     OptionRefusal(
+        "Gated adapters (UniPELT)",
+        "The gates are means over the whole sequence, so what a token gets would depend on later ones, and on how a "
+        "prompt is cut into chunks.",
+        "Train without gates: ungated unions, LoRA and bottlenecks are served.",
+        "AH_UNION",
+        {"use_gating": True},
+    ),
+    OptionRefusal(
         "Arrow routing",
         "It has no tensors: it routes between whatever LoRAs happen to be loaded beside it.",
         "Name the LoRAs on the request, each with its scale.",
