@@ -59,7 +59,7 @@ _TRAINING = {Variant.VELORA: (".lora_velora_embed",), Variant.MONTE_CARLO: (".lo
     ),
     instructions=("LowRank", "AddOut", "ScaleOut", "ExpertLowRank", "Dense", "TokenRows", "OutputRows", "NormOverride"),
     cost="4hr FLOPs, 2hr elements; DoRA: h more of both; PiSSA, OLoRA, KaSA: twice the rank",
-    note="DoRA's norms and the parts of W that PiSSA, OLoRA and KaSA remove are computed at load",
+    note="DoRA's norms are computed at load; PiSSA and KaSA need an SVD of each weight, on the host: convert PiSSA",
 )
 def compile_lora(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -228,6 +232,33 @@ def test_heads_of_classifiers(task: str, name: str, adapter: Path, llama: nn.Mod
     edit_tensors(adapter, lambda t: t.update({f"base_model.model.{other}.weight": weight}))
     with pytest.raises(AdapterRejected, match="second head"):
         compile_it(adapter, llama)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "targets"),
+    [
+        ("llama", transformers.LlamaForSequenceClassification, ["q_proj"]),
+        ("llama", transformers.LlamaForTokenClassification, ["q_proj"]),
+        ("gpt2", transformers.GPT2ForSequenceClassification, ["c_attn"]),
+        ("gpt2", transformers.GPT2ForTokenClassification, ["c_attn"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_classifiers_as_peft_saves_them(name: str, kind: Any, targets: list[str], tmp_path: Path) -> None:
+    base = make_model(name)
+    base.config.num_labels = 3
+    task = "SEQ_CLS" if "Sequence" in kind.__name__ else "TOKEN_CLS"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(kind(base.config), peft.LoraConfig(r=2, task_type=task, target_modules=targets))
+        model.save_pretrained(tmp_path)
+    program = compile_it(tmp_path, base)
+    wrapper = next(module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    saved = wrapper.modules_to_save["default"]
+    assert program.head is not None
+    assert torch.equal(program.head.weight, saved.weight)
+    assert (program.head.bias is None) == (saved.bias is None)
+    assert all(path.endswith(targets[0]) for path in program.ops)
 
 
 def test_tied_rows_that_differ_are_refused(tmp_path: Path, gpt2: nn.Module) -> None:
