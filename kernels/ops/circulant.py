@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onebase.kernels.ops.instruction import Phase, RowInstruction, wide
-from onebase.kernels.ops.stacking import stacked
+from onebase.kernels.ops.stacking import piecewise, stacked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +37,10 @@ class BlockCirculant(RowInstruction):
         return 4 * self.spectrum.numel()
 
     def delta(self, rows: Tensor) -> Tensor:
+        blocks = max(self.spectrum.shape[1:3])
+        return piecewise(rows, 2 * blocks * self.spectrum.shape[0], self._piece)
+
+    def _piece(self, rows: Tensor) -> Tensor:
         return _back(torch.bmm(_forth(rows, self.size), torch.view_as_complex(self.spectrum)), self.size)
 
     def reference(self, rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from onebase.kernels.ops.instruction import Phase, wide
 from onebase.kernels.ops.sparse import SparseMatrix
+from onebase.kernels.ops.stacking import fits, piecewise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,8 @@ class FourierSparse(SparseMatrix):
     out_features: int
 
     def delta(self, rows: Tensor) -> Tensor:
-        return self.batched([self], [len(rows)], rows)
+        width = 2 * max(rows.shape[1], self.out_features)
+        return piecewise(rows, width, lambda part: _transformed([self], [len(part)], part))
 
     def reference(self, rows: Tensor) -> Tensor:
         width = rows.shape[1]
@@ -45,13 +47,20 @@ class FourierSparse(SparseMatrix):
 
     @classmethod
     def batched(cls, ops: Sequence[Self], lengths: Sequence[int], rows: Tensor) -> Tensor:
-        """One transform there and one back for all segments."""
-        spectrum = torch.fft.fft(wide(rows), norm="backward").conj().resolve_conj()
-        parts = torch.split(torch.view_as_real(spectrum), list(lengths))
-        mixed = torch.cat([_through(op, part) for op, part in zip(ops, parts, strict=True)])
-        mixed[:, 1 : (ops[0].out_features + 1) // 2] *= 0.5  # irfft counts these twice
-        out: Tensor = torch.fft.irfft(torch.view_as_complex(mixed), n=ops[0].out_features, norm="forward")
-        return out
+        """One transform there and one back for all segments, where they are few rows."""
+        if fits(rows, 2 * max(rows.shape[1], ops[0].out_features)):
+            return _transformed(ops, lengths, rows)
+        parts = torch.split(rows, list(lengths))
+        return torch.cat([op.delta(part) for op, part in zip(ops, parts, strict=True)])
+
+
+def _transformed(ops: Sequence[FourierSparse], lengths: Sequence[int], rows: Tensor) -> Tensor:
+    spectrum = torch.fft.fft(wide(rows)).conj().resolve_conj()
+    parts = torch.split(torch.view_as_real(spectrum), list(lengths))
+    mixed = torch.cat([_through(op, part) for op, part in zip(ops, parts, strict=True)])
+    mixed[:, 1 : (ops[0].out_features + 1) // 2] *= 0.5  # irfft counts these twice
+    out: Tensor = torch.fft.irfft(torch.view_as_complex(mixed), n=ops[0].out_features, norm="forward")
+    return out
 
 
 def _through(op: FourierSparse, spectrum: Tensor) -> Tensor:
@@ -80,6 +89,9 @@ class WaveletSparse(SparseMatrix):
         return 2 * self.values.numel() + 2 * self.filters.shape[1] * (self.width + self.height)
 
     def delta(self, rows: Tensor) -> Tensor:
+        return piecewise(rows, max(self.width, self.height), self._piece)
+
+    def _piece(self, rows: Tensor) -> Tensor:
         bands = analyse(wide(rows), self.filters, self.width)
         return synthesise(self.product(bands.T).T, self.filters)[:, : self.out_features]
 

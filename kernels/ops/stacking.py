@@ -1,4 +1,5 @@
-"""Segments of one row whose programs have equal shapes, run as one: what decode needs of any instruction."""
+"""Segments of one row whose programs have equal shapes, run as one: what decode needs of any instruction. And long
+segments in pieces: what prefill needs of those that keep intermediates in float32."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from onebase.kernels.ops.instruction import RowInstruction
 
 Op = TypeVar("Op", bound=RowInstruction)
+PIECE = 1 << 23  # elements of a piece's widest intermediate: 32 MiB in float32
 
 
 def stacked(
@@ -39,3 +41,15 @@ def stacked(
         for at, delta in zip(members, torch.split(together, 1), strict=True):
             deltas[at] = delta
     return torch.cat(deltas)
+
+
+def fits(rows: Tensor, width: int) -> bool:
+    """Whether an intermediate of this width over all rows stays within a piece."""
+    return len(rows) * width <= PIECE
+
+
+def piecewise(rows: Tensor, width: int, body: Callable[[Tensor], Tensor]) -> Tensor:
+    """``body`` of all rows, some at a time, so that an intermediate [n, width] stays within a piece."""
+    if fits(rows, width):
+        return body(rows)
+    return torch.cat([body(part) for part in torch.split(rows, max(1, PIECE // width))])
