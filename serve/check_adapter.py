@@ -111,8 +111,9 @@ def program_flops(program: AdapterProgram, base: BaseModel) -> int:
 
 
 def base_flops(base: BaseModel) -> int:
-    """For one token: its products with the weights of linear sites and of the experts that it takes."""
-    linear = sum(s.in_features * s.out_features for s in base.sites.values() if s.kind is SiteKind.LINEAR)
+    """For one token: its products with the weights of linear sites, of routers and of the experts that it takes."""
+    kinds = (SiteKind.LINEAR, SiteKind.ROUTER)
+    linear = sum(site.in_features * site.out_features for site in base.sites.values() if site.kind in kinds)
     routed = sum(
         experts.per_token * part.in_features * part.out_features
         for experts in base.experts.values()

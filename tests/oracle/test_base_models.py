@@ -15,6 +15,7 @@ from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.loader import load_model, pick_max_model_len
 
 NAMES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "opt", "gpt_neox", "olmo2"]
+NAMES += ["mixtral", "qwen3_moe", "gpt_oss"]
 LENGTHS = (23, 1, 40, 9)
 
 

@@ -99,7 +99,7 @@ def test_experts_count_only_where_a_token_goes(checkpoint: Callable[..., Path], 
     assert report.sites == {"experts": 2}
     assert report.instructions == {"ExpertLowRank": 2}
     assert report.flops == 2 * 2 * (2 * 4 * (96 + 64))
-    assert report.base_flops == 2 * (2 * (2 * 64 * 64 + 2 * 32 * 64 + 2 * 3 * 96 * 64) + 128 * 64)
+    assert report.base_flops == 2 * (2 * (2 * 64 * 64 + 2 * 32 * 64 + 4 * 64 + 2 * 3 * 96 * 64) + 128 * 64)
 
 
 def test_flops_are_what_torch_counts(checkpoint: Callable[..., Path], lora: Path) -> None:
