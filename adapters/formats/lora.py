@@ -57,9 +57,20 @@ _TRAINING = {Variant.VELORA: (".lora_velora_embed",), Variant.MONTE_CARLO: (".lo
         "OLoRA",
         "KaSA",
     ),
-    instructions=("LowRank", "AddOut", "ScaleOut", "ExpertLowRank", "Dense", "TokenRows", "OutputRows", "NormOverride"),
+    instructions=(
+        "LowRank",
+        "AddOut",
+        "ScaleOut",
+        "ExpertLowRank",
+        "RouterLowRank",
+        "Dense",
+        "TokenRows",
+        "OutputRows",
+        "NormOverride",
+    ),
     cost="4hr FLOPs, 2hr elements; DoRA: h more of both; PiSSA, OLoRA, KaSA: twice the rank",
-    note="DoRA's norms are computed at load; PiSSA and KaSA need an SVD of each weight, on the host: convert PiSSA",
+    note="DoRA's norms are computed at load; PiSSA and KaSA need an SVD of each weight, on the host: convert PiSSA; "
+    "target_parameters on experts and routers, and files of single experts from before they were stacked",
 )
 def compile_lora(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
