@@ -5,15 +5,16 @@ Houlsby et al. (1902.00751), Pfeiffer et al. (2005.00247), He et al. (2110.04366
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from onebase.kernels.ops.instruction import Instruction, Phase, RowInstruction, wide
+from onebase.kernels.ops.stacking import stacked
 
 Reads = Literal["output", "sum", "residual"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,6 +76,11 @@ class RowBottleneck(Bottleneck, RowInstruction):
     def reference(self, rows: Tensor) -> Tensor:
         return self._reference(rows)
 
+    @classmethod
+    def batched(cls, ops: Sequence[Self], lengths: Sequence[int], rows: Tensor) -> Tensor:
+        """Single rows of bottlenecks of one shape: two products for all of them."""
+        return stacked(ops, lengths, rows, _shape, _one_row_each)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputBottleneck(RowBottleneck):
@@ -106,15 +112,38 @@ class BlockBottleneck(Bottleneck):
 
     reads: Reads = "output"
 
-    def delta(self, output: Tensor, residual: Tensor) -> Tensor:
-        """output, residual: [n, width] -> what is added to the output, in float32."""
-        return self._forward(_source(self.reads, output, residual))
-
     def reference(self, output: Tensor, residual: Tensor) -> Tensor:
         return self._reference(_source(self.reads, output.double(), residual.double()))
+
+    @classmethod
+    def deltas(cls, ops: Sequence[Self], outputs: Sequence[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """outputs, residuals: [n, width] of each -> what is added to each output, float32."""
+        sources = [_source(op.reads, m, r) for op, m, r in zip(ops, outputs, residuals, strict=True)]
+        lengths = [len(source) for source in sources]
+        beside = [ParallelBottleneck(op.down, op.up, op.scale, op.down_bias, op.up_bias, op.activation) for op in ops]
+        return torch.split(ParallelBottleneck.batched(beside, lengths, torch.cat(sources)), lengths)
 
 
 def _source(reads: Reads, output: Tensor, residual: Tensor) -> Tensor:
     if reads == "output":
         return output
     return output + residual if reads == "sum" else residual
+
+
+def _shape(op: Bottleneck) -> Hashable:
+    biases = op.down_bias is None, op.up_bias is None
+    return op.down.shape, op.up.shape, op.scale.shape, biases, op.activation
+
+
+def _one_row_each(ops: Sequence[Bottleneck], rows: Tensor) -> Tensor:
+    """rows: [len(ops), width] -> [len(ops), width of the target]."""
+    inner = torch.bmm(torch.stack([op.down for op in ops]), rows[:, :, None])[:, :, 0]
+    inner = _plus(inner, [op.down_bias for op in ops])
+    inner = ACTIVATIONS[ops[0].activation](wide(inner)).to(rows.dtype)
+    out = torch.bmm(torch.stack([op.up for op in ops]), inner[:, :, None])[:, :, 0]
+    return wide(_plus(out, [op.up_bias for op in ops])) * torch.stack([op.scale for op in ops])
+
+
+def _plus(rows: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
+    present = [bias for bias in biases if bias is not None]
+    return rows + torch.stack(present) if present else rows

@@ -240,9 +240,14 @@ class AdaptedBlock:
         bottlenecks = [item for item in self.context.placed(self.path) if isinstance(item.op, BlockBottleneck)]
         if bottlenecks:
             y = out[0] if isinstance(out, tuple) else out
-            residual = self.context.residuals.pop(self.path)[0]
-            _replace(y[0], bottlenecks, lambda item, at, old: wide(old) + item.op.delta(old, residual[at]))  # type: ignore[attr-defined]
+            self._add(y[0], self.context.residuals.pop(self.path)[0], bottlenecks)
         return out
+
+    def _add(self, rows: Tensor, residual: Tensor, placed: Sequence[Placed]) -> None:
+        ops = [item.op for item in placed if isinstance(item.op, BlockBottleneck)]
+        at = [slice(item.segment.start, item.segment.stop) for item in placed]
+        deltas = iter(BlockBottleneck.deltas(ops, [rows[i] for i in at], [residual[i] for i in at]))
+        _replace(rows, placed, lambda item, at, old: wide(old) + next(deltas))
 
 
 def _replace(y: Tensor, placed: Sequence[Placed], new: Callable[[Placed, slice, Tensor], Tensor]) -> None:
