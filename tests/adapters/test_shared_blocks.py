@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from onebase.adapters.arena import Arena
 from onebase.adapters.cache import AdapterCache
 from onebase.adapters.entry import Entry
+from onebase.adapters.packing import pack
 from onebase.adapters.program import AdapterProgram, SiteOps
 from onebase.adapters.shared_blocks import SharedBlocks
 from onebase.kernels.dispatch import select_kernels
@@ -225,6 +227,21 @@ def test_a_newcomer_fills_a_broken_block_again() -> None:
     blocks.filled(start)
     assert blocks.are_filled(tensors)
     assert blocks.num_references == 2
+
+
+def test_equal_tensors_are_packed_once_whether_or_not_they_are_one_object() -> None:
+    a, b = _draw("x", RANK, WIDTH), _draw("yy", RANK, WIDTH)
+    op = SharedLowRank(a, b, _draw("m", RANK), _draw("o", WIDTH))
+    same, equal = replace(op), replace(op, a=a.clone(), b=b.clone())
+    other = replace(op, a=a + 1)
+    sites = {str(at): SiteOps(extra=(one,)) for at, one in enumerate((op, same, equal, other))}
+    packed = pack(AdapterProgram("d", "TEST", sites), torch.bfloat16)
+    assert len(packed.shared) == 3
+    keys = [packed.extra[path][0].slots["a"].shared for path in sites]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+    for key, tensor in ((keys[0], a), (keys[3], a + 1)):
+        assert key is not None
+        assert torch.equal(packed.shared[key], tensor.bfloat16().flatten())
 
 
 def test_no_room_for_one_of_them_takes_none() -> None:
