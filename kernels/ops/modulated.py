@@ -30,7 +30,7 @@ class ModulatedRows(TokenInstruction):
         return 2 * self.b.numel() + 2 * self.b.shape[1]
 
     def apply(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        factor = wide(self.a[tokens.clamp(min=0)] @ self.b) * (tokens >= 0)[:, None]
+        factor = wide(self.a[tokens.clamp(min=0)]) @ wide(self.b) * (tokens >= 0)[:, None]
         return (wide(rows) * (1 + self.scale * factor)).to(rows.dtype)
 
     def reference(self, tokens: Tensor, rows: Tensor) -> Tensor:
