@@ -12,13 +12,12 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.oft import MAX_BLOCKS, cayley_turn, check_block_size
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.rotate import BlockRotateIn, ButterflyIn
 from onebase.kernels.ops.vector import ScaleOut
@@ -48,7 +47,7 @@ class _Settings:
 def compile_boft(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = _read(files.fields)
-    ops = {group.site.path: _site_ops(group, settings, base) for group in linear_sites(files, base, (R, S))}
+    ops = {group.site.path: _site_ops(group, settings, base) for group in sites_with(files, base, (R, S))}
     return with_saved(ops, files, base)
 
 

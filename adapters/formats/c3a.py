@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from onebase.adapters.base import BaseModel
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.circulant import BlockCirculant
 
@@ -29,7 +28,7 @@ KERNEL = "c3a_kernel"
 def compile_c3a(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     ignore_training(files.fields, "block_size", "block_size_pattern")
-    ops = {group.site.path: _site_ops(group) for group in linear_sites(files, base, (KERNEL,))}
+    ops = {group.site.path: _site_ops(group) for group in sites_with(files, base, (KERNEL,))}
     return with_saved(ops, files, base, Beside(weight=True))
 
 

@@ -7,10 +7,6 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.targets import ignore_training
-from onebase.adapters.formats.targets import sites_with as linear_sites
-
-__all__ = ["base_weight", "finite", "ignore_training", "linear_sites"]
 
 
 def base_weight(base: BaseModel, site: Site) -> Tensor:

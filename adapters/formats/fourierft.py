@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 
 from onebase.adapters.base import BaseModel
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.locations import SEEDS, Locations, take_coefficients
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.sparse import compress
 from onebase.kernels.ops.spectral import FourierSparse
@@ -36,7 +35,7 @@ def compile_fourierft(files: AdapterFiles, base: BaseModel) -> Compiled:
     ignore_training(files.fields, "n_frequency", "n_frequency_pattern")
     locations = Locations(files.fields.integer("random_loc_seed", *SEEDS, default=777))
     scaling = files.fields.number("scaling")
-    groups = linear_sites(files, base, (SPECTRUM,))
+    groups = sites_with(files, base, (SPECTRUM,))
     ops = {group.site.path: _site_ops(group, locations, scaling) for group in groups}
     return with_saved(ops, files, base, Beside(weight=True))
 

@@ -7,11 +7,10 @@ means, its tensor says: [1, in_features] or [out_features, 1].
 from __future__ import annotations
 
 from onebase.adapters.base import BaseModel
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.vector import ScaleIn, ScaleOut
 
@@ -29,7 +28,7 @@ L = "ia3_l"
 def compile_ia3(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     ignore_training(files.fields, "feedforward_modules", "init_ia3_weights")
-    ops = {group.site.path: _site_ops(group) for group in linear_sites(files, base, (L,))}
+    ops = {group.site.path: _site_ops(group) for group in sites_with(files, base, (L,))}
     return with_saved(ops, files, base, Beside(bias=False))
 
 

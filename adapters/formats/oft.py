@@ -17,13 +17,12 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, SiteKind
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.keys import group_by_site
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.rotate import BlockRotateIn, TokenRotate
 
@@ -66,7 +65,7 @@ def compile_oft(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = _read(files.fields)
     ops = {group.site.path: SiteOps(extra=(_token_rotation(group, settings),)) for group in _embeddings(files, base)}
-    for group in linear_sites(files, base, (R,)):
+    for group in sites_with(files, base, (R,)):
         width = group.site.in_features
         ops[group.site.path] = SiteOps(extra=(BlockRotateIn(_turn(group, R, width, settings), width),))
     return with_saved(ops, files, base)

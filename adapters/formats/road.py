@@ -10,11 +10,10 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.rotate import PairRotateOut
 
@@ -37,7 +36,7 @@ def compile_road(files: AdapterFiles, base: BaseModel) -> Compiled:
     reason = f"it must be one of {', '.join(VARIANTS)}"
     variant = str(files.fields.choice("variant", VARIANTS, "road_1", reason))
     size = files.fields.integer("group_size", 2, MAX_GROUP, default=64)
-    groups = linear_sites(files, base, (THETA, ALPHA))
+    groups = sites_with(files, base, (THETA, ALPHA))
     ops = {group.site.path: _site_ops(group, variant, size) for group in groups}
     return with_saved(ops, files, base, Beside(bias=False))
 

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from onebase.adapters.base import BaseModel
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.entries import sparse, take_indices
 from onebase.adapters.formats.fields import MAX_RANK
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import SiteOps
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
@@ -30,7 +29,7 @@ def compile_shira(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     ignore_training(files.fields, "mask_type", "random_seed")
     r = files.fields.integer("r", 1, MAX_RANK)
-    ops = {group.site.path: _site_ops(group, r) for group in linear_sites(files, base, (WEIGHT, INDICES))}
+    ops = {group.site.path: _site_ops(group, r) for group in sites_with(files, base, (WEIGHT, INDICES))}
     return with_saved(ops, files, base, Beside(weight=True))
 
 

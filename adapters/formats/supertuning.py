@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.entries import sparse_flat, take_indices
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.program import LowRank, SiteOps
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
@@ -48,7 +47,7 @@ class _Settings:
 def compile_supertuning(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = _read(files.fields)
-    groups = linear_sites(files, base, (VALUES, INDICES, A, B))
+    groups = sites_with(files, base, (VALUES, INDICES, A, B))
     ops = {group.site.path: _site_ops(group, settings, base) for group in groups}
     return with_saved(ops, files, base)
 

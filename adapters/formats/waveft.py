@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.base import BaseModel
-from onebase.adapters.formats.derived import ignore_training, linear_sites
 from onebase.adapters.formats.fields import Fields
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.locations import SEEDS, Locations, take_coefficients
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.targets import SiteTensors
+from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with
 from onebase.adapters.formats.wavelets import WAVELETS, filters
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.sparse import Sparse, compress
@@ -49,7 +48,7 @@ class _Settings:
 def compile_waveft(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     settings = _read(files.fields)
-    ops = {group.site.path: _site_ops(group, settings) for group in linear_sites(files, base, (SPECTRUM,))}
+    ops = {group.site.path: _site_ops(group, settings) for group in sites_with(files, base, (SPECTRUM,))}
     return with_saved(ops, files, base, Beside(weight=True))
 
 
