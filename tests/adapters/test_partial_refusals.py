@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pathlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from onebase.kernels.ops.sparse import Sparse
 
 from .conftest import TinyBase
 
+DOCUMENT = Path(__file__).parents[2] / "docs/partial.md"
 Q0 = "model.layers.0.self_attn.q_proj"
 PARTIAL = {"peft_type": "PARTIAL", "mode": "add"}
 BOTTLENECK = {"peft_type": "BOTTLENECK", "bottleneck_size": 2, "non_linearity": "tanh", "scaling": 1.0}
@@ -122,3 +127,23 @@ def test_bottleneck_refusals(case: str, tmp_path: Path, llama: nn.Module) -> Non
     changes, tensors, message = BOTTLENECKS[case]
     with pytest.raises(AdapterRejected, match=message):
         compiled(tmp_path, llama, BOTTLENECK | changes, tensors())
+
+
+def test_the_lines_in_the_documentation_write_adapters(
+    tmp_path: Path, llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of them say the same change: a bias whole, and by its entries."""
+    monkeypatch.chdir(tmp_path)
+    whole, single = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    model = copy.deepcopy(llama)
+    bias = model.get_submodule(Q0).bias.requires_grad_(True)
+    names = {"model": model, "before": {n: p.detach().clone() for n, p in model.named_parameters()}}
+    bias.data[3] += 0.5
+    scope: dict[str, Any] = {"pathlib": pathlib, "safetensors": safetensors, **names}
+    for lines in (whole, single):
+        exec(lines, scope)
+        program = compile_folder(tmp_path / "my-adapter", TinyBase(llama), "d")
+        assert program.ops.keys() == {Q0}
+        added = program.ops[Q0].add_out
+        assert added is not None
+        torch.testing.assert_close(added, torch.eye(32)[3] * 0.5)
