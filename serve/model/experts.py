@@ -113,11 +113,12 @@ def through_experts(
     order = torch.argsort(keys, stable=True)
     size = experts.num_experts * num_runs
     counts = torch.bincount(keys, minlength=size)[:size].view(-1, num_runs).tolist()
-    done, parts = 0, []
+    done, parts = 0, [x.new_zeros(0, x.shape[1])]
     for expert, by_run in enumerate(counts):
         if total := sum(by_run):
             source = x[order[done : done + total] // k]
-            parts.append(_one_expert(module, experts, expert, source, list(zip(by_run, runs, strict=False))))
+            some = [(length, run) for length, run in zip(by_run, runs, strict=False) if length]
+            parts.append(_one_expert(module, experts, expert, source, some))
             done += total
     out = x.new_zeros(len(order), x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype))
     order = order[:done]
@@ -146,11 +147,10 @@ def _product(
     for length, run in by_run:
         rows = slice(start, start + length)
         start += length
-        ops = [(item.op, item.segment.scale) for item in run.placed if length]
         deltas = [
-            op.delta(x[rows], expert) * scale
-            for op, scale in ops
-            if isinstance(op, ExpertLowRank) and op.parameter == parameter.name
+            item.op.delta(x[rows], expert) * item.segment.scale
+            for item in run.placed
+            if isinstance(item.op, ExpertLowRank) and item.op.parameter == parameter.name
         ]
         if deltas:
             y[rows] = sum(deltas, wide(y[rows])).to(y.dtype)
