@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from onebase.adapters.errors import EngineDead
 from onebase.serve.api.detokenizer import Detokenizer
@@ -44,21 +45,25 @@ class Delta:
 
 @dataclass(slots=True)
 class Usage:
+    """cached_tokens: of the prompts, given by the prefix cache to the first choice of each."""
+
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All sequences of one HTTP request. ``requests[i]`` becomes the choice with index i.
+    """All sequences of one HTTP request. ``requests[i]`` becomes the choice with index i; each prompt has ``choices``.
 
     echoes: the text of each one's prompt, where the answer is to start with it.
     """
@@ -69,6 +74,7 @@ class Job:
     requests: tuple[Request, ...]
     stops: tuple[str, ...]
     usage: Usage
+    choices: int = 1
     echoes: tuple[str, ...] = ()
 
     @property
@@ -99,6 +105,8 @@ class Job:
                 if output.prompt_logprobs is not None:
                     prompt.add(output.prompt_logprobs)
                     continue
+                if index % self.choices == 0:
+                    self.usage.cached_tokens += output.cached_tokens
                 if (first := prompt.take(index)) is not None:
                     yield first
                 delta = _delta(index, text, output, silent)
@@ -210,7 +218,7 @@ def plan(
             requests.append(Request(uuid.uuid4().hex, ids, sampling, target.uses))
     usage = Usage(sum(len(prompt) for prompt in prompts))
     texts = tuple(echo for echo in echoes for _ in range(body.choices))
-    return Job(server, loaded, target, tuple(requests), body.stops, usage, texts)
+    return Job(server, loaded, target, tuple(requests), body.stops, usage, body.choices, texts)
 
 
 def _seed(asked: int | None, choice: int) -> int:

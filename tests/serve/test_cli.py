@@ -144,7 +144,9 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "max_inflight_seqs": "9", "max_inflight_tokens": "10", "api_key": "k", "admin_key": "l",
     }  # fmt: skip
     arguments = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
-    done = CliRunner().invoke(app, ["serve", "m", "--trust-remote-code", "--insecure", "--no-prefix-caching", *arguments])
+    done = CliRunner().invoke(
+        app, ["serve", "m", "--trust-remote-code", "--insecure", "--no-prefix-caching", "--deterministic", *arguments]
+    )
     assert done.exit_code == 0, done.output
     (settings,) = given
     assert set(settings.model_fields_set) == set(Settings.model_fields)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from onebase.serve.engine.messages import TokenOutput
+
 
 def events(text: str) -> list[Any]:
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
@@ -31,6 +33,7 @@ def test_completion_has_the_openai_shape(run: Any, open_site: Any) -> None:
                 "prompt_tokens": len(prompt),
                 "completion_tokens": 4,
                 "total_tokens": len(prompt) + 4,
+                "prompt_tokens_details": {"cached_tokens": 0},
             }
 
     run(body())
@@ -109,6 +112,16 @@ def test_ids_are_taken_as_they_are(run: Any, open_site: Any) -> None:
             await site.complete(prompt=[90, 91, 92], max_tokens=1)
             await site.complete(prompt=[[90], [91, 92]], max_tokens=1)
             assert sorted(r.prompt for r in site.engine.requests) == [(90,), (90, 91, 92), (91, 92)]
+
+    run(body())
+
+
+def test_usage_tells_what_the_prefix_cache_gave(run: Any, open_site: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            site.engine.reply = lambda request: [TokenOutput(request.id, (90,), "length", cached_tokens=32)]
+            answer = (await site.complete(prompt=["x", "y"], n=2, max_tokens=1)).json()
+            assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 64}
 
     run(body())
 
