@@ -45,6 +45,12 @@ IGNORED_FILES = (
     "head_config.json",
     "trainer_state.json",
 )
+_FUSION = "AdapterFusion mixes the outputs of several adapters by attention, which is not served; load them one by one"
+_REFUSED_FILES = {
+    "adapter_fusion_config.json": _FUSION,
+    "model_adapter_fusion.safetensors": _FUSION,
+    "adapter_interface.json": "it was trained through AdapterHub's plug-in interface, which puts adapters elsewhere",
+}
 _TENSOR_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -72,6 +78,8 @@ def file_role(name: str) -> FileRole:
     """What a file of this name is for. Raises AdapterRejected for every name that is not allowed."""
     if name == CONFIG_FILE:
         return FileRole.CONFIG
+    if reason := _REFUSED_FILES.get(name):
+        raise AdapterRejected(f"{name!r} is refused: {reason}.", param="files")
     if _TENSOR_FILE.fullmatch(name):
         return FileRole.TENSORS
     if name in IGNORED_FILES:

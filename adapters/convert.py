@@ -24,7 +24,7 @@ PICKLES = {
     "pytorch_adapter.bin": "adapter.safetensors",
     "pytorch_model_head.bin": "model_head.safetensors",
 }
-_FUSION = ("adapter_fusion_config.json", "pytorch_model_adapter_fusion.bin", "model_adapter_fusion.safetensors")
+_FUSION = ("adapter_fusion_config.json", "pytorch_model_adapter_fusion.bin")
 TIMEOUT_SECONDS = 900
 
 
@@ -64,8 +64,8 @@ def _pickles(source: Path) -> list[Path]:
         raise AdapterRejected(f"{str(source)!r} is not a folder (links are not followed).", param="source")
     names = {entry.name for entry in source.iterdir()}
     if fusion := sorted(names.intersection(_FUSION)):
-        reason = "AdapterFusion mixes several adapters by attention over their outputs, which is not served"
-        raise AdapterRejected(f"{fusion[0]!r}: {reason}; convert the adapters one by one.", param="files")
+        reason = "AdapterFusion mixes the outputs of several adapters by attention, which is not served"
+        raise AdapterRejected(f"{fusion[0]!r}: {reason}; convert them one by one.", param="files")
     files = [source / name for name in PICKLES if name in names]
     if not any(file.name != "pytorch_model_head.bin" for file in files):
         known = ", ".join(PICKLES)

@@ -71,6 +71,8 @@ def compile_lora(file: HubFile, settings: HubLoraSettings) -> dict[str, SiteOps]
         site = file.site_of(key, module)
         if site.kind is not SiteKind.LINEAR:
             raise AdapterRejected(f"The tensor {key!r} adapts {site.path}, which is no linear module.", param=key)
+        if site.path in ops:
+            raise AdapterRejected(f"The tensor {key!r} adapts {site.path}, and others do so too.", param=key)
         fused = site.path.rpartition(".")[2] in _FUSED
         if settings.scales:
             ops[site.path] = _scaled(file, group, settings, site, fused)

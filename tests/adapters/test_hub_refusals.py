@@ -190,6 +190,16 @@ TENSORS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
         "z_proj.*no such module",
     ),
     "lora on a norm": ("lora", lambda t: t.update({"model.norm.loras.task.lora_B": torch.ones(1)}), "no linear module"),
+    "one module in two spellings": (
+        "lora",
+        lambda t: t.update({key.removeprefix("model."): tensor.clone() for key, tensor in t.items()}),
+        "others do so too",
+    ),
+    "one block in two spellings": (
+        "bottleneck",
+        lambda t: t.update({key.removeprefix("model."): tensor.clone() for key, tensor in t.items()}),
+        "has no meaning",
+    ),
     "another name": ("lora", lambda t: t.update({LORA_B.replace("task", "mask"): torch.ones(32, 2)}), "no meaning"),
     "copies that differ": ("prefix", lambda t: t[POOL].add_(1), "differs from another copy"),
     "no prefix": ("prefix", lambda t: t.clear() or t.update({"x": torch.ones(1)}), "no tensor is named"),
@@ -257,3 +267,11 @@ def test_alpha_of_faulty_versions_is_the_rank(write: Callable[..., Path], llama:
         low_rank = program.ops["model.layers.0.self_attn.q_proj"].low_rank
         assert low_rank is not None
         assert low_rank.scale == scale
+
+
+@pytest.mark.parametrize("name", ["adapter_fusion_config.json", "model_adapter_fusion.safetensors"])
+def test_fusions_are_refused_by_name(name: str, write: Callable[..., Path], llama: nn.Module) -> None:
+    folder = write("bottleneck")
+    (folder / name).write_text("{}")
+    with pytest.raises(AdapterRejected, match="AdapterFusion"):
+        compiled(folder, llama)
