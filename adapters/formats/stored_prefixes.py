@@ -42,10 +42,13 @@ def compile_cartridge(files: AdapterFiles, base: BaseModel) -> Compiled:
 
 
 def _compile(files: AdapterFiles, base: BaseModel) -> Compiled:
-    length = read_prompt_length(files.fields)
     kv_heads, head_dim = _kv_shape(base)
-    require_key(files.tensors, KEY)
     num_layers = len(base.layers)
+    shape = {"num_layers": num_layers, "num_attention_heads": kv_heads, "token_dim": kv_heads * head_dim}
+    for name, value in shape.items():
+        files.fields.choice(name, (value, None), None, f"the base's keys and values need {value}")
+    length = read_prompt_length(files.fields)
+    require_key(files.tensors, KEY)
     meaning = f"num_virtual_tokens, 2 x {num_layers} layers x {kv_heads} key-value heads x {head_dim}"
     check_shape(KEY, files.tensors, (length, 2 * num_layers * kv_heads * head_dim), meaning)
     stored = files.tensors.take(KEY).float().view(length, num_layers, 2, kv_heads, head_dim)

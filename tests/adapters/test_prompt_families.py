@@ -151,6 +151,14 @@ def test_a_prompt_needs_an_embedding_over_the_vocabulary(base: LayeredBase, tmp_
         _compile(tmp_path / "a", "PROMPT_TUNING", base)
 
 
+@pytest.mark.parametrize("name", ["num_layers", "num_attention_heads", "token_dim"])
+def test_prefixes_are_cut_as_peft_cuts_them(name: str, base: LayeredBase, tmp_path: Path) -> None:
+    right = {"num_layers": 2, "num_attention_heads": 2, "token_dim": 16}
+    _compile(tmp_path / "a", "PREFIX_TUNING", base, right)
+    with pytest.raises(AdapterRejected, match=name):
+        _compile(tmp_path / "a", "PREFIX_TUNING", base, right | {name: right[name] * 2})
+
+
 def test_prefixes_need_layers_that_are_alike(llama: nn.Module, tmp_path: Path) -> None:
     mixed = (LAYERS[0], dataclasses.replace(LAYERS[1], num_kv_heads=4))
     for base in (LayeredBase(llama, mixed), LayeredBase(llama, model_type="gpt_bigcode")):

@@ -67,7 +67,11 @@ CASES = [
         move=_move,
         forward=_task,
     ),
-    Case("prefix", lambda name: peft.PrefixTuningConfig(num_virtual_tokens=11, **_CAUSAL), move=_move),
+    Case(
+        "prefix",
+        lambda name: peft.PrefixTuningConfig(num_virtual_tokens=11, **_CAUSAL),
+        move=_move,  # longer than the sliding window of gemma2's first layer
+    ),
     Case(
         "prefix-projection",
         lambda name: peft.PrefixTuningConfig(

@@ -17,7 +17,7 @@ from torch import Tensor
 from onebase.serve.engine.messages import Request, SamplingParams, TokenOutput
 
 INVOCATION = (7, 8)
-_PROMPT = {"num_virtual_tokens": 11, "token_dim": 64, "num_layers": 2, "num_transformer_submodules": 1}
+_PROMPT = {"num_virtual_tokens": 11, "num_layers": 2, "num_transformer_submodules": 1}
 
 
 def _folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
