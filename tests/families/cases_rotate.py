@@ -114,7 +114,8 @@ CASES = [
     Case("road-2", _road("road_2"), LINEAR),
     Case("road-4", _road("road_4"), LINEAR),
     Case("ia3", _ia3),
-    Case("fourierft", _fourier(n_frequency=200, scaling=300.0), move=_moved(1.0)),
+    # A larger scale would measure the rounding of PEFT: at 300 it is 3e-4 from itself in float64 on OPT.
+    Case("fourierft", _fourier(n_frequency=200, scaling=100.0), move=_moved(1.0)),
     Case(
         "fourierft-pattern",
         _fourier(n_frequency=300, scaling=200.0, random_loc_seed=5, n_frequency_pattern={"q_proj": 17}),
