@@ -81,20 +81,18 @@ def compile_lora(files: AdapterFiles, base: BaseModel) -> Compiled:
         raise refused("target_parameters", next(iter(ops)), "PEFT has nothing but plain LoRA on parameters of experts")
     for path, keys in group_by_site(files.tensors, base, _SUFFIXES).items():
         ops[path] = _site_ops(base.sites[path], keys, files.tensors, settings, base)
-    for path, rows in lora_token_rows(files, base).items():
-        if path in ops:
-            raise AdapterRejected(f"{path} has both factors and trained rows, which PEFT cannot run.", param=path)
-        ops[path] = rows
+    rows = lora_token_rows(files, base)
+    for path in ops.keys() & rows.keys():
+        raise AdapterRejected(f"{path} has both factors and trained rows, which PEFT cannot run.", param=path)
     reads_weight = settings.variant is Variant.DORA or settings.shift is not Shift.NONE
-    compiled = with_saved(ops, files, base, Beside(weight=not reads_weight))
-    return _activated(compiled, set(ops), settings)
+    compiled = with_saved(ops | rows, files, base, Beside(weight=not reads_weight))
+    return _activated(compiled, ops, settings) if settings.invocation else compiled
 
 
-def _activated(compiled: Compiled, adapted: set[str], settings: LoraSettings) -> Compiled:
+def _activated(compiled: Compiled, factors: Mapping[str, SiteOps], settings: LoraSettings) -> Compiled:
     """Activated LoRA masks the factors; whole parameters would act on every token."""
-    if not settings.invocation:
-        return compiled
-    if compiled.head is not None or compiled.ops.keys() != adapted:
+    whole = [path for path, op in compiled.ops.items() if op is not factors.get(path)]
+    if whole or compiled.head is not None:
         raise refused(Variant.ACTIVATED, list(settings.invocation), "it is not served together with whole parameters")
     return Compiled(compiled.ops, invocation=settings.invocation)
 

@@ -68,8 +68,9 @@ def with_saved(
     found = dict(ops)
     for path, keys in groups.items():
         copies = take_copies(base.sites[path], _plain(keys), files.tensors, base)
-        if copies.weight is not None or copies.bias is not None:
-            _check_spelling(path, keys, path in ops)
+        if copies.weight is None and copies.bias is None:
+            continue
+        _check_spelling(path, keys, path in ops)
         tied = () if _is_named(path, names) else (p for p in base.tied(path) if p not in groups)
         for target in (path, *tied):
             if target in ops:

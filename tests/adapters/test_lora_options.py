@@ -160,6 +160,7 @@ TENSORS: dict[str, tuple[dict[str, Any], str, Tensor | None, str]] = {
         "distinct tokens",
     ),
     "invocation and a saved module": ({"alora_invocation_tokens": [3]}, f"{DOWN}.weight", draw(32, 48), "whole param"),
+    "invocation and a bias": ({"alora_invocation_tokens": [3]}, f"{Q}.base_layer.bias", draw(32), "whole param"),
     "what only MonteCLoRA reads": ({}, f"{Q}.lora_monteclora_sampler.std_prior", draw(1), "lora_monteclora_sampler"),
 }
 
