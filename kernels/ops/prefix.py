@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -46,8 +47,26 @@ class GatedPrefix(Instruction):
 
     def delta(self, q: Tensor, scale: float) -> Tensor:
         """q: [n, heads, head_dim], rotated as for the real keys -> the same shape in float32."""
-        group = q.shape[1] // self.keys.shape[1]
-        query = wide(q).reshape(len(q), self.keys.shape[1], group, q.shape[2])
+        query = _grouped(q, self.keys.shape[1])
         logits = torch.einsum("nkgd,tkd->nkgt", query, wide(self.keys)) * scale
         mixed = torch.einsum("nkgt,tkd->nkgd", torch.softmax(logits, dim=-1), wide(self.values))
         return mixed.flatten(1, 2) * self.gate[:, None]
+
+    @classmethod
+    def batched(cls, ops: Sequence[Self], lengths: Sequence[int], q: Tensor, scale: float) -> Tensor:
+        """Several programs at once: q holds lengths[i] rows of ops[i], one run after the other.
+
+        In decode, where each has one row, prefixes of one length share their launches.
+        """
+        if len(ops) == 1 or len(q) > len(ops) or len({len(op.keys) for op in ops}) > 1:
+            parts = torch.split(q, list(lengths))
+            return torch.cat([op.delta(part, scale) for op, part in zip(ops, parts, strict=True)])
+        keys, values = (wide(torch.stack(each)) for each in ([op.keys for op in ops], [op.values for op in ops]))
+        logits = torch.einsum("nkgd,ntkd->nkgt", _grouped(q, keys.shape[2]), keys) * scale
+        mixed = torch.einsum("nkgt,ntkd->nkgd", torch.softmax(logits, dim=-1), values)
+        return mixed.flatten(1, 2) * torch.stack([op.gate.expand(q.shape[1]) for op in ops])[:, :, None]
+
+
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """[n, heads, head_dim] -> [n, kv_heads, heads of each, head_dim], in float32 or wider."""
+    return wide(q).reshape(len(q), kv_heads, q.shape[1] // kv_heads, q.shape[2])

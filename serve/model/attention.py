@@ -169,14 +169,18 @@ def _add_gated(context: AttentionContext, layer: int, query: Tensor, out: Tensor
     if context.sites is None:
         return
     path = context.paths[layer]
-    for item in context.sites.placed(path):
-        if isinstance(item.op, GatedPrefix):
-            at = slice(item.segment.start, item.segment.stop)
-            delta = item.segment.scale * item.op.delta(query[at], scale)
-            if item.op.projected:
-                out[at] = (wide(out[at]) + delta).to(out.dtype)
-            else:
-                context.sites.beside.setdefault(path, []).append((at, delta.flatten(1)))
+    gated = [(item.segment, item.op) for item in context.sites.placed(path) if isinstance(item.op, GatedPrefix)]
+    if not gated:
+        return
+    rows = [slice(segment.start, segment.stop) for segment, _ in gated]
+    lengths = [segment.length for segment, _ in gated]
+    deltas = GatedPrefix.batched([op for _, op in gated], lengths, torch.cat([query[at] for at in rows]), scale)
+    for (segment, op), at, delta in zip(gated, rows, torch.split(deltas, lengths), strict=True):
+        scaled = delta if segment.scale == 1 else delta * segment.scale
+        if op.projected:
+            out[at] = (wide(out[at]) + scaled).to(out.dtype)
+        else:
+            context.sites.beside.setdefault(path, []).append((at, scaled.flatten(1)))
 
 
 def _refuse_unknown(
