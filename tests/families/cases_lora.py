@@ -182,7 +182,9 @@ CASES = [
     Case("olora", lambda name: _lora(name, init_lora_weights="olora"), LINEAR_ONLY),
     Case(
         "kasa",
-        lambda name: _lora(name, target_modules=_first_half(name), kasa_config=peft.tuners.lora.KasaConfig()),
+        lambda name: _lora(
+            name, lora_alpha=3, target_modules=_first_half(name), kasa_config=peft.tuners.lora.KasaConfig()
+        ),
         LINEAR_ONLY,
     ),
     Case("bdlora", lambda name: _lora(name, use_bdlora=_blocks(name)), LINEAR_ONLY),
