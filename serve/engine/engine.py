@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from onebase.adapters.arena import Arena
 from onebase.adapters.cache import AdapterCache
 from onebase.adapters.entry import Entry, State
@@ -21,8 +19,8 @@ from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.combine import check_combination, without_idle
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
+from onebase.serve.engine.draw import draw, draw_apart
 from onebase.serve.engine.layout import Layout
-from onebase.serve.engine.logprobs import told
 from onebase.serve.engine.memory import plan_memory
 from onebase.serve.engine.messages import (
     AdapterGone,
@@ -39,7 +37,7 @@ from onebase.serve.engine.messages import (
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.prefix_cache import PrefixCache
 from onebase.serve.engine.runner import ModelRunner
-from onebase.serve.engine.sampler import NOT_FINITE, sample
+from onebase.serve.engine.sampler import NOT_FINITE
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.model.loader import LoadedModel, load_model
@@ -73,7 +71,7 @@ class Engine:
             if config.deterministic
             else ModelRunner(base, plans, instructions)
         )
-        self._rows_apart = config.deterministic
+        self._draw = draw_apart if config.deterministic else draw
         self.info = EngineInfo(
             architecture=type(base.model).__name__,
             fingerprint=base.fingerprint,
@@ -171,13 +169,6 @@ class Engine:
             if sequence.id in self._sequences:
                 outputs.append(self._deliver(sequence, token, logprobs))
         return outputs
-
-    def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[tuple[int, Logprobs | None]]:
-        """A token for each row, and its log-probabilities where they were asked for."""
-        if not self._rows_apart:
-            return _drawn(logits, sequences)
-        each = zip(logits.split(1), sequences, strict=True)
-        return [drawn for row, sequence in each for drawn in _drawn(row.clone(), [sequence])]
 
     def _account(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
@@ -345,12 +336,6 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
-
-
-def _drawn(logits: Tensor, sequences: list[Sequence]) -> list[tuple[int, Logprobs | None]]:
-    params = [sequence.request.sampling for sequence in sequences]
-    tokens = sample(logits, params, [len(sequence.tokens) for sequence in sequences])
-    return list(zip(tokens.tolist(), told(logits, tokens, params), strict=True))
 
 
 def _adapter_tier(

@@ -10,11 +10,14 @@ import pytest
 import torch
 import transformers
 
+from onebase.adapters.program import LowRank, SiteOps
+from onebase.kernels.ops.tokens import SoftPrompt
 from onebase.serve.engine import prompts
 from onebase.serve.engine.logprobs import LEAST, cut, joined, score, told, unpack
 from onebase.serve.engine.messages import Failure, SamplingParams
 
 from .ear import Ear
+from .programs import PROMPT, Programs
 
 TOLERANCE = 1e-4
 
@@ -154,3 +157,36 @@ def test_logits_that_are_not_finite_fail_the_prompt(make_driver: Callable[..., A
     request_id = driver.submit([4, 50, 5], prompt_logprobs=0)
     driver.run()
     assert "not finite" in driver.failures[request_id].message
+
+
+def test_prompts_behind_virtual_tokens_and_activated_adapters(
+    make_driver: Callable[..., Any], checkpoint: Callable[..., Any]
+) -> None:
+    """Against transformers' own model over the embeddings themselves, and over a matrix changed from a token on."""
+    driver = make_driver("llama", max_batch_tokens=5)
+    programs, ear = Programs(driver), Ear(driver)
+    generator = torch.Generator().manual_seed(0)
+    soft = torch.randn(3, 64, generator=generator)
+    programs.add(
+        "soft", {"model.embed_tokens": SiteOps(extra=(SoftPrompt(soft),))}, num_virtual_tokens=3, first_position=3
+    )
+    a, b = torch.randn(2, 64, generator=generator), torch.randn(128, 2, generator=generator)
+    programs.add("late", {"lm_head": SiteOps(low_rank=LowRank(a, b.T.contiguous(), 1.0))}, invocation=(64,))
+    soft_id, late_id = (
+        driver.submit(PROMPT, programs.use(name), max_tokens=1, prompt_logprobs=1) for name in ("soft", "late")
+    )
+    driver.run()
+    assert not driver.failures
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
+    with torch.inference_mode():
+        embedded = torch.cat([soft, model.get_input_embeddings()(torch.tensor(PROMPT))])
+        behind = torch.log_softmax(model(inputs_embeds=embedded[None]).logits[0, 3:].float(), -1)
+        hidden = model.model(torch.tensor([PROMPT])).last_hidden_state[0]
+        logits = model.lm_head(hidden)
+        logits[PROMPT.index(64) :] += (hidden @ a.T @ b.T)[PROMPT.index(64) :]
+    for request_id, expected in ((soft_id, behind), (late_id, torch.log_softmax(logits, -1))):
+        said = ear.prompt[request_id]
+        assert [one.token for one in said] == PROMPT[1:]
+        for position, one in enumerate(said):
+            assert one.logprob == pytest.approx(float(expected[position, one.token]), abs=TOLERANCE)
+            assert one.top[0][1] == pytest.approx(float(expected[position].max()), abs=TOLERANCE)
