@@ -13,7 +13,7 @@ from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, EngineErro
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
 from onebase.adapters.traits import Traits
-from onebase.kernels.dispatch import Choice, select_kernels
+from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.combine import check_combination, without_idle
@@ -64,8 +64,7 @@ class Engine:
             config.max_num_seqs,
         )
         plans, instructions = StepPlans(), InstructionTable()
-        choice: Choice = "reference" if config.deterministic else "auto"
-        self.adapters = _adapter_tier(base, memory.adapter_bytes, plans, instructions, choice)
+        self.adapters = _adapter_tier(config, base, memory.adapter_bytes, plans, instructions)
         self.runner = (
             DeterministicRunner(base, plans, instructions, memory.num_pages, memory.max_model_len)
             if config.deterministic
@@ -339,13 +338,13 @@ class Engine:
 
 
 def _adapter_tier(
-    base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable, choice: Choice
+    config: EngineConfig, base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable
 ) -> AdapterCache:
     """The arena, the tables, the kernels over them, and every site behind its adapters."""
     arena = Arena(num_bytes // base.dtype.itemsize, base.dtype, base.device)
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
-    kernels = select_kernels(tables, choice)
+    kernels = select_kernels(tables, "reference") if config.deterministic else select_kernels(tables)
     kernels.warm_up()
     context = SiteContext(kernels, tables, instructions, plans)
     wrap_sites(base.probed, base.norms, base.blocks, context)

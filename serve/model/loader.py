@@ -113,7 +113,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     """Make a loaded model ready: attach the attention context, probe it, find its limits."""
     model.set_attn_implementation(ATTENTION_NAME)
     text = model.config.get_text_config()
-    body = select_attention(model.device, "blocks" if config.deterministic else "auto")
+    body = select_attention(model.device, "blocks") if config.deterministic else select_attention(model.device)
     context = AttentionContext(body, config.page_size, num_pages=-(-PROBE_TOKENS // config.page_size))
     context.attach(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
