@@ -82,7 +82,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]())
             for name, parameter in model.named_parameters():  # biases and norms too: nothing may be a no-op
                 is_scale = parameter.dim() == 1 and name.endswith("weight")
-                torch.nn.init.normal_(parameter, mean=float(is_scale), std=0.2)
+                from_zero = architecture.startswith("gemma")  # their norms multiply by one plus the weight
+                torch.nn.init.normal_(parameter, mean=float(is_scale and not from_zero), std=0.2)
             made[architecture] = tmp_path_factory.mktemp(architecture)
             model.save_pretrained(made[architecture])
         return made[architecture]

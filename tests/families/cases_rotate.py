@@ -74,10 +74,7 @@ def _ia3(name: str) -> Any:
 
 def _fourier(scaling: float, **options: Any) -> Callable[[str], Any]:
     """Larger scales would measure the rounding of PEFT: at 300 it is 3e-4 from itself in float64 on OPT."""
-    gentle = {"gemma2": 0.1}
-    return lambda name: peft.FourierFTConfig(
-        target_modules=TARGETS[name], scaling=scaling * gentle.get(name, 1.0), **options
-    )
+    return lambda name: peft.FourierFTConfig(target_modules=TARGETS[name], scaling=scaling, **options)
 
 
 def _wave(**options: Any) -> Callable[[str], Any]:
