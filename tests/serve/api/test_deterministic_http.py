@@ -1,4 +1,4 @@
-"""--deterministic through HTTP: the same answer, to the last bit of its log-probabilities, however busy the server is."""
+"""--deterministic through HTTP: the same answer, to the last bit of its log-probabilities, on a busy server."""
 
 from __future__ import annotations
 
