@@ -15,8 +15,9 @@ from onebase.kernels.ops.prefix import KvPrefix
 class Traits:
     """See AdapterProgram for the first three.
 
-    stores_prefix: its virtual tokens are stored keys and values, which nothing has to compute. unscalable: sites where only the scales 0 and 1 mean something. inputs, maps: linear sites where it changes what the
-    base reads, and where it reads what the base gave.
+    unscalable: sites where only the scales 0 and 1 mean something. inputs, maps: linear sites where it changes what the
+    base reads, and where it reads what the base gave. stores_prefix: its virtual tokens are stored keys and values,
+    which nobody has to compute.
     """
 
     num_virtual_tokens: int = 0

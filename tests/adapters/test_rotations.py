@@ -306,7 +306,7 @@ def test_places_are_drawn_from_matrices_of_a_bounded_size(tmp_path: Path, monkey
 @pytest.mark.parametrize("config", [OFT, peft.BOFTConfig(**Q, boft_block_size=8)], ids=lambda c: c.peft_type)
 def test_blocks_are_of_a_bounded_size(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, _ = saved(config, tmp_path, 48, 32)
-    monkeypatch.setattr("onebase.adapters.formats.oft.MAX_BLOCK_SIZE", 7)
+    monkeypatch.setattr("onebase.adapters.formats.peft.oft.MAX_BLOCK_SIZE", 7)
     with pytest.raises(AdapterTooLarge, match="q is rotated in blocks of 8; at most 7"):
         compile_folder(tmp_path, base, "d")
 

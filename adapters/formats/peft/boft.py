@@ -14,7 +14,7 @@ from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
-from onebase.adapters.formats.oft import MAX_BLOCKS, cayley_turn, check_block_size
+from onebase.adapters.formats.peft.oft import MAX_BLOCKS, cayley_turn, check_block_size
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved
 from onebase.adapters.formats.targets import SiteTensors, ignore_training, sites_with

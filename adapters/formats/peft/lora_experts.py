@@ -15,8 +15,8 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
 from onebase.adapters.formats.keys import check_shape
-from onebase.adapters.formats.lora_settings import LoraSettings
-from onebase.adapters.formats.lora_single_experts import take_single_experts, today
+from onebase.adapters.formats.peft.lora_settings import LoraSettings
+from onebase.adapters.formats.peft.lora_single_experts import take_single_experts, today
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.experts import ExpertLowRank, RouterLowRank
 

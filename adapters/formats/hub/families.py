@@ -13,10 +13,10 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.family_names import HUB_FAMILIES
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
-from onebase.adapters.formats.hub_bottleneck import compile_bottlenecks, read_bottleneck
-from onebase.adapters.formats.hub_keys import HubFile
-from onebase.adapters.formats.hub_lora import compile_lora, read_lora
-from onebase.adapters.formats.hub_prefix import compile_prefix, read_prefix
+from onebase.adapters.formats.hub.bottleneck import compile_bottlenecks, read_bottleneck
+from onebase.adapters.formats.hub.keys import HubFile
+from onebase.adapters.formats.hub.lora import compile_lora, read_lora
+from onebase.adapters.formats.hub.prefix import compile_prefix, read_prefix
 from onebase.adapters.formats.keys import take_base_copy
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.program import SiteOps

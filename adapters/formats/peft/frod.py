@@ -17,8 +17,8 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.derived import base_weight, finite
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
-from onebase.adapters.formats.frod_basis import Basis, Recipe, category_of, compute_bases
 from onebase.adapters.formats.keys import check_shape
+from onebase.adapters.formats.peft.frod_basis import Basis, Recipe, category_of, compute_bases
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import with_saved

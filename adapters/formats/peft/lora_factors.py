@@ -11,7 +11,7 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import refused
 from onebase.adapters.formats.files import TensorBag
 from onebase.adapters.formats.keys import check_shape
-from onebase.adapters.formats.lora_settings import LoraSettings, Variant
+from onebase.adapters.formats.peft.lora_settings import LoraSettings, Variant
 
 A, B = "lora_A.weight", "lora_B.weight"
 TOKEN_A, TOKEN_B = "lora_embedding_A", "lora_embedding_B"

@@ -22,8 +22,8 @@ from torch import Tensor
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.activations import take_activation
 from onebase.adapters.formats.fields import MAX_RANK, Fields, as_number, refused
-from onebase.adapters.formats.hub_keys import Group, HubFile
-from onebase.adapters.formats.hub_phm import PhmLayer, PhmSettings, read_phm
+from onebase.adapters.formats.hub.keys import Group, HubFile
+from onebase.adapters.formats.hub.phm import PhmLayer, PhmSettings, read_phm
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.bottleneck import BlockBottleneck, Reads
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from onebase.adapters.base import Site, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
-from onebase.adapters.formats.hub_keys import Group, HubFile
+from onebase.adapters.formats.hub.keys import Group, HubFile
 from onebase.adapters.program import LowRank, SiteOps
 from onebase.kernels.ops.vector import ScaleOut
 

@@ -14,7 +14,7 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
 from onebase.adapters.formats.keys import check_shape, find_site, group_by_site
-from onebase.adapters.formats.lora_settings import HARMLESS
+from onebase.adapters.formats.peft.lora_settings import HARMLESS
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
 from onebase.adapters.program import LowRank, SiteOps

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import MAX_RANK, Fields
-from onebase.adapters.formats.hub_keys import Group, HubFile
+from onebase.adapters.formats.hub.keys import Group, HubFile
 
 MAX_PHM_DIM = 64
 _FIELDS = (

@@ -11,8 +11,8 @@ from onebase.adapters.base import BaseModel
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.keys import check_shape
+from onebase.adapters.formats.peft.soft_prompts import KEY, read_prompt_length, require_key
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.formats.soft_prompts import KEY, read_prompt_length, require_key
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.prefix import KvPrefix
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.lora_settings import Shift
+from onebase.adapters.formats.peft.lora_settings import Shift
 
 _ROWS = 1024
 

@@ -21,13 +21,13 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
 from onebase.adapters.formats.keys import check_shape, group_by_site
-from onebase.adapters.formats.lora_experts import take_expert_factors
-from onebase.adapters.formats.lora_factors import TOKEN_A, TOKEN_B, A, B, require, take_factors
-from onebase.adapters.formats.lora_settings import LoraSettings, Shift, Variant, read_settings
-from onebase.adapters.formats.lora_weights import dora_factor, dora_token_factor, shifted_part
+from onebase.adapters.formats.peft.lora_experts import take_expert_factors
+from onebase.adapters.formats.peft.lora_factors import TOKEN_A, TOKEN_B, A, B, require, take_factors
+from onebase.adapters.formats.peft.lora_settings import LoraSettings, Shift, Variant, read_settings
+from onebase.adapters.formats.peft.lora_weights import dora_factor, dora_token_factor, shifted_part
+from onebase.adapters.formats.peft.token_rows import lora_token_rows
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
-from onebase.adapters.formats.token_rows import lora_token_rows
 from onebase.adapters.program import LowRank, SiteOps, TokenLowRank
 from onebase.kernels.ops.vector import ScaleOut
 

@@ -18,7 +18,7 @@ from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import refused
 from onebase.adapters.formats.files import TensorBag
 from onebase.adapters.formats.keys import check_shape
-from onebase.adapters.formats.lora_settings import LoraSettings
+from onebase.adapters.formats.peft.lora_settings import LoraSettings
 from onebase.adapters.program import SiteOps
 from onebase.adapters.strict_json import JsonValue
 from onebase.kernels.ops.experts import ExpertLowRank

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.activations import take_activation
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
-from onebase.adapters.formats.hub_bottleneck import SERVED_MODELS, read_left_out
-from onebase.adapters.formats.hub_keys import HubFile
+from onebase.adapters.formats.hub.bottleneck import SERVED_MODELS, read_left_out
+from onebase.adapters.formats.hub.keys import HubFile
 from onebase.adapters.formats.register import Compiled
 from onebase.adapters.program import SiteOps
 from onebase.kernels.ops.bottleneck import ACTIVATIONS

@@ -1,0 +1,1 @@
+"""The families of AdapterHub's adapters library."""

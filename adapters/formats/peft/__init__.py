@@ -1,0 +1,1 @@
+"""The families of Hugging Face PEFT, a module each; LORA has several."""
