@@ -77,7 +77,7 @@ def test_options_named_in_documents_exist() -> None:
     options = {"--gpus", "--help"}
     while commands:
         command: Any = commands.pop()
-        options |= {option for parameter in command.params for option in parameter.opts}
+        options |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         commands += getattr(command, "commands", {}).values()
     for document in ("README.md", "docs/http.md", "docs/decisions.md", "docs/architecture.md"):
         text = (ROOT / document).read_text()
