@@ -221,6 +221,7 @@ class AdapterCache:
             return _fail(entry, AdapterTooLarge(message))
         entry.packed, entry.state = packed, State.PLACING
         entry.operands, entry.extra, entry.num_elements = packed.operands, packed.extra, packed.data.numel()
+        entry.packed_head = packed.head
         entry.shared = {key: part.numel() for key, part in packed.shared.items()}
         entry.traits = Traits.of(packed.program)
         entry.family, entry.rank = packed.program.family, packed.program.rank
@@ -342,6 +343,8 @@ class AdapterCache:
             path: tuple(item.bind(self.arena.buffer, entry.block, shared) for item in items)
             for path, items in entry.extra.items()
         }
+        head = entry.packed_head
+        entry.head = None if head is None else head.bind(self.arena.buffer, entry.block)
         self._tables.install(entry.handle, operands)
         self._instructions.install(entry.handle, extra)
 

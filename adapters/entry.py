@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from onebase.adapters.errors import AdapterError
-from onebase.adapters.packing import PackedInstruction, PackedProgram
+from onebase.adapters.packing import PackedHead, PackedInstruction, PackedProgram
+from onebase.adapters.program import Head
 from onebase.adapters.traits import Traits
 from onebase.kernels.tables import Operands
 
@@ -32,6 +33,8 @@ class Entry:
     packed: PackedProgram | None = None  # dropped once copied
     operands: Mapping[str, Operands] = field(default_factory=dict)  # relative to the block
     extra: Mapping[str, tuple[PackedInstruction, ...]] = field(default_factory=dict)
+    packed_head: PackedHead | None = None
+    head: Head | None = None  # over views of the arena, while it is ready
     shared: Mapping[str, int] = field(default_factory=dict)  # key of a shared block that it reads -> elements
     traits: Traits = field(default_factory=Traits)
     num_elements: int = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onebase.adapters.arena import aligned
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.program import AdapterProgram, SiteOps
+from onebase.adapters.program import AdapterProgram, Head, SiteOps
 from onebase.kernels.ops.instruction import Instruction
 from onebase.kernels.tables import Operands
 
@@ -59,6 +59,20 @@ class PackedInstruction:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PackedHead:
+    """A classification head whose tensors are slots. They stay float32 whatever the base runs in."""
+
+    weight: Slot
+    bias: Slot | None
+    per_token: bool
+
+    def bind(self, buffer: Tensor, block: int) -> Head:
+        """The head over views of the arena."""
+        bias = None if self.bias is None else self.bias.view(buffer, block)
+        return Head(self.weight.view(buffer, block), bias, self.per_token)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedProgram:
     """data: the program's own tensors. operands and extra: by site path. shared: key -> packed tensor."""
@@ -68,6 +82,7 @@ class PackedProgram:
     operands: Mapping[str, Operands]
     extra: Mapping[str, tuple[PackedInstruction, ...]]
     shared: Mapping[str, Tensor]
+    head: PackedHead | None = None
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +106,9 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -
             operands[path] = _place(ops, packer.place)
         if ops.extra:
             extra[path] = tuple(packer.pack(instruction) for instruction in ops.extra)
-    return PackedProgram(program, packer.finish(pinned=pinned), operands, extra, packer.shared)
+    packer.path = "the classification head"
+    head = None if program.head is None else packer.pack_head(program.head)
+    return PackedProgram(program, packer.finish(pinned=pinned), operands, extra, packer.shared, head)
 
 
 class _Packer:
@@ -114,6 +131,10 @@ class _Packer:
         empty = {name: torch.empty(0) for name in slots}
         return PackedInstruction(instruction.with_tensors(empty), slots)
 
+    def pack_head(self, head: Head) -> PackedHead:
+        bias = None if head.bias is None else self._kept(head.bias)
+        return PackedHead(self._kept(head.weight), bias, head.per_token)
+
     def finish(self, *, pinned: bool) -> Tensor:
         data = torch.zeros(self._size, dtype=self._dtype, pin_memory=pinned)
         for start, flat in self._placed:
@@ -126,6 +147,9 @@ class _Packer:
         if name in instruction.shared:
             return Slot(0, shape, dtype, self._share(tensor, keeps=keeps))
         return Slot(self._append(self._flat(tensor, keeps=keeps)), shape, dtype)
+
+    def _kept(self, tensor: Tensor) -> Slot:
+        return Slot(self._append(self._flat(tensor, keeps=True)), tuple(tensor.shape), tensor.dtype)
 
     def _share(self, tensor: Tensor, *, keeps: bool) -> str:
         """The key of a shared tensor. Sites usually share the very same object, which is cast and hashed once."""

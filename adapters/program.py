@@ -111,13 +111,23 @@ class SiteOps:
         return all(op.scalable for op in self.extra) and not {Phase.INPUT, Phase.MAP} <= phases
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """A classification head over the last hidden state: ``weight`` [num_labels, width], ``bias`` [num_labels]."""
+    """A classification head over what the output head reads. weight: [num_labels, width] float32; bias: [num_labels]
+    float32. per_token: it speaks of every token (TOKEN_CLS), not of the sequence."""
 
     weight: Tensor
     bias: Tensor | None = None
-    labels: tuple[str, ...] = ()
+    per_token: bool = False
+
+    @property
+    def num_labels(self) -> int:
+        return self.weight.shape[0]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +140,7 @@ class AdapterProgram:
     first_position: the position of the first real token: num_virtual_tokens, or 0 where the prefix takes no positions.
     invocation: the adapter acts from the start of the last match of these tokens on, and on no row where they do not
     occur (activated LoRA); empty: it acts on every row.
+    head: what classification requests read; the others do not see it. It knows no scale.
     """
 
     digest: str
@@ -153,4 +164,5 @@ class AdapterProgram:
     @property
     def num_elements(self) -> int:
         """Elements of all its tensors."""
-        return sum(t.numel() for op in self.ops.values() for t in op.tensors())
+        own = sum(t.numel() for op in self.ops.values() for t in op.tensors())
+        return own if self.head is None else own + sum(t.numel() for t in self.head.tensors())

@@ -17,7 +17,7 @@ class Traits:
 
     unscalable: sites where only the scales 0 and 1 mean something. inputs, maps: linear sites where it changes what the
     base reads, and where it reads what the base gave. stores_prefix: its virtual tokens are stored keys and values,
-    which nobody has to compute.
+    which nobody has to compute. classifies: it has a classification head; per_token: one that speaks of every token.
     """
 
     num_virtual_tokens: int = 0
@@ -27,6 +27,8 @@ class Traits:
     inputs: frozenset[str] = frozenset()
     maps: frozenset[str] = frozenset()
     stores_prefix: bool = False
+    classifies: bool = False
+    per_token: bool = False
 
     @classmethod
     def of(cls, program: AdapterProgram) -> Traits:
@@ -38,6 +40,8 @@ class Traits:
             unscalable=frozenset(path for path, op in ops.items() if not op.scalable),
             inputs=frozenset(path for path, op in ops.items() if _has(op, Phase.INPUT)),
             maps=frozenset(path for path, op in ops.items() if _has(op, Phase.MAP)),
+            classifies=program.head is not None,
+            per_token=program.head is not None and program.head.per_token,
             stores_prefix=any(isinstance(item, KvPrefix) for op in ops.values() for item in op.extra),
         )
 

@@ -42,7 +42,8 @@ def take_head(files: AdapterFiles, base: BaseModel) -> Head | None:
     if "weight" not in keys:
         raise AdapterRejected(f"{keys['bias']!r} is a head's bias, and its weight is missing.", param=keys["bias"])
     weight = _take_weight(keys["weight"], files, base)
-    return Head(weight, _take_bias(keys.get("bias"), len(weight), files))
+    bias = _take_bias(keys.get("bias"), len(weight), files)
+    return Head(weight, bias, per_token=files.fields.task_type == "TOKEN_CLS")
 
 
 def _take_weight(key: str, files: AdapterFiles, base: BaseModel) -> Tensor:

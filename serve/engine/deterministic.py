@@ -23,6 +23,7 @@ from torch import Tensor
 from onebase.adapters.entry import Entry
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
+from onebase.serve.engine import classes
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.prompts import merge, score_prompts, wants_scores
@@ -73,7 +74,7 @@ class DeterministicRunner(ModelRunner):
     @torch.inference_mode()
     def forward(self, chunks: Rows[Chunk]) -> Tensor | None:
         """See ModelRunner.forward."""
-        self.scores = {}
+        self.scores, self.classes = {}, {}
         found: dict[str, Tensor] = {}
         computed = {chunk.sequence.id: chunk.sequence.num_computed for chunk in chunks}
         try:
@@ -102,7 +103,10 @@ class DeterministicRunner(ModelRunner):
             piece.sequence.num_computed = piece.start
             chunks.append(Chunk(piece.sequence, piece.stop - piece.start, piece.samples))
         scored = [chunk for chunk in chunks if wants_scores(chunk)]
-        logits = self._padded(chunks, block[0].adapters, wanted=bool(scored) or any(p.samples for p in block))
+        with self._trunk.recording(any(map(classes.wants_classes, chunks))) as recorded:
+            logits = self._padded(chunks, block[0].adapters, wanted=bool(scored) or any(p.samples for p in block))
+        for hidden in recorded:
+            classes.merge(self.classes, classes.classify(chunks, hidden[0][0], at_once=1))
         if scored:
             merge(self.scores, score_prompts(chunks, lambda rows, uses: logits[list(rows)], self._base.vocab_size, 1))
         ends = np.cumsum([chunk.num_tokens for chunk in chunks])

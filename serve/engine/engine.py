@@ -16,6 +16,7 @@ from onebase.adapters.traits import Traits
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
+from onebase.serve.engine.classes import NO_HEAD, check_heads, read_slots
 from onebase.serve.engine.combine import check_combination, without_idle
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
@@ -25,6 +26,7 @@ from onebase.serve.engine.memory import plan_memory
 from onebase.serve.engine.messages import (
     AdapterGone,
     AdapterReady,
+    ClassLogits,
     EngineInfo,
     EngineStats,
     Failure,
@@ -84,6 +86,7 @@ class Engine:
             eos_token_ids=base.eos_token_ids,
         )
         self._eos = frozenset(base.eos_token_ids)
+        self._pad: int | None = base.config.get("pad_token_id")
         self._sequences: dict[str, Sequence] = {}
         self._commands: dict[str, list[str]] = {}  # digest -> ids of LoadAdapter commands that wait for it
         self._order = 0
@@ -139,6 +142,10 @@ class Engine:
         if room < needed:
             message = f"the prompt has {len(request.prompt)} tokens, the model's context {self.max_model_len}"
             raise RequestRejected(message, param="prompt")
+        if request.classifies and request.sampling.max_tokens:
+            raise RequestRejected("a request that classifies generates nothing: max_tokens must be 0")
+        if request.classifies and not without_idle(request).adapters:
+            raise RequestRejected(NO_HEAD, param="model")
         if request.id in self._sequences:
             raise RequestRejected(f"request id {request.id!r} is in use")
         vocab_size = self.info.vocab_size
@@ -164,6 +171,9 @@ class Engine:
         self._account(chunks)
         for sequence in [chunk.sequence for chunk in chunks if chunk.sequence.id in self.runner.scores]:
             outputs.append(self._deliver_scores(sequence, self.runner.scores[sequence.id]))
+        for sequence in [chunk.sequence for chunk in chunks if chunk.sequence.id in self.runner.classes]:
+            if sequence.id in self._sequences:
+                outputs.append(self._deliver_classes(sequence, self.runner.classes[sequence.id]))
         for sequence, (token, logprobs) in zip(sampling, drawn, strict=True):
             if sequence.id in self._sequences:
                 outputs.append(self._deliver(sequence, token, logprobs))
@@ -181,6 +191,13 @@ class Engine:
         computed = sequence.prompt_tokens(0, sequence.num_computed)
         sequence.num_scored = min(computed, len(sequence.request.prompt) - 1)
         return TokenOutput(sequence.id, (), prompt_logprobs=scores)
+
+    def _deliver_classes(self, sequence: Sequence, classes: ClassLogits | None) -> Output:
+        if classes is None:
+            return self._overflowed(sequence)
+        left = sequence.unclassified
+        sequence.unclassified = range(max(left.start, min(sequence.num_computed, left.stop)), left.stop)
+        return TokenOutput(sequence.id, (), classes=classes)
 
     def _deliver(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Output:
         if token == NOT_FINITE:
@@ -246,9 +263,12 @@ class Engine:
         """Lay a sequence out. Raises RequestRejected where its adapters do not go together, or no token has room."""
         request = sequence.request
         check_combination(request.adapters, traits)
+        if request.classifies:
+            check_heads(request.adapters, traits)
         scales = [use.scale for use in request.adapters]
         layout = Layout.of(request.prompt, list(zip(traits, scales, strict=True)))
         sequence.lay_out(layout)
+        sequence.unclassified = read_slots(request, traits, layout, self._pad)
         if len(sequence.tokens) + min(request.sampling.max_tokens, 1) > self.max_model_len:
             message = (
                 f"the prompt has {len(request.prompt)} tokens and its adapter puts {layout.num_virtual} virtual tokens "

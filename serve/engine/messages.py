@@ -43,12 +43,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. n > 1 and several prompts are several requests."""
+    """One sequence to generate. n > 1 and several prompts are several requests.
+
+    classifies: the head of one of its adapters reads the prompt, and no token follows; max_tokens must be 0.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
+    classifies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +72,23 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassLogits:
+    """What a classification head gave: float32 [n, num_labels] in the machine's byte order. per_token: of consecutive
+    tokens of the prompt; otherwise n is 1, of the whole prompt."""
+
+    num_labels: int
+    per_token: bool
+    logits: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
     """New tokens of one request. The last output of a request has a finish_reason.
 
     logprobs: of these tokens. prompt_logprobs: of the next tokens of the prompt, from its second on; they come in as
     many outputs as the prompt has chunks, all of them before the first token. cached_tokens: tokens of the prompt that
-    the prefix cache gave; said with the first token.
+    the prefix cache gave; said with the first token. classes: of a request that classifies; as many outputs as the
+    chunks whose tokens are spoken of, all of them before the last output.
     """
 
     id: str
@@ -82,6 +97,7 @@ class TokenOutput:
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     cached_tokens: int = 0
+    classes: ClassLogits | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
+from onebase.serve.engine.classes import Classes, classify, wants_classes
 from onebase.serve.engine.prefixes import store_prefixes
 from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
 from onebase.serve.engine.scheduler import Chunk
@@ -26,11 +27,13 @@ from onebase.serve.model.trunk import Trunk
 class ModelRunner:
     """Runs the base model over a step's chunks.
 
-    scores: of the prompts' tokens in the latest forward, by request; only of requests that asked for them.
+    scores: of the prompts' tokens in the latest forward, by request; only of requests that asked for them. classes: of
+    those that a classification head has read in it.
     """
 
     def __init__(self, base: LoadedModel, plans: StepPlans, instructions: InstructionTable) -> None:
         self.scores: Scores = {}
+        self.classes: Classes = {}
         self._base = base
         self._plans = plans
         self._instructions = instructions
@@ -48,14 +51,18 @@ class ModelRunner:
 
         ``chunks`` must be in adapter order.
         """
-        self.scores = {}
+        self.scores, self.classes = {}, {}
+        scored, classified = any(map(wants_scores, chunks)), any(map(wants_classes, chunks))
         keep = _sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
         runs = [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples]
-        with self._trunk.recording(any(map(wants_scores, chunks))) as recorded:
+        with self._trunk.recording(scored or classified) as recorded:
             logits = self._run(chunks, rows, runs)
         for hidden in recorded:
-            self.scores = score_prompts(chunks, partial(self._logits, hidden), self._base.vocab_size)
+            if scored:
+                self.scores = score_prompts(chunks, partial(self._logits, hidden), self._base.vocab_size)
+            if classified:
+                self.classes = classify(chunks, hidden[0][0])
         return logits if len(keep) else None
 
     def _run(self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run]) -> Tensor:

@@ -96,10 +96,10 @@ class Scheduler:
         return self.pages.can_hold(count, ()) or self.pages.can_hold(count, self._cached(sequence))
 
     def _cached(self, sequence: Sequence) -> list[int]:
-        """The pages that the prefix cache has for it. Its last token is always computed: somebody wants its logits."""
-        if self.pages.cache is None or sequence.layout is None or not sequence.may_reuse:
+        """The pages that the prefix cache has for it."""
+        if self.pages.cache is None or sequence.layout is None:
             return []
-        most = (len(sequence.tokens) - 1) // self.pages.page_size
+        most = sequence.num_reusable // self.pages.page_size
         return self.pages.find(sequence.block(index, self.pages.page_size) for index in range(most))
 
     def _start(self, sequence: Sequence) -> None:

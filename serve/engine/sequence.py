@@ -26,8 +26,9 @@ class Sequence:
     tokens: the virtual ones (negative ids, -1 is the first), the prompt's, the generated ones; one slot each.
     num_computed counts tokens whose K/V is in pages (or comes from the adapter before the next chunk). The last token
     of a decoding sequence has been sampled but not yet computed. num_cached: slots that the prefix cache gave.
-    num_scored: tokens of the prompt whose successor's log-probability was told. order: arrival; never changes, so
-    preempted sequences keep their place. layout: None until its adapters are known.
+    num_scored: tokens of the prompt whose successor's log-probability was told. unclassified: slots that a
+    classification head has still to read. order: arrival; never changes, so preempted sequences keep their place.
+    layout: None until its adapters are known.
     """
 
     request: Request
@@ -36,6 +37,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_scored: int = 0
+    unclassified: range = range(0)
     pages: list[int] = field(default_factory=list)
     adapters: tuple[Entry, ...] = ()  # referenced while it runs, in the order of the request
     status: Status = Status.WAITING
@@ -87,10 +89,13 @@ class Sequence:
         return len(self.tokens) - self.num_virtual - len(self.request.prompt)
 
     @property
-    def may_reuse(self) -> bool:
-        """Whether the prefix cache may give it pages: nobody computes logits for the tokens in them."""
+    def num_reusable(self) -> int:
+        """How many leading slots the prefix cache may give: nobody reads what the model says there. The last token is
+        always computed: somebody wants its logits."""
         told = self.num_scored >= len(self.request.prompt) - 1
-        return self.request.sampling.prompt_logprobs is None or told
+        if self.request.sampling.prompt_logprobs is not None and not told:
+            return 0
+        return self.unclassified.start if self.unclassified else len(self.tokens) - 1
 
     @property
     def uncopied(self) -> range:

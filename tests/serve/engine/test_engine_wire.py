@@ -17,6 +17,8 @@ MESSAGES: list[Message] = [
     m.EngineInfo("Llama", "f", "cpu", "float32", 10, 20, 16, 3, 4, (2,)),
     m.EngineStats(running=1, resident={"d": 5}, running_adapters=("d",)),
     m.TokenOutput("a", (7,), "stop"),
+    m.TokenOutput("a", (), classes=m.ClassLogits(2, True, b"\x00\xff\x00\x00abcd")),
+    m.Request("a", (1,), m.SamplingParams(0), (), classifies=True),
     m.TokenOutput("a", (7,), None, m.Logprobs(1, b"\x00\xff\x00\x00", b"abcd", b"efgh", b"ijkl", b"mnop")),
     m.Failure("a", "AdapterRejected", "no", "r"),
     m.AdapterReady("c", "d", "LORA", 8, 100, 2),
