@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,11 +17,19 @@ SEEDS = (-(1 << 63), (1 << 63) - 1)
 
 
 class Locations:
-    """PEFT's places for one seed: the head of a random permutation of the matrix's entries, on the CPU's generator."""
+    """PEFT's places for one seed: the head of a random permutation of the matrix's entries, on the CPU's generator.
 
-    def __init__(self, seed: int) -> None:
+    Matrices of one size are drawn once, with as many places as the longest list of coefficients (the tensors ``suffix``
+    of the groups) needs.
+    """
+
+    def __init__(self, seed: int, groups: Sequence[SiteTensors], suffix: str) -> None:
         self._seed = seed
+        self._longest: dict[int, int] = {}
         self._drawn: dict[int, Tensor] = {}
+        for group in groups:
+            total, count = group.site.in_features * group.site.out_features, math.prod(group.shape(suffix))
+            self._longest[total] = max(self._longest.get(total, 0), min(count, total))
 
     def draw(self, site: Site, count: int) -> tuple[Tensor, Tensor]:
         """(rows, columns), [count] int64. Raises AdapterTooLarge where the matrix has too many entries."""
@@ -26,9 +37,9 @@ class Locations:
         if total > MAX_PLACES:
             message = f"{site.path} has {total} weights; over {MAX_PLACES} no places are drawn from them."
             raise AdapterTooLarge(message, param=site.path)
-        if len(self._drawn.get(total, ())) < count:
+        if total not in self._drawn:
             generator = torch.Generator().manual_seed(self._seed)
-            self._drawn[total] = torch.randperm(total, generator=generator)[:count].clone()
+            self._drawn[total] = torch.randperm(total, generator=generator)[: self._longest[total]].clone()
         places = self._drawn[total][:count]
         return places // site.in_features, places % site.in_features
 

@@ -64,13 +64,15 @@ def with_saved(
     _take_bias_field(files)
     head = take_head(files, base)
     groups = group_by_site(files.tensors, base, _SUFFIXES)
-    _check_complete(names, {*groups, *ops}, base)
+    _check_complete(names, groups, ops, base)
     found = dict(ops)
     for path, keys in groups.items():
         copies = take_copies(base.sites[path], _plain(keys), files.tensors, base)
         if copies.weight is None and copies.bias is None:
             continue
         _check_spelling(path, keys, path in ops)
+        if copies.weight is not None and path not in ops:
+            _check_named(path, keys, names, base)
         tied = () if _is_named(path, names) else (p for p in base.tied(path) if p not in groups)
         for target in (path, *tied):
             if target in ops:
@@ -136,11 +138,28 @@ def _take_bias_field(files: AdapterFiles) -> None:
         )
 
 
-def _check_complete(names: Collection[str], present: Collection[str], base: BaseModel) -> None:
-    """Every module that modules_to_save names is there: the base's own would be another one."""
+def _check_complete(
+    names: Collection[str], groups: Mapping[str, Mapping[str, str]], adapted: Collection[str], base: BaseModel
+) -> None:
+    """Every module that modules_to_save names is there, and whole: the base's own would be another one."""
     for path, site in base.sites.items():
-        if site.kind in _OWN_PARAMETERS and path not in present and _is_named(path, names):
-            raise AdapterRejected(f"modules_to_save names {path}, and the files have no tensor of it.", param="files")
+        if site.kind not in _OWN_PARAMETERS or path in adapted or not _is_named(path, names):
+            continue
+        parts = ("weight",) if base.bias(path) is None else ("weight", "bias")
+        for part in parts:
+            if not {part, _WRAPPED + part} & groups.get(path, {}).keys():
+                message = f"modules_to_save names {path}, and the files have no tensor of its {part}."
+                raise AdapterRejected(message, param="files")
+
+
+def _check_named(path: str, keys: Mapping[str, str], names: Collection[str], base: BaseModel) -> None:
+    """PEFT writes the weight of a linear module only where modules_to_save names it, but for the output head's. It may
+    be one that target_modules wraps, and then PEFT drops the weight."""
+    site = base.sites[path]
+    is_head = site.out_features == base.config.get("vocab_size")
+    if site.kind is SiteKind.LINEAR and not is_head and not _is_named(path, names):
+        message = f"The tensor {keys['weight']!r} is a whole weight, and modules_to_save does not name {path}."
+        raise AdapterRejected(message, param="modules_to_save")
 
 
 def _is_named(path: str, names: Collection[str]) -> bool:

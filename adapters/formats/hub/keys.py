@@ -15,6 +15,7 @@ from onebase.adapters.base import BaseModel, Site
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.files import TensorBag
 from onebase.adapters.formats.keys import check_shape, find_site
+from onebase.adapters.formats.reduce import Reducer
 
 Group = Mapping[str, str]
 
@@ -24,12 +25,14 @@ class HubFile:
     """What the compilers of the library's methods share. name: the adapter's, a part of every key.
 
     shared: tensors that several modules of the adapter read (Compacter's rule, VeRA's projections), once taken.
+    reducer: bounds what the file's matrices unfold to.
     """
 
     name: str
     tensors: TensorBag
     base: BaseModel
     shared: dict[str, Tensor] = field(default_factory=dict)
+    reducer: Reducer = field(default_factory=Reducer)
 
     def groups(self, kind: str) -> dict[str, dict[str, str]]:
         """Module path -> {rest: key}, for the keys of one kind (``loras``, say). Nothing is taken."""
@@ -68,7 +71,7 @@ class HubFile:
     def layer_of(self, key: str, path: str) -> int:
         """The index of the decoder layer at a path. Raises AdapterRejected where the base has none there."""
         for index, layer in enumerate(self.base.layers):
-            full = layer.attention.rpartition(".")[0]
+            full = layer.path or layer.attention.rpartition(".")[0]
             if path == full or full.endswith(f".{path}"):
                 return index
         raise AdapterRejected(f"The tensor {key!r} adapts {path!r}, and the base has no such layer.", param=key)

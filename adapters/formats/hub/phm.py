@@ -72,6 +72,7 @@ class PhmLayer:
         n = self.settings.n
         if in_features % n or out_features % n:
             raise AdapterRejected(f"phm_dim {n} divides neither side of {self.where} evenly.", param="phm_dim")
+        self.file.reducer.spend(self.where, in_features * out_features)
         rule = self._rule()
         weight = self._weight(in_features // n, out_features // n)
         dense = sum(torch.kron(rule[i], weight[i]) for i in range(n))

@@ -39,7 +39,8 @@ def compile_adaption_prompt(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     model_type = base.config.get("model_type")
     if model_type not in _PROJECTED + _UNPROJECTED:
-        raise AdapterRejected(f"PEFT has no adaption prompt for {model_type!r}: it has for llama, mistral and gpt2.")
+        message = f"PEFT has no adaption prompt for {model_type!r}: it has for llama, mistral and gpt2."
+        raise AdapterRejected(message, param="peft_type")
     files.fields.ignore(("target_modules",))  # the tensors say which
     length = files.fields.integer("adapter_len", 1, MAX_LENGTH)
     count = files.fields.integer("adapter_layers", 1, len(base.layers))
@@ -64,7 +65,8 @@ def _layer_ops(
     if len(prompt[0]) // len(key[0]) * layer.num_kv_heads != layer.num_heads:
         raise AdapterRejected(
             f"{layer.attention} has {layer.num_heads} heads of {layer.head_dim} over a width of {len(prompt[0])}: PEFT "
-            "has no adaption prompt for such heads."
+            "has no adaption prompt for such heads.",
+            param="peft_type",
         )
     ops = {layer.attention: SiteOps(extra=(_prefix(layer, key, value, gate, projected=True),))}
     bias = base.bias(f"{layer.attention}.o_proj")
@@ -86,7 +88,7 @@ def _take(layer: Layer, keys: dict[str, str], tensors: TensorBag, width: int, le
 def _project(prompt: Tensor, path: str, base: BaseModel) -> Tensor:
     """The base's own linear module over the prompt, in float32: [length, out_features]."""
     if path not in base.sites:
-        raise AdapterRejected(f"The base has no linear module {path}, which the prompt goes through.")
+        raise AdapterRejected(f"The base has no linear module {path}, which the prompt goes through.", param=path)
     bias = base.bias(path)
     projected = prompt @ base.weight(path).float().cpu().T
     return projected if bias is None else projected + bias.float().cpu()

@@ -33,9 +33,10 @@ SPECTRUM = "fourierft_spectrum"
 def compile_fourierft(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
     ignore_training(files.fields, "n_frequency", "n_frequency_pattern")
-    locations = Locations(files.fields.integer("random_loc_seed", *SEEDS, default=777))
+    seed = files.fields.integer("random_loc_seed", *SEEDS, default=777)
     scaling = files.fields.number("scaling")
     groups = sites_with(files, base, (SPECTRUM,))
+    locations = Locations(seed, groups, SPECTRUM)
     ops = {group.site.path: _site_ops(group, locations, scaling) for group in groups}
     return with_saved(ops, files, base, Beside(weight=True))
 

@@ -54,6 +54,11 @@ def compute_bases(sites: Iterable[Site], base: BaseModel, recipe: Recipe) -> Map
         group = groups.setdefault(category_of(site.path), {})
         if group.setdefault(_layer_of(site.path), site) is not site:
             raise AdapterRejected(f"{site.path}: two modules of this name in one layer share a basis.", param=site.path)
+        if site.in_features > MAX_WIDTH:
+            message = (
+                f"{site.path} has {site.in_features} inputs; without save_projection at most {MAX_WIDTH} are served."
+            )
+            raise AdapterRejected(message, param="save_projection")
     if recipe.ridge <= 0:
         raise refused("regularization_alpha", recipe.ridge, "it must be above 0 where the basis is computed")
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -90,11 +95,6 @@ def _joint_basis(weights: Sequence[Tensor], ridge: float) -> Tensor:
 def _places(site: Site, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """The first of a permutation of all places off the diagonal, row by row."""
     width = site.in_features
-    if width > MAX_WIDTH:
-        raise AdapterRejected(
-            f"{site.path} has {width} inputs; without save_projection at most {MAX_WIDTH} are served.",
-            param="save_projection",
-        )
     places = width * (width - 1)
     count = min(int(width * width * recipe.rate), places)
     if recipe.rate > 0 and places:

@@ -132,7 +132,8 @@ def prompt_site(base: BaseModel) -> Site:
     for site in base.sites.values():
         if site.kind is SiteKind.EMBEDDING and site.in_features == vocabulary:
             return site
-    raise AdapterRejected("The base has no embedding over its vocabulary that a prompt could stand before.")
+    message = "The base has no embedding over its vocabulary that a prompt could stand before."
+    raise AdapterRejected(message, param="peft_type")
 
 
 def _compile(files: AdapterFiles, base: BaseModel) -> Compiled:

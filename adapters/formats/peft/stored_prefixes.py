@@ -63,11 +63,13 @@ def _kv_shape(base: BaseModel) -> tuple[int, int]:
     """(kv_heads, head_dim) of every layer. AdapterRejected where PEFT lays a prefix out in another way."""
     model_type = base.config.get("model_type")
     if model_type == "gpt_bigcode":
-        raise AdapterRejected(f"A prefix of {model_type} has a layout of its own, which is not served.")
+        message = f"A prefix of {model_type} has a layout of its own, which is not served."
+        raise AdapterRejected(message, param="peft_type")
     shapes = {(layer.num_kv_heads, layer.head_dim) for layer in base.layers}
     if len(shapes) != 1:
         raise AdapterRejected(
             f"The base's layers have keys of {len(shapes)} shapes: PEFT leaves the prefix out of some of them, which "
-            "is not served."
+            "is not served.",
+            param="peft_type",
         )
     return shapes.pop()

@@ -18,7 +18,7 @@ from onebase.adapters.base import BaseModel, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import MAX_RANK, Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
-from onebase.adapters.formats.projections import MAX_SEED, read_seed, seeded
+from onebase.adapters.formats.projections import read_seed, seeded
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.formats.saved import Beside, with_saved
@@ -108,5 +108,5 @@ def _projection(tensors: SiteTensors, at: int, rank: int, settings: TinyLoraSett
         key = tensors.key(_P)
         message = f"save_projection is false, and yet the file has {key!r}. Set it to true to use it."
         raise AdapterRejected(message, param="save_projection")
-    generator = seeded(min(settings.seed + at, MAX_SEED))
+    generator = seeded(settings.seed + at)
     return torch.normal(0.0, 1 / math.sqrt(rank), shape, generator=generator)

@@ -61,6 +61,9 @@ def lora_token_rows(files: AdapterFiles, base: BaseModel) -> dict[str, SiteOps]:
     ops = take_token_rows(files, base, ROWS_IN_LORA, indices)
     if value and not ops:
         raise refused(field, value, "the files have no trained rows")
+    for name in value if isinstance(value, dict) else ():
+        if not any(path.endswith(name) for path in ops):
+            raise refused(field, value, f"the files have no trained rows of {name[:100]!r}")
     return ops
 
 

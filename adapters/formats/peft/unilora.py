@@ -31,6 +31,7 @@ from onebase.adapters.program import SiteOps
 _INDICES, _SCALES = "unilora_indices", "unilora_scales"
 _SIDES: Final = ("A", "B")
 _MAX_LENGTH = 1 << 28
+_INDEX_SHARE = 4  # float32s in the memory of one element's index, drawn and shuffled
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def _factor(tensors: SiteTensors, side: str, shape: tuple[int, int], theta: Tens
 
 def _assigned(sites: list[Site], targets: _Targets, seed: int) -> dict[str, SiteOps]:
     sizes = [rows * columns for site in sites for rows, columns in targets.shapes(site)]
-    targets.reducer.spend("unilora_theta_d", sum(sizes))
+    targets.reducer.spend("unilora_theta_d", _INDEX_SHARE * sum(sizes))
     index = _balanced(sum(sizes), len(targets.theta), seed)
     uses = torch.bincount(index, minlength=len(targets.theta)).float()
     scaled = targets.theta * torch.where(uses > 0, uses.rsqrt(), 0)

@@ -31,7 +31,7 @@ SPECTRUM = "waveft_spectrum"
 class _Settings:
     """filters: [2, length]; None where there is no transform."""
 
-    locations: Locations
+    seed: int
     scaling: float
     filters: Tensor | None
 
@@ -47,8 +47,9 @@ class _Settings:
 )
 def compile_waveft(files: AdapterFiles, base: BaseModel) -> Compiled:
     """Raises AdapterRejected naming the key or field."""
-    settings = _read(files.fields)
-    ops = {group.site.path: _site_ops(group, settings) for group in sites_with(files, base, (SPECTRUM,))}
+    settings, groups = _read(files.fields), sites_with(files, base, (SPECTRUM,))
+    locations = Locations(settings.seed, groups, SPECTRUM)
+    ops = {group.site.path: _site_ops(group, settings, locations) for group in groups}
     return with_saved(ops, files, base, Beside(weight=True))
 
 
@@ -59,16 +60,16 @@ def _read(fields: Fields) -> _Settings:
     if transformed:
         wavelet = fields.choice("wavelet_family", WAVELETS, wavelet, f"it must be one of {', '.join(WAVELETS)}")
     return _Settings(
-        locations=Locations(fields.integer("random_loc_seed", *SEEDS, default=777)),
+        seed=fields.integer("random_loc_seed", *SEEDS, default=777),
         scaling=fields.number("scaling"),
         filters=filters(str(wavelet)) if transformed else None,
     )
 
 
-def _site_ops(group: SiteTensors, settings: _Settings) -> SiteOps:
+def _site_ops(group: SiteTensors, settings: _Settings, locations: Locations) -> SiteOps:
     site = group.site
     values = (take_coefficients(group, SPECTRUM).double() * settings.scaling).float()
-    rows, columns = settings.locations.draw(site, len(values))
+    rows, columns = locations.draw(site, len(values))
     if settings.filters is None:
         return SiteOps(extra=(Sparse(*compress(rows, columns, values, site.out_features)),))
     length = settings.filters.shape[1]
