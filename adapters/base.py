@@ -13,14 +13,15 @@ from torch import Tensor
 class SiteKind(StrEnum):
     """What the base module computes. Conv1D (GPT-2) counts as LINEAR: only its storage is transposed.
 
-    ATTENTION is a layer's whole attention module with its projections, MLP its whole feed-forward module. EXPERTS is a
-    module of routed experts whose weights are stacked in 3-D parameters, ROUTER one that chooses experts by a matrix of
-    its own.
+    LAYER is a whole decoder layer, ATTENTION its attention module with its projections, MLP its whole feed-forward
+    module. EXPERTS is a module of routed experts whose weights are stacked in 3-D parameters, ROUTER one that chooses
+    experts by a matrix of its own.
     """
 
     LINEAR = "linear"
     EMBEDDING = "embedding"
     NORM = "norm"
+    LAYER = "layer"
     ATTENTION = "attention"
     MLP = "mlp"
     EXPERTS = "experts"
@@ -34,7 +35,7 @@ class Site:
     ``path`` is its module path in the loaded model, e.g. ``model.layers.0.self_attn.q_proj``.
     For an EMBEDDING ``in_features`` is the vocabulary size and ``out_features`` the width; ``output_scale`` is what
     its forward multiplies rows by (Gemma 3's scaled word embedding), and so what an added row must be multiplied by.
-    NORM, ATTENTION, MLP and EXPERTS have the same width on both sides;
+    NORM, LAYER, ATTENTION, MLP and EXPERTS have the same width on both sides;
     a ROUTER's out_features is the number of experts.
     """
 
@@ -48,7 +49,7 @@ class Site:
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A decoder layer. attention and mlp: paths of its ATTENTION and MLP sites; mlp is None where there is no module
-    that is the whole feed-forward block.
+    that is the whole feed-forward block. path: of its LAYER site, None where no module is the layer.
 
     num_heads, num_kv_heads, head_dim: of its attention. scaling: what its logits are multiplied by.
     """
@@ -59,6 +60,7 @@ class Layer:
     num_kv_heads: int
     head_dim: int
     scaling: float
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

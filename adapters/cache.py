@@ -29,10 +29,13 @@ from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
 from onebase.adapters.traits import Traits
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
-from onebase.kernels.tables import ProgramTables
+from onebase.kernels.ops.instruction import Instruction
+from onebase.kernels.ops.reft import Intervention, Part
+from onebase.kernels.tables import Operands, ProgramTables
 
 _LOADERS = 2
 
+Extra = Mapping[str, tuple[Instruction, ...]]  # by site
 Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
 
 
@@ -345,13 +348,22 @@ class AdapterCache:
         }
         head = entry.packed_head
         entry.head = None if head is None else head.bind(self.arena.buffer, entry.block)
-        self._tables.install(entry.handle, operands)
-        self._instructions.install(entry.handle, extra)
+        entry.tail = entry.handle
+        if entry.traits.window is None:
+            return self._install_part(entry.handle, operands, extra)
+        entry.tail, self._next_handle = self._next_handle, self._next_handle + 1
+        self._install_part(entry.handle, operands, _acting_at(extra, "first"))
+        return self._install_part(entry.tail, operands, _acting_at(extra, "last"))
+
+    def _install_part(self, handle: int, operands: Mapping[int, Operands], extra: Extra) -> None:
+        self._tables.install(handle, operands)
+        self._instructions.install(handle, extra)
 
     def _uninstall(self, entry: Entry) -> None:
-        self._kernels.forget(entry.handle)
-        self._tables.remove(entry.handle)
-        self._instructions.remove(entry.handle)
+        for handle in {entry.handle, entry.tail}:
+            self._kernels.forget(handle)
+            self._tables.remove(handle)
+            self._instructions.remove(handle)
 
     def _evict_one(self, reserved: Collection[str]) -> bool:
         free = [
@@ -393,6 +405,14 @@ def _loader_threads() -> ThreadPoolExecutor:
     started.wait()
     torch.set_num_threads(num_threads)
     return pool
+
+
+def _acting_at(extra: Extra, part: Part) -> Extra:
+    """Without the interventions of the other part of a window."""
+    return {
+        path: tuple(op for op in ops if not isinstance(op, Intervention) or op.part in (part, "both"))
+        for path, ops in extra.items()
+    }
 
 
 def _start(block: Entry | SharedBlock) -> int:

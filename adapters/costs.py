@@ -38,6 +38,7 @@ COSTS: Mapping[str, Cost] = {
     "OutputBottleneck": Cost("4hr", "2hr", "after the base"),
     "ParallelBottleneck": Cost("4hr", "2hr", "beside the base"),
     "BlockBottleneck": Cost("4hr", "2hr", "once for a whole block, not for each of its linears"),
+    "Intervention": Cost("4hr", "2hr", "on the first and last tokens of prompts only; nothing in decode"),
     "NormOverride": Cost("a second norm", "h", "the rows are normed twice"),
     "KvPrefix": Cost("4Th", "2Th", "T slots that every later token attends to; copied once for a sequence"),
     "GatedPrefix": Cost("4Th", "2Th", "a softmax of its own beside attention"),

@@ -24,7 +24,11 @@ class State(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One adapter on its way to, or on, the device."""
+    """One adapter on its way to, or on, the device.
+
+    handle: of its program in the tables. tail: of what it does on the last tokens of its window; the same where it has
+    none.
+    """
 
     digest: str
     path: str
@@ -45,6 +49,7 @@ class Entry:
     block: int = -1
     filling: tuple[str, ...] = ()  # shared blocks that its copy fills
     handle: int = -1
+    tail: int = -1
     references: int = 0
     last_used: int = 0
     doomed: bool = False  # unload was asked for: dropped when the last reference goes

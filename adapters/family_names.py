@@ -14,15 +14,12 @@ HUB_FAMILIES: Mapping[str | None, str] = {
     None: "AH_BOTTLENECK",
     "lora": "AH_LORA",
     "prefix_tuning": "AH_PREFIX_TUNING",
+    "reft": "AH_REFT",
     "union": "AH_UNION",
 }
 HUB_REFUSALS: Mapping[str, str] = {
     "mtl_lora": "it mixes tasks by an id that no request names; average its task matrices into a plain LoRA",
     "prompt_tuning": "the library supports no prompt tuning on decoders; PEFT's PROMPT_TUNING is served",
-    "reft": (
-        "LoReFT and its relatives change hidden states at the first and last positions of a prompt only, and rows of a "
-        "batch carry no place in their prompt; a LoRA or a bottleneck adapter is served"
-    ),
 }
 
 

@@ -25,6 +25,7 @@ from onebase.kernels.ops.experts import ExpertLowRank, RouterLowRank
 from onebase.kernels.ops.instruction import Instruction, Phase, RowInstruction
 from onebase.kernels.ops.norm import NormOverride
 from onebase.kernels.ops.prefix import GatedPrefix, KvPrefix
+from onebase.kernels.ops.reft import Intervention
 from onebase.kernels.ops.tokens import TokenInstruction
 from onebase.kernels.ops.vector import ScaleOut
 
@@ -32,6 +33,7 @@ SITE_INSTRUCTIONS: Mapping[SiteKind, tuple[type[Instruction], ...]] = {
     SiteKind.LINEAR: (RowInstruction,),
     SiteKind.EMBEDDING: (TokenInstruction, ScaleOut),
     SiteKind.NORM: (NormOverride,),
+    SiteKind.LAYER: (Intervention,),
     SiteKind.ATTENTION: (KvPrefix, GatedPrefix, BlockBottleneck),
     SiteKind.MLP: (BlockBottleneck,),
     SiteKind.EXPERTS: (ExpertLowRank,),
@@ -130,6 +132,16 @@ class Head:
             yield self.bias
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The tokens of a prompt on which an adapter acts: the ``first`` first and the ``last`` last ones. Where they
+    overlap, a token is one of the last. A prompt must have at least ``shortest`` tokens."""
+
+    first: int
+    last: int
+    shortest: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterProgram:
     """A compiled adapter: operations at sites of one base model.
@@ -141,6 +153,7 @@ class AdapterProgram:
     invocation: the adapter acts from the start of the last match of these tokens on, and on no row where they do not
     occur (activated LoRA); empty: it acts on every row.
     head: what classification requests read; the others do not see it. It knows no scale.
+    window: the adapter acts on these tokens of the prompt, and on no generated one (ReFT); None: on every row.
     """
 
     digest: str
@@ -150,6 +163,7 @@ class AdapterProgram:
     first_position: int = 0
     invocation: tuple[int, ...] = ()
     head: Head | None = None
+    window: Window | None = None
 
     @property
     def rank(self) -> int:

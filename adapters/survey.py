@@ -68,6 +68,7 @@ _SURVEY: dict[str, dict[str, tuple[Fate, str, str]]] = {
             "IA3 BEFT",
             "a scale and a shift of the output: two adapters on a request",
         ),
+        "ReFT": (Fate.SERVED, "AH_REFT", "a change of layers' outputs at the ends of a prompt"),
         "LST": (Fate.REFUSED, "", "a side network with a state of its own"),
         "PASTA": (Fate.REFUSED, "", "vectors at the special tokens of each layer; there is no format"),
         "AttentionFusion": (Fate.REFUSED, "", "attention over the layers' outputs"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onebase.adapters.program import AdapterProgram, SiteOps
+from onebase.adapters.program import AdapterProgram, SiteOps, Window
 from onebase.kernels.ops.instruction import Phase, RowInstruction
 from onebase.kernels.ops.prefix import KvPrefix
 
@@ -18,6 +18,7 @@ class Traits:
     unscalable: sites where only the scales 0 and 1 mean something. inputs, maps: linear sites where it changes what the
     base reads, and where it reads what the base gave. stores_prefix: its virtual tokens are stored keys and values,
     which nobody has to compute. classifies: it has a classification head; per_token: one that speaks of every token.
+    window: see AdapterProgram.
     """
 
     num_virtual_tokens: int = 0
@@ -29,6 +30,7 @@ class Traits:
     stores_prefix: bool = False
     classifies: bool = False
     per_token: bool = False
+    window: Window | None = None
 
     @classmethod
     def of(cls, program: AdapterProgram) -> Traits:
@@ -43,6 +45,7 @@ class Traits:
             classifies=program.head is not None,
             per_token=program.head is not None and program.head.per_token,
             stores_prefix=any(isinstance(item, KvPrefix) for op in ops.values() for item in op.extra),
+            window=program.window,
         )
 
 

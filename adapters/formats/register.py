@@ -11,7 +11,7 @@ from onebase.adapters.base import BaseModel, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.refusals import REFUSED_FAMILIES
-from onebase.adapters.program import SITE_INSTRUCTIONS, AdapterProgram, Head, SiteOps
+from onebase.adapters.program import SITE_INSTRUCTIONS, AdapterProgram, Head, SiteOps, Window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +23,7 @@ class Compiled:
     first_position: int = 0
     invocation: tuple[int, ...] = ()
     head: Head | None = None
+    window: Window | None = None
 
 
 Compiler = Callable[[AdapterFiles, BaseModel], Compiled]
@@ -108,6 +109,7 @@ def compile_folder(path: Path, base: BaseModel, digest: str) -> AdapterProgram:
         first_position=compiled.first_position,
         invocation=compiled.invocation,
         head=compiled.head,
+        window=compiled.window,
     )
 
 

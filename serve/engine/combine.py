@@ -30,5 +30,16 @@ def check_combination(uses: Sequence[AdapterUse], traits: Sequence[Traits]) -> N
     raise RequestRejected(message, param="adapters")
 
 
+def check_windows(prompt: Sequence[int], uses: Sequence[AdapterUse], traits: Sequence[Traits]) -> None:
+    """Raises RequestRejected where the prompt is too short for an adapter that acts on its first and last tokens."""
+    for use, one in zip(uses, traits, strict=True):
+        if use.scale != 0 and one.window is not None and len(prompt) < one.window.shortest:
+            raise RequestRejected(
+                f"the prompt has {len(prompt)} tokens, and adapter {_name(use)} acts on its last {one.window.last}: on "
+                "a shorter one the library that trains such adapters mixes its tokens up",
+                param="prompt",
+            )
+
+
 def _name(use: AdapterUse) -> str:
     return repr(use.name or use.digest)

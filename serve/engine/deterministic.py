@@ -24,7 +24,7 @@ from onebase.adapters.entry import Entry
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine import classes
-from onebase.serve.engine.layout import Layout
+from onebase.serve.engine.layout import Layout, Span
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.prompts import merge, score_prompts, wants_scores
 from onebase.serve.engine.runner import ModelRunner
@@ -39,7 +39,7 @@ _TRIALS = 4
 _PLANS = 256
 _REMEMBERED = 4096
 
-Adapters = tuple[tuple[Entry, AdapterUse], ...]  # those that act on a row, in the order of its request
+Adapters = tuple[tuple[Entry, AdapterUse, bool], ...]  # those that act on a row; see Sequence.acting_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,7 @@ class _Piece:
 
     @property
     def adapters(self) -> Adapters:
-        sequence = self.sequence
-        each = zip(sequence.adapters, sequence.request.adapters, sequence.placed.starts, strict=True)
-        return tuple((entry, use) for entry, use, first in each if first <= self.start) if sequence.adapters else ()
+        return tuple(self.sequence.acting_at(self.start)) if self.sequence.adapters else ()
 
 
 class DeterministicRunner(ModelRunner):
@@ -69,7 +67,7 @@ class DeterministicRunner(ModelRunner):
         self.rows = min(MOST_ROWS, max_model_len)
         self._scratch = range(num_pages, num_pages + self.rows)
         self._max_model_len = max_model_len
-        self._indifferent: dict[tuple[tuple[str, float], ...], bool] = {}
+        self._indifferent: dict[tuple[tuple[str, float, bool], ...], bool] = {}
 
     @torch.inference_mode()
     def forward(self, chunks: Rows[Chunk]) -> Tensor | None:
@@ -127,7 +125,7 @@ class DeterministicRunner(ModelRunner):
         return super()._plan([(sum(length for length, _ in runs), runs[0][1])])
 
     def _is_indifferent(self, adapters: Adapters) -> bool:
-        key = tuple((use.digest, use.scale) for _, use in adapters)
+        key = tuple((use.digest, use.scale, at_end) for _, use, at_end in adapters)
         if key not in self._indifferent:
             if len(self._indifferent) >= _REMEMBERED:
                 self._indifferent.clear()
@@ -190,10 +188,10 @@ def _filled(pieces: Rows[_Piece], size: int) -> Iterator[list[_Piece]]:
 
 def _stand_in(number: int, tokens: list[int], position: int, page: int, adapters: Adapters) -> Sequence:
     """A sequence of no importance under these adapters, whose first token has this position."""
-    uses = tuple(use for _, use in adapters)
+    uses = tuple(use for _, use, _ in adapters)
     request = Request(f"stand-in {number}", tuple(tokens), SamplingParams(), uses)
     sequence = Sequence.of(request, number)
-    sequence.lay_out(Layout(first_position=position, starts=(0,) * len(uses)))
-    sequence.adapters = tuple(entry for entry, _ in adapters)
+    sequence.lay_out(Layout(first_position=position, spans=tuple((Span(0, at_end=at_end),) for *_, at_end in adapters)))
+    sequence.adapters = tuple(entry for entry, *_ in adapters)
     sequence.pages = [page]
     return sequence

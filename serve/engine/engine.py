@@ -17,7 +17,7 @@ from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.classes import NO_HEAD, check_heads, read_slots
-from onebase.serve.engine.combine import check_combination, without_idle
+from onebase.serve.engine.combine import check_combination, check_windows, without_idle
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
 from onebase.serve.engine.draw import draw, draw_apart
@@ -263,6 +263,7 @@ class Engine:
         """Lay a sequence out. Raises RequestRejected where its adapters do not go together, or no token has room."""
         request = sequence.request
         check_combination(request.adapters, traits)
+        check_windows(request.prompt, request.adapters, traits)
         if request.classifies:
             check_heads(request.adapters, traits)
         scales = [use.scale for use in request.adapters]

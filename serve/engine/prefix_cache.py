@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 ROOT = b""
 
-# (digest, scale, first row of the page on which it acts) of each adapter that acts on some row, sorted.
-Activation = tuple[tuple[str, float, int], ...]
+# (digest, scale, rows of the page from and up to which it acts, whether as at the end of its window), sorted.
+Activation = tuple[tuple[str, float, int, int, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)

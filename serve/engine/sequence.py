@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 
 from onebase.adapters.entry import Entry
 from onebase.kernels.plan import Run, Uses
-from onebase.serve.engine.layout import Layout
-from onebase.serve.engine.messages import FinishReason, Request
+from onebase.serve.engine.layout import Layout, span_at
+from onebase.serve.engine.messages import AdapterUse, FinishReason, Request
 from onebase.serve.engine.prefix_cache import ROOT, Activation, Block
 
 
@@ -117,15 +118,21 @@ class Sequence:
         """(handle, scale) of the adapters that act on a slot, in the present step."""
         if not self.adapters:
             return ()
-        entries = zip(self.adapters, self.request.adapters, self.placed.starts, strict=True)
-        return tuple((entry.handle, use.scale) for entry, use, start in entries if start <= slot)
+        return tuple((entry.tail if at_end else entry.handle, use.scale) for entry, use, at_end in self.acting_at(slot))
+
+    def acting_at(self, slot: int) -> Iterator[tuple[Entry, AdapterUse, bool]]:
+        """The adapters that act on a slot, and whether as at the end of their window."""
+        for entry, use, spans in zip(self.adapters, self.request.adapters, self.placed.spans, strict=True):
+            span = span_at(spans, slot)
+            if span is not None:
+                yield entry, use, span.at_end
 
     def runs(self, start: int, stop: int) -> list[Run]:
-        """The slots [start, stop) as runs of equal uses: several where an adapter is activated inside."""
-        inner = [] if stop - start == 1 else [at for at in set(self.placed.starts) if start < at < stop]
+        """The slots [start, stop) as runs of equal uses: several where an adapter begins or ends inside."""
+        inner = [] if stop - start == 1 else [at for at in self.placed.borders if start < at < stop]
         if not inner:
             return [(stop - start, self.uses_at(start))]
-        cuts = [start, *sorted(inner), stop]
+        cuts = [start, *inner, stop]
         return [(stop - start, self.uses_at(start)) for start, stop in pairwise(cuts)]
 
     @property
@@ -142,8 +149,15 @@ class Sequence:
         return self._blocks[index]
 
     def _activation(self, start: int, stop: int) -> Activation:
-        entries = zip(self.request.adapters, self.placed.starts, strict=True)
-        return tuple(sorted((use.digest, use.scale, max(at - start, 0)) for use, at in entries if at < stop))
+        entries = zip(self.request.adapters, self.placed.spans, strict=True)
+        return tuple(
+            sorted(
+                (use.digest, use.scale, max(span.start, start) - start, min(span.stop, stop) - start, span.at_end)
+                for use, spans in entries
+                for span in spans
+                if span.start < stop and span.stop > start
+            )
+        )
 
     def finish_reason(self, eos: frozenset[int], max_model_len: int) -> FinishReason | None:
         """Why the sequence ends after its last token, or None where it goes on."""

@@ -6,6 +6,7 @@ is the one sibling of it with several linear modules inside; a block's residual 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onebase.adapters.base import Layer, Site, SiteKind
 from onebase.serve.model.attention import AttentionContext
-from onebase.serve.model.sites import ProbedBlock
+from onebase.serve.model.sites import ProbedBlock, ProbedLayer
 
 
 @dataclass(slots=True)
@@ -64,10 +65,24 @@ class BlockCalls:
             self._add(found, paths[attention], attention, SiteKind.ATTENTION, parent, width)
             if mlp is not None:
                 self._add(found, paths[mlp], mlp, SiteKind.MLP, parent, width)
-            found.layers.append(_layer(context, index, paths[attention], None if mlp is None else paths[mlp]))
+            layer = self._add_layer(found, paths, attention, width)
+            found.layers.append(_layer(context, index, paths[attention], None if mlp is None else paths[mlp], layer))
         self._sources.clear()
         self._outputs.clear()
         return found
+
+    def _add_layer(self, found: Blocks, paths: Mapping[nn.Module, str], attention: nn.Module, width: int) -> str | None:
+        """The path of the decoder layer around an attention module: the module that stands in a list of layers."""
+        path = paths[attention]
+        while path and not isinstance(self._model.get_submodule(path.rpartition(".")[0]), nn.ModuleList):
+            path = path.rpartition(".")[0]
+        module = self._model.get_submodule(path)
+        out = self._outputs.get(module)
+        taken = any(block.module is module for block in found.blocks)
+        if not path or taken or out is None or out.shape[:1] != (1,) or out.shape[2:] != (width,):
+            return None
+        found.blocks.append(ProbedLayer(Site(path, SiteKind.LAYER, width, width), module))
+        return path
 
     def _add(self, found: Blocks, path: str, module: nn.Module, kind: SiteKind, parent: nn.Module, width: int) -> None:
         found.blocks.append(ProbedBlock(Site(path, kind, width, width), module))
@@ -96,7 +111,7 @@ def _num_linear(module: nn.Module) -> int:
     return sum(isinstance(child, nn.Linear | Conv1D) for child in module.modules())
 
 
-def _layer(context: AttentionContext, index: int, attention: str, mlp: str | None) -> Layer:
+def _layer(context: AttentionContext, index: int, attention: str, mlp: str | None, path: str | None) -> Layer:
     shape = context.shapes[index]
     num_heads, options = context.calls_by_layer[index]
-    return Layer(attention, mlp, num_heads, shape.num_kv_heads, shape.head_dim, options.scale)
+    return Layer(attention, mlp, num_heads, shape.num_kv_heads, shape.head_dim, options.scale, path)

@@ -40,10 +40,11 @@ class StepPlans:
     tokens: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class SiteContext:
     """What every wrapper reads. residuals: path of a block -> what its norm read in this forward, [1, T, width].
-    beside: path of an attention module -> rows and what is added to its output there."""
+    beside: path of an attention module -> rows and what is added to its output there. touched: sites with instructions
+    in the plan ``of``, the latest that was asked about."""
 
     kernels: LowRankKernels
     tables: ProgramTables
@@ -51,10 +52,20 @@ class SiteContext:
     plans: StepPlans
     residuals: dict[str, Tensor] = field(default_factory=dict)
     beside: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
+    touched: frozenset[str] = frozenset()
+    of: BatchPlan | None = None
+
+    def touches(self, path: str) -> bool:
+        """Whether the step's packed rows have instructions at a site: all that most sites of most steps ask."""
+        plan = self.plans.rows
+        if plan is not self.of:
+            self.of, self.touched = plan, frozenset() if plan is None else self.instructions.touched(plan)
+        return path in self.touched
 
     def placed(self, path: str) -> tuple[Placed, ...]:
         """The instructions of the step's packed rows at a site."""
-        return () if self.plans.rows is None else self.instructions.placed(path, self.plans.rows)
+        plan = self.plans.rows
+        return self.instructions.placed(path, plan) if plan is not None and self.touches(path) else ()
 
 
 @dataclass(slots=True, eq=False)
@@ -109,6 +120,14 @@ class ProbedBlock:
         return AdaptedBlock(self.module.forward, self.site.path, context)
 
 
+@dataclass(frozen=True, slots=True)
+class ProbedLayer(ProbedBlock):
+    """A whole decoder layer."""
+
+    def adapted(self, context: SiteContext) -> Forward:
+        return AdaptedLayer(self.module.forward, self.site.path, context)
+
+
 def wrap_sites(
     probed: Sequence[ProbedSite], norms: Sequence[ProbedNorm], blocks: Sequence[ProbedBlock], context: SiteContext
 ) -> None:
@@ -143,7 +162,8 @@ class AdaptedLinear:
         if plan is None:
             y: Tensor = self.base(x)
             return y
-        y = self._with_instructions(x, plan)
+        plain = not self.entry.is_head and not context.touches(self.entry.site.path)
+        y = self.base(x) if plain else self._with_instructions(x, plan)
         if context.tables.active(self.index, plan):
             shrunk = self.group.shrink(x, self.index, context.kernels, plan)
             context.kernels.expand(y.view(-1, y.shape[-1]), shrunk, self.index, plan)
@@ -176,14 +196,16 @@ class AdaptedEmbedding:
         y: Tensor = self.base(tokens)
         if plan is None:
             return y
-        rows = y.view(-1, y.shape[-1])
-        work = context.instructions.work(self.entry.site.path, plan, rows.device)
+        rows, touched = y.view(-1, y.shape[-1]), context.touches(self.entry.site.path)
+        work = context.instructions.work(self.entry.site.path, plan, rows.device) if touched else None
         if work is not None:
             work.change_output(rows, rows)
-        self._replace(rows, tokens, virtual=False)
+        if touched:
+            self._replace(rows, tokens, virtual=False)
         if context.tables.active(self.index, plan):
             context.kernels.token_low_rank(rows, tokens.reshape(-1), self.index, plan)
-        self._replace(rows, tokens, virtual=True)
+        if touched:
+            self._replace(rows, tokens, virtual=True)
         return y
 
     def _replace(self, rows: Tensor, tokens: Tensor, *, virtual: bool) -> None:
@@ -234,6 +256,8 @@ class AdaptedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base(*args, **kwargs)
+        if not self.context.touches(self.path):
+            return out
         for at, delta in self.context.beside.pop(self.path, ()):
             y = (out[0] if isinstance(out, tuple) else out)[0]
             y[at] = (wide(y[at]) + delta).to(y.dtype)
@@ -248,6 +272,25 @@ class AdaptedBlock:
         at = [slice(item.segment.start, item.segment.stop) for item in placed]
         deltas = iter(BlockBottleneck.deltas(ops, [rows[i] for i in at], [residual[i] for i in at]))
         _replace(rows, placed, lambda item, at, old: wide(old) + next(deltas))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedLayer:
+    """Forward of a whole decoder layer: row instructions on its output."""
+
+    base: Forward
+    path: str
+    context: SiteContext
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.base(*args, **kwargs)
+        plan = self.context.plans.rows
+        if plan is not None:
+            y: Tensor = (out[0] if isinstance(out, tuple) else out)[0]
+            work = self.context.instructions.work(self.path, plan, y.device)
+            if work is not None:
+                work.change_output(y, y)
+        return out
 
 
 def _replace(y: Tensor, placed: Sequence[Placed], new: Callable[[Placed, slice, Tensor], Tensor]) -> None:

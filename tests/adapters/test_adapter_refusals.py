@@ -226,7 +226,6 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "adapterhub": (b'{"config":"pfeiffer","model_class":"X"}', "AdapterHub"),
     "architecture": (b'{"config":{"architecture":"xmod"}}', "AdapterHub's architecture 'xmod'.*served are"),
     "architecture of a list": (b'{"config":{"architecture":["lora"]}}', "AdapterHub's architecture"),
-    "reft": (b'{"config":{"architecture":"reft"},"model_class":"X"}', "positions of a prompt"),
 }
 
 

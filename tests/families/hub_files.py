@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -86,6 +87,20 @@ PREFIX: dict[str, Any] = {
     "shared_gating": True,
     "use_gating": False,
 }
+REFT: dict[str, Any] = {
+    "architecture": "reft",
+    "dropout": 0.05,
+    "dtype": None,
+    "init_weights_seed": None,
+    "layers": "all",
+    "non_linearity": None,
+    "orthogonality": True,
+    "output_reft": True,
+    "prefix_positions": 3,
+    "r": 4,
+    "suffix_positions": 0,
+    "tied_weights": False,
+}
 LORA_MODULES = {
     "llama": {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
     | {"intermediate": "mlp.down_proj", "output": "mlp.up_proj"},
@@ -136,6 +151,8 @@ def tensors_of(part: Mapping[str, Any], model: nn.Module, draw: Draw) -> dict[st
         return _lora(part, model, draw)
     if part.get("architecture") == "prefix_tuning":
         return _prefix(part, model, draw)
+    if part.get("architecture") == "reft":
+        return _reft(part, model, draw)
     return _bottlenecks(part, model, draw)
 
 
@@ -212,6 +229,27 @@ def _lora_module(part: Mapping[str, Any], path: str, module: nn.Module, draw: Dr
     if part["composition_mode"] == "scale":
         return {f"{prefix}.lora_B": draw(out, 1) + 1}
     return {f"{prefix}.lora_A": draw(r * count, width), f"{prefix}.lora_B": draw(out, r)}
+
+
+def _reft(part: Mapping[str, Any], model: nn.Module, draw: Draw) -> dict[str, Tensor]:
+    layers, r = BLOCKS[model.config.model_type][0], part["r"]
+    tensors: dict[str, Tensor] = {}
+    for index in range(model.config.num_hidden_layers):
+        for unit in range(1 if part["tied_weights"] else 2):
+            if part["layers"] == "all" or index in part["layers"]:
+                prefix = f"{layers}.{index}.reft_layer.refts.{NAME}.units.{unit}"
+                tensors |= {f"{prefix}.learned_source.weight": draw(r, WIDTH), f"{prefix}.learned_source.bias": draw(r)}
+                tensors |= _reft_projection(part, f"{prefix}.projection", draw)
+    return tensors
+
+
+def _reft_projection(part: Mapping[str, Any], prefix: str, draw: Draw) -> dict[str, Tensor]:
+    """Orthogonal ones as torch's parametrization has them: the diagonal starts at -1."""
+    if not part["orthogonality"]:
+        return {f"{prefix}.weight": draw(part["r"], WIDTH)}
+    base = torch.linalg.qr(draw(WIDTH, WIDTH)).Q
+    original = draw(part["r"], WIDTH) - torch.eye(part["r"], WIDTH)
+    return {f"{prefix}.parametrizations.weight.original": original, f"{prefix}.parametrizations.weight.0.base": base}
 
 
 def _prefix(part: Mapping[str, Any], model: nn.Module, draw: Draw) -> dict[str, Tensor]:

@@ -21,7 +21,15 @@ from transformers.pytorch_utils import Conv1D
 
 # layers, norm before attention, attention, norm before the feed-forward module, that module
 LLAMA = ("model.layers", "input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-BLOCKS = {"gpt2": ("transformer.h", "ln_1", "attn", "ln_2", "mlp"), "llama": LLAMA, "mistral": LLAMA}
+OPT = ("model.decoder.layers", "self_attn_layer_norm", "self_attn", "final_layer_norm", "")
+BLOCKS = {
+    "gemma2": LLAMA,
+    "opt": OPT,
+    "qwen3": LLAMA,
+    "gpt2": ("transformer.h", "ln_1", "attn", "ln_2", "mlp"),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+}
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "swish": F.silu,
@@ -110,6 +118,20 @@ class Oracle:
         delta = torch.cat(parts, -1)
         return y + alpha / config["r"] * (_padded(delta, matrices, 0.0) if fused else delta)
 
+    def unit(self, config: Config, at: str, h: Tensor) -> Tensor:
+        """An intervention on rows h of a layer's output; at: ``3.reft_layer.refts.NAME.units.0``."""
+        if config["orthogonality"]:
+            weight = f"{at}.projection.parametrizations.weight"
+            projection = _orthonormal(self.need(f"{weight}.original"), self.need(f"{weight}.0.base"))
+        else:
+            projection = self.need(f"{at}.projection.weight")
+        inner = h @ self.need(f"{at}.learned_source.weight").T + self.need(f"{at}.learned_source.bias")
+        if config["non_linearity"]:
+            inner = ACTS[config["non_linearity"]](inner)
+        if config.get("subtract_projection", True):
+            inner = inner - h @ projection.T
+        return h + inner @ projection
+
     def prefix(self, config: Config, num_layers: int, heads: int, width: int) -> Tensor:
         """[layers, 2, heads, length, width]"""
         at = f"prefix_tunings.{self.name}.self_prefix"
@@ -131,6 +153,16 @@ def _padded(parts: Tensor, matrices: list[bool], fill: float) -> Tensor:
     )
 
 
+def _orthonormal(original: Tensor, base: Tensor) -> Tensor:
+    """torch's own parametrization over the saved tensors. original: [r, width]"""
+    with torch.enable_grad():
+        linear = nn.utils.parametrizations.orthogonal(nn.Linear(original.shape[1], original.shape[0], bias=False))
+    parametrization: Any = linear.parametrizations["weight"]
+    parametrization.original.data.copy_(original)
+    parametrization[0].base.copy_(base)
+    return linear.weight.detach()
+
+
 @contextmanager
 def hub_applied(folder: Path, model: nn.Module) -> Iterator[dict[str, Any]]:
     """The folder's adapter on the model. Gives what its forward needs besides."""
@@ -145,6 +177,8 @@ def hub_applied(folder: Path, model: nn.Module) -> Iterator[dict[str, Any]]:
             architecture = part.get("architecture")
             if architecture is None:
                 _hook_blocks(oracle, part, model, stack)
+            elif architecture == "reft":
+                _hook_layers(oracle, part, model, stack)
             elif architecture == "lora":
                 _hook_linears(oracle, part, model, stack)
             else:
@@ -179,6 +213,27 @@ def _hook_block(
     norm, block = modules
     stack.callback(norm.register_forward_pre_hook(read, with_kwargs=True).remove)
     stack.callback(block.register_forward_hook(change).remove)
+
+
+def _hook_layers(oracle: Oracle, part: Config, model: nn.Module, stack: ExitStack) -> None:
+    for index, layer in enumerate(model.get_submodule(oracle.blocks[0])):
+        if part["layers"] == "all" or index in part["layers"]:
+            stack.callback(layer.register_forward_hook(_intervening(oracle, part, index)).remove)
+
+
+def _intervening(oracle: Oracle, part: Config, index: int) -> Callable[..., Any]:
+    at = f"{index}.reft_layer.refts.{oracle.name}.units"
+    first, last = part["prefix_positions"], part["suffix_positions"]
+
+    def change(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        old = out[0] if isinstance(out, tuple) else out
+        new = old.clone()
+        new[:, :first] = oracle.unit(part, f"{at}.0", old[:, :first])
+        if last:  # after the first ones: where they overlap it counts
+            new[:, -last:] = oracle.unit(part, f"{at}.{0 if part['tied_weights'] else 1}", old[:, -last:])
+        return (new, *out[1:]) if isinstance(out, tuple) else new
+
+    return change
 
 
 def _hook_linears(oracle: Oracle, part: Config, model: nn.Module, stack: ExitStack) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from .hub_files import BOTTLENECK, LORA, PREFIX, HubCase
+from .case import ALL_FIVE
+from .hub_files import BOTTLENECK, LORA, PREFIX, REFT, HubCase
 from .hub_oracle import hub_applied
 from .recomputed import check_served, load
 
@@ -21,6 +22,7 @@ PARALLEL = BOTTLENECK | {"is_parallel": True, "original_ln_before": False, "redu
 PLUS = BOTTLENECK | {"original_ln_after": False, "residual_before_ln": False, "scaling": "channel"}
 COMPACTER = BOTTLENECK | {"phm_layer": True, "reduction_factor": 8, "non_linearity": "gelu"}
 IA3 = LORA | {"composition_mode": "scale", "r": 1, "alpha": 1, "intermediate_lora": True}
+NOREFT = REFT | {"orthogonality": False, "suffix_positions": 4}
 PREFIX_BASES = ("llama_mha", "gpt2")  # the library's prefixes have a key head for every query head
 CASES = [
     HubCase("seq-bn", (BOTTLENECK | {"reduction_factor": {"0": 4, "default": 16}, "non_linearity": "gelu"},)),
@@ -40,6 +42,15 @@ CASES = [
     HubCase("hub-vera", (LORA | {"attn_matrices": ["q"], "vera_d": 0.1, "vera_b": 0.0},), architectures=("llama",)),
     HubCase("hub-prefix", (PREFIX,), architectures=PREFIX_BASES),
     HubCase("hub-prefix-flat", (PREFIX | {"flat": True, "prefix_length": 9},), architectures=PREFIX_BASES),
+    HubCase("loreft", (REFT,), architectures=ALL_FIVE),
+    HubCase("loreft-both-ends", (REFT | {"suffix_positions": 6, "layers": [1]},), architectures=ALL_FIVE),
+    HubCase("loreft-tied", (REFT | {"suffix_positions": 2, "tied_weights": True},)),
+    HubCase("loreft-whole", (REFT | {"r": 64, "prefix_positions": 15, "suffix_positions": 12},)),
+    HubCase("noreft", (NOREFT,), architectures=ALL_FIVE),
+    HubCase("noreft-suffix", (NOREFT | {"prefix_positions": 0},)),
+    HubCase("direft", (NOREFT | {"subtract_projection": False},), architectures=ALL_FIVE),
+    HubCase("reft-activation", (NOREFT | {"non_linearity": "tanh"},)),
+    HubCase("direft-activation", (NOREFT | {"non_linearity": "gelu", "subtract_projection": False},)),
     HubCase("mam", (PREFIX, PARALLEL | {"mh_adapter": True, "scaling": 4.0}), architectures=PREFIX_BASES),
     HubCase(
         "union",

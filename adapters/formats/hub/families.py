@@ -17,12 +17,14 @@ from onebase.adapters.formats.hub.bottleneck import compile_bottlenecks, read_bo
 from onebase.adapters.formats.hub.keys import HubFile
 from onebase.adapters.formats.hub.lora import compile_lora, read_lora
 from onebase.adapters.formats.hub.prefix import compile_prefix, read_prefix
+from onebase.adapters.formats.hub.reft import compile_reft, read_reft
 from onebase.adapters.formats.keys import take_base_copy
 from onebase.adapters.formats.register import Compiled, register
 from onebase.adapters.program import SiteOps
 from onebase.adapters.strict_json import JsonValue
 
 MAX_UNION = 8
+_IN_UNION = "it is not served in a union; adapters of their own may be on one request together"
 _HARMLESS = ("config_id", "hidden_size", "model_class", "model_name", "model_type", "type")
 _NAME = re.compile(r"[^.]{1,200}")
 _VERSION = re.compile(r"adapters\.(\d{1,4})\.(\d{1,4})\b.*")
@@ -56,6 +58,16 @@ _VERSION = re.compile(r"adapters\.(\d{1,4})\.(\d{1,4})\b.*")
     note="flat or behind its network; Llama and GPT-2 with as many key heads as query heads; positions start at 0",
 )
 @register(
+    "AH_REFT",
+    title="AdapterHub LoReFT, NoReFT and DiReFT",
+    paper="2404.03592",
+    covers=("ReFT",),
+    instructions=("Intervention",),
+    cost="4hr FLOPs at the output of a layer, on the prompt's first and last tokens only; 2hr elements",
+    note="acts on no generated token; the library does not save DiReFT's subtract_projection and reads such a file as "
+    "NoReFT, and so does the server: add the field (false) to serve it as trained",
+)
+@register(
     "AH_UNION",
     title="AdapterHub unions",
     paper="2110.04366",
@@ -72,7 +84,9 @@ def compile_hub(files: AdapterFiles, base: BaseModel) -> Compiled:
     _take_head(file)
     config = files.fields.section("config")
     parts = _parts(config, files.family)
-    compiled = _compile_parts(file, parts, version)
+    compiled = (
+        _compile_reft(file, config) if files.family == HUB_FAMILIES["reft"] else _compile_parts(file, parts, version)
+    )
     for part in parts:
         part.finish()
     config.finish()
@@ -114,12 +128,17 @@ def _parts(config: Fields, family: str) -> list[Fields]:
     return [Fields(item) for item in nested]
 
 
+def _compile_reft(file: HubFile, fields: Fields) -> Compiled:
+    fields.take("architecture")
+    return compile_reft(file, read_reft(fields))
+
+
 def _compile_parts(file: HubFile, parts: list[Fields], version: JsonValue) -> Compiled:
     bottlenecks, others = [], []
-    names = {name for name in HUB_FAMILIES if name != "union"} | {"bottleneck"}
+    names = {name for name in HUB_FAMILIES if name not in ("union", "reft")} | {"bottleneck"}
     seen: set[object] = set()
     for fields in parts:
-        architecture = fields.choice("architecture", tuple(names), None, "it is not served")
+        architecture = fields.choice("architecture", tuple(names), None, _IN_UNION)
         if architecture in (None, "bottleneck"):
             bottlenecks.append(read_bottleneck(fields, old_names=version is None))
             continue

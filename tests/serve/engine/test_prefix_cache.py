@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onebase.adapters.entry import Entry, State
+from onebase.adapters.program import Window
 from onebase.adapters.traits import Traits
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
@@ -23,6 +24,7 @@ TRAITS = {
     "plain": Traits(),
     "activated": Traits(invocation=(1, 0)),
     "soft": Traits(num_virtual_tokens=3, first_position=3),
+    "windowed": Traits(window=Window(3, 5)),
     "stored": Traits(num_virtual_tokens=6, first_position=6, stores_prefix=True),
 }
 
@@ -102,6 +104,11 @@ def test_pages_hold_what_their_sequences_need(
     assert not scheduler.waiting
     assert not scheduler.running
     assert scheduler.pages.num_free == num_pages
+
+
+def test_a_window_shares_what_is_far_from_the_end() -> None:
+    longer = (*LONG, 1, 1, 1, 1)
+    assert _cached((LONG, "windowed", 1.0), (longer, "windowed", 1.0), (longer, "windowed", 1.0)) == [0, 4, 12]
 
 
 def _run(scheduler: Scheduler, sequence: Sequence) -> int:
