@@ -79,6 +79,10 @@ class InstructionTable:
         """Forget a program. Raises KeyError where it is not installed."""
         del self._programs[handle]
 
+    def touched(self, plan: BatchPlan) -> frozenset[str]:
+        """The sites at which any program of the plan has instructions."""
+        return plan.memo((self, "touched"), lambda: self._touched(plan))
+
     def placed(self, site: str, plan: BatchPlan) -> tuple[Placed, ...]:
         """Every instruction of the plan's segments at a site, in the order of the segments."""
         return plan.memo((self, "placed", site), lambda: self._placed(site, plan))
@@ -86,6 +90,9 @@ class InstructionTable:
     def work(self, site: str, plan: BatchPlan, device: torch.device) -> SiteWork | None:
         """The row instructions at a site, ready to run; None where there are none."""
         return plan.memo((self, "work", site), lambda: self._work(site, plan, device))
+
+    def _touched(self, plan: BatchPlan) -> frozenset[str]:
+        return frozenset(site for handle in plan.handles for site in self._programs[handle])
 
     def _placed(self, site: str, plan: BatchPlan) -> tuple[Placed, ...]:
         return tuple(
@@ -96,11 +103,11 @@ class InstructionTable:
         found = [item for item in self.placed(site, plan) if isinstance(item.op, RowInstruction)]
         if not found:
             return None
-        phases = {phase: _works(phase, found, device) for phase in Phase}
+        phases = {phase: _works(phase, found, plan, device) for phase in Phase}
         return SiteWork(phases[Phase.INPUT], phases[Phase.MAP], phases[Phase.ADD])
 
 
-def _works(phase: Phase, found: Iterable[Placed], device: torch.device) -> tuple[Work, ...]:
+def _works(phase: Phase, found: Iterable[Placed], plan: BatchPlan, device: torch.device) -> tuple[Work, ...]:
     """One Work for each kind, more where rows are in several segments."""
     layers: list[tuple[type[RowInstruction], list[Placed]]] = []
     for item in found:
@@ -112,29 +119,40 @@ def _works(phase: Phase, found: Iterable[Placed], device: torch.device) -> tuple
             layers.append((kind, [item]))
         else:
             layer.append(item)
-    return tuple(_make(kind, items, device) for kind, items in layers)
+    return tuple(_make(kind, items, plan, device) for kind, items in layers)
 
 
-def _make(kind: type[RowInstruction], items: Sequence[Placed], device: torch.device) -> Work:
+def _make(kind: type[RowInstruction], items: Sequence[Placed], plan: BatchPlan, device: torch.device) -> Work:
     segments = [item.segment for item in items]
     ops = tuple(item.op for item in items if isinstance(item.op, RowInstruction))
     lengths = tuple(segment.length for segment in segments)
-    return Work(kind, ops, lengths, _rows(segments, device), _scale(segments, device))
+    return Work(kind, ops, lengths, _rows(segments, plan, device), _scale(segments, plan, device))
 
 
-def _rows(segments: Sequence[Segment], device: torch.device) -> slice | Tensor:
+def _rows(segments: Sequence[Segment], plan: BatchPlan, device: torch.device) -> slice | Tensor:
+    """Indices are made and uploaded once for all sites of a plan that have instructions in the same segments."""
     if all(one.stop == two.start for one, two in itertools.pairwise(segments)):
         return slice(segments[0].start, segments[-1].stop)
-    return torch.cat([torch.arange(s.start, s.stop) for s in segments]).to(device, non_blocking=True)
+    spans = tuple((s.start, s.stop) for s in segments)
+    return plan.memo(
+        ("instruction rows", device, spans), lambda: _upload(torch.cat([torch.arange(*span) for span in spans]), device)
+    )
 
 
-def _scale(segments: Sequence[Segment], device: torch.device) -> float | Tensor | None:
+def _scale(segments: Sequence[Segment], plan: BatchPlan, device: torch.device) -> float | Tensor | None:
     scales = {segment.scale for segment in segments}
     if len(scales) == 1:
         scale = scales.pop()
         return None if scale == 1 else scale
-    per_row = torch.cat([torch.full((s.length, 1), s.scale) for s in segments])
-    return per_row.to(device, non_blocking=True)
+    factors = tuple((s.length, s.scale) for s in segments)
+    return plan.memo(
+        ("instruction scales", device, factors),
+        lambda: _upload(torch.cat([torch.full((length, 1), scale) for length, scale in factors]), device),
+    )
+
+
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _take(source: Tensor, rows: slice | Tensor) -> Tensor:

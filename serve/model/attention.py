@@ -160,16 +160,14 @@ def paged_attention_forward(
         context.batch,
         options,
     )
-    _add_gated(context, layer, query[0].transpose(0, 1), out, scale)
+    if context.sites is not None and context.sites.touches(context.paths[layer]):
+        _add_gated(context.sites, context.paths[layer], query[0].transpose(0, 1), out, scale)
     return out.unsqueeze(0), None
 
 
-def _add_gated(context: AttentionContext, layer: int, query: Tensor, out: Tensor, scale: float) -> None:
+def _add_gated(sites: SiteContext, path: str, query: Tensor, out: Tensor, scale: float) -> None:
     """Add the gated prefixes of the step's adapters to out [T, H, D], or leave them for the whole module's output."""
-    if context.sites is None:
-        return
-    path = context.paths[layer]
-    gated = [(item.segment, item.op) for item in context.sites.placed(path) if isinstance(item.op, GatedPrefix)]
+    gated = [(item.segment, item.op) for item in sites.placed(path) if isinstance(item.op, GatedPrefix)]
     if not gated:
         return
     rows = [slice(segment.start, segment.stop) for segment, _ in gated]
@@ -180,7 +178,7 @@ def _add_gated(context: AttentionContext, layer: int, query: Tensor, out: Tensor
         if op.projected:
             out[at] = (wide(out[at]) + scaled).to(out.dtype)
         else:
-            context.sites.beside.setdefault(path, []).append((at, scaled.flatten(1)))
+            sites.beside.setdefault(path, []).append((at, scaled.flatten(1)))
 
 
 def _refuse_unknown(

@@ -285,7 +285,7 @@ class AdaptedLayer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base(*args, **kwargs)
         plan = self.context.plans.rows
-        if plan is not None:
+        if plan is not None and self.context.touches(self.path):
             y: Tensor = (out[0] if isinstance(out, tuple) else out)[0]
             work = self.context.instructions.work(self.path, plan, y.device)
             if work is not None:
