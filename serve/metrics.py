@@ -44,7 +44,7 @@ class Metrics:
         self._each = self._histogram(
             "time_per_output_token_seconds", "(Whole - first token) / (tokens - 1), per request.", NEXT_TOKEN_BUCKETS
         )
-        self._whole = self._histogram("request_seconds", "From request to last token.", WHOLE_BUCKETS)
+        self._whole = self._histogram("request_seconds", "From request to last token or class.", WHOLE_BUCKETS)
 
     def http_request(self, route: str, status: int) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -66,6 +66,10 @@ class Metrics:
         self._whole.observe(whole)
         if tokens_of_longest > 1:
             self._each.observe((whole - first) / (tokens_of_longest - 1))
+
+    def classified(self, model: str, whole: float, prompt_tokens: int) -> None:
+        self._prompt.labels(self._label(model)).inc(prompt_tokens)
+        self._whole.observe(whole)
 
     def render(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4

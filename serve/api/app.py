@@ -8,7 +8,7 @@ from functools import partial
 
 from fastapi import Depends, FastAPI
 
-from onebase.serve.api import adapters, chat, completions, health, models, openapi, tokenize, vllm_compat
+from onebase.serve.api import adapters, chat, classify, completions, health, models, openapi, tokenize, vllm_compat
 from onebase.serve.api.admission import Admission
 from onebase.serve.api.auth import require_local_host
 from onebase.serve.api.errors import install_handlers
@@ -34,7 +34,7 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     local = Depends(require_local_host)
     app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None, dependencies=[local])
     app.state.server = server
-    for module in (health, models, completions, chat, tokenize, adapters, vllm_compat):
+    for module in (health, models, completions, chat, classify, tokenize, adapters, vllm_compat):
         app.include_router(module.router)
     install_handlers(app)
     app.add_middleware(RequestContext, metrics=metrics)

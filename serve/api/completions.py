@@ -78,7 +78,7 @@ async def completions(request: Request) -> Response:
     loaded = server.require_ready()
     server.admission.sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
     target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
-    prompts = await _tokens(loaded, body.prompts, body.add_special_tokens)
+    prompts = await encoded(loaded, body.prompts, body.add_special_tokens, "prompt")
     echoes = _echoes(loaded, body.prompts) if body.echo else []
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes)
     server.admission.tokens.take(job.prompt_tokens, request.state.held, "prompt")
@@ -91,9 +91,9 @@ def _echoes(loaded: Loaded, prompts: Sequence[str | list[int]]) -> list[str]:
     return [prompt if isinstance(prompt, str) else loaded.codec.texts.shown(prompt) for prompt in prompts]
 
 
-async def _tokens(loaded: Loaded, prompts: Sequence[str | list[int]], special: bool) -> list[list[int]]:
-    """Prompts given as ids are taken as they are: no token is added to them."""
+async def encoded(loaded: Loaded, prompts: Sequence[str | list[int]], special: bool, param: str) -> list[list[int]]:
+    """Prompts given as ids are taken as they are: no token is added to them. ``param``: the field, for errors."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts:
-        return await loaded.codec.encode(texts, special=special, max_chars=loaded.max_chars)
+        return await loaded.codec.encode(texts, special=special, max_chars=loaded.max_chars, param=param)
     return [prompt for prompt in prompts if not isinstance(prompt, str)]

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from onebase.adapters.errors import EngineDead
 from onebase.serve.api.detokenizer import Detokenizer
@@ -21,6 +21,8 @@ from onebase.serve.engine.messages import Logprobs, Request, SamplingParams, Tok
 from onebase.serve.metrics import RequestTimer
 
 SEED_RANGE = 1 << 63
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +164,14 @@ def _delta(index: int, text: Detokenizer, output: TokenOutput, silent: set[int])
     return Delta(index, "".join(parts) + rest.text, len(output.tokens), reason, scores)
 
 
-async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """Deltas of all streams in order of arrival. The first failure ends them all."""
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """What all streams say, in order of arrival. The first failure ends them all."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
-            async for delta in only:
-                yield delta
+            async for one in only:
+                yield one
         return
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[T | Exception | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     try:
         open_streams = len(tasks)
@@ -187,11 +189,11 @@ async def merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(stream: AsyncGenerator[Delta, None], queue: asyncio.Queue[Delta | Exception | None]) -> None:
+async def _pump(stream: AsyncGenerator[T, None], queue: asyncio.Queue[T | Exception | None]) -> None:
     try:
         async with aclosing(stream):
-            async for delta in stream:
-                queue.put_nowait(delta)
+            async for item in stream:
+                queue.put_nowait(item)
         queue.put_nowait(None)
     except Exception as error:  # handed to the consumer, which raises it
         queue.put_nowait(error)
@@ -211,7 +213,7 @@ def plan(
     requests: list[Request] = []
     for prompt in prompts:
         limit = _token_limit(loaded, len(prompt), body.token_limit, default)
-        _check_ids(prompt, loaded.info.vocab_size)
+        check_ids(prompt, loaded.info.vocab_size, "prompt")
         ids = tuple(prompt)
         for choice in range(body.choices):
             sampling = _sampling(body, limit, _seed(body.seed, choice))
@@ -258,10 +260,11 @@ def _token_limit(loaded: Loaded, prompt: int, asked: int | None, default: int | 
     return min(default or room, room) if asked is None else asked
 
 
-def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:
+def check_ids(prompt: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError 400 on ``param``. The prompt has a token."""
     worst = max(prompt)
     if worst >= vocab_size:
-        raise bad_request(f"Token id {worst} is not in the vocabulary: ids are 0 to {vocab_size - 1}.", "prompt")
+        raise bad_request(f"Token id {worst} is not in the vocabulary: ids are 0 to {vocab_size - 1}.", param)
 
 
 def _too_long(message: str) -> Exception:

@@ -13,6 +13,7 @@ from onebase.serve.api import schemas
 BODIES = (
     schemas.CompletionRequest,
     schemas.ChatRequest,
+    schemas.ClassifyRequest,
     schemas.TokenizeRequest,
     schemas.DetokenizeRequest,
     schemas.AdapterSource,

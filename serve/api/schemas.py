@@ -137,6 +137,23 @@ class Generation(Supported):
         return None
 
 
+Prompts = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[TokenIds, Field(min_length=1)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+)
+
+
+def prompt_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One text or list of ids for each sequence."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [given]
+    return cast(list[str | list[int]], given)
+
+
 class CompletionRequest(Generation):
     """POST /v1/completions. max_tokens 0 is for those who want the prompt alone: its echo or its log-probabilities."""
 
@@ -147,21 +164,12 @@ class CompletionRequest(Generation):
     prompt_logprobs: NumLogprobs | None = None
     echo: bool | None = None
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    )
+    prompt: Prompts
     add_special_tokens: bool = True
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return cast(list[str | list[int]], self.prompt)
+        return prompt_list(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -263,6 +271,23 @@ class ChatRequest(Generation):
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+
+class ClassifyRequest(Supported):
+    """POST /v1/classify. ``use_activation`` false: the head's logits instead of probabilities."""
+
+    not_yet = {"truncate_prompt_tokens": (), "priority": (0,), "messages": ()}
+
+    model: ModelName
+    adapters: list[AdapterScale] = Field(default=[], max_length=MAX_ADAPTERS)
+    input: Prompts
+    add_special_tokens: bool = True
+    use_activation: bool | None = None
+    user: Label | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        return prompt_list(self.input)
 
 
 class TokenizeRequest(Body):

@@ -1,0 +1,138 @@
+"""POST /v1/classify, in vLLM's shape: what an adapter's classification head says of texts, or of their tokens."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+from numpy.typing import NDArray
+from starlette.responses import Response
+
+from onebase.adapters.errors import EngineDead
+from onebase.serve.api.auth import require_api_key
+from onebase.serve.api.body import json_body, read_json
+from onebase.serve.api.completions import encoded
+from onebase.serve.api.errors import bad_request
+from onebase.serve.api.generation import Usage, check_ids, merged
+from onebase.serve.api.resolve import Target, resolve
+from onebase.serve.api.schemas import ClassifyRequest
+from onebase.serve.api.state import Loaded, Server, server_of
+from onebase.serve.api.stream import encode_json, until_disconnect
+from onebase.serve.engine.messages import ClassLogits, SamplingParams, TokenOutput
+from onebase.serve.engine.messages import Request as EngineRequest
+
+MAX_VALUES = 1 << 21  # probabilities of one answer: about 40 MB of JSON
+
+router = APIRouter(dependencies=[Depends(require_api_key)])
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was said of one prompt so far."""
+
+    num_labels: int = 0
+    per_token: bool = False
+    raw: list[bytes] = field(default_factory=list)
+
+    def add(self, classes: ClassLogits) -> int:
+        """Returns how many values that is."""
+        self.num_labels, self.per_token = classes.num_labels, classes.per_token
+        self.raw.append(classes.logits)
+        return len(classes.logits) // 4
+
+    def logits(self) -> NDArray[np.float64]:
+        """[tokens, or 1 for the whole prompt; num_labels]"""
+        return np.frombuffer(b"".join(self.raw), np.float32).reshape(-1, self.num_labels).astype(np.float64)
+
+
+@router.post("/v1/classify", openapi_extra=json_body(ClassifyRequest))
+async def classify(request: Request) -> Response:
+    """Probabilities of the labels of a text, of each of several texts, or of their tokens."""
+    body = await read_json(request, ClassifyRequest)
+    server = server_of(request)
+    loaded = server.require_ready()
+    server.admission.sequences.take(len(body.prompts), request.state.held, "input")
+    target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
+    prompts = await encoded(loaded, body.prompts, body.add_special_tokens, "input")
+    _check(prompts, loaded)
+    usage = Usage(sum(map(len, prompts)))
+    server.admission.tokens.take(usage.prompt_tokens, request.state.held, "input")
+    found = await until_disconnect(request.receive, _run(server, target, prompts, usage))
+    server.metrics.classified(target.metric, time.monotonic() - request.state.started, usage.prompt_tokens)
+    answer = {
+        "id": f"classify-{request.state.request_id}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": target.label,
+        "data": [_item(index, one, body.use_activation is not False) for index, one in enumerate(found)],
+        "usage": usage.as_dict(),
+    }
+    return Response(encode_json(answer), media_type="application/json", headers={"x-onebase-adapters": target.exact})
+
+
+def _check(prompts: Sequence[Sequence[int]], loaded: Loaded) -> None:
+    context = loaded.info.max_model_len
+    for prompt in prompts:
+        if not prompt:
+            raise bad_request("The input has no tokens: give at least one.", "input")
+        if len(prompt) > context:
+            message = f"The input has {len(prompt)} tokens; the context is {context}."
+            raise bad_request(message, "input", "context_length_exceeded")
+        check_ids(prompt, loaded.info.vocab_size, "input")
+
+
+async def _run(server: Server, target: Target, prompts: Sequence[Sequence[int]], usage: Usage) -> list[_Found]:
+    """All prompts at once; the first failure, or the client's leaving, ends them all."""
+    found = [_Found() for _ in prompts]
+    values = 0
+    async with aclosing(merged([_sequence(server, target, at, prompt) for at, prompt in enumerate(prompts)])) as told:
+        async for index, output in told:
+            usage.cached_tokens += output.cached_tokens
+            if output.classes is not None:
+                values += found[index].add(output.classes)
+            if values > MAX_VALUES:
+                message = f"The answer would have over {MAX_VALUES} probabilities: send fewer or shorter inputs."
+                raise bad_request(message, "input")
+    return found
+
+
+async def _sequence(
+    server: Server, target: Target, index: int, prompt: Sequence[int]
+) -> AsyncGenerator[tuple[int, TokenOutput], None]:
+    request = EngineRequest(uuid.uuid4().hex, tuple(prompt), SamplingParams(0), target.uses, classifies=True)
+    async with aclosing(server.engine.generate(request)) as outputs:
+        async for output in outputs:
+            if output.finish_reason == "abort":
+                raise EngineDead("The engine gave the sequence up.")
+            yield index, output
+            if output.finish_reason is not None:
+                return
+    raise EngineDead("The engine ended the sequence without a reason.")
+
+
+def _item(index: int, found: _Found, activated: bool) -> dict[str, Any]:
+    logits = found.logits()
+    rows = [_label(at, row) for at, row in enumerate(activation(logits) if activated else logits)]
+    if found.per_token:
+        return {"index": index, "num_classes": found.num_labels, "tokens": rows}
+    return {**rows[0], "index": index}
+
+
+def _label(index: int, row: NDArray[np.float64]) -> dict[str, Any]:
+    label = f"LABEL_{int(row.argmax())}"  # PEFT's config has no names of labels
+    return {"index": index, "label": label, "probs": row.tolist(), "num_classes": len(row)}
+
+
+def activation(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities of logits [rows, labels]: a softmax, or the sigmoid of a single label."""
+    if logits.shape[1] == 1:
+        raised = np.exp(-np.abs(logits))
+        return np.where(logits >= 0, 1 / (1 + raised), raised / (1 + raised))
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(raised / raised.sum(axis=1, keepdims=True))
