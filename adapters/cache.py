@@ -409,10 +409,11 @@ def _loader_threads() -> ThreadPoolExecutor:
 
 def _acting_at(extra: Extra, part: Part) -> Extra:
     """Without the interventions of the other part of a window."""
-    return {
+    kept = {
         path: tuple(op for op in ops if not isinstance(op, Intervention) or op.part in (part, "both"))
         for path, ops in extra.items()
     }
+    return {path: ops for path, ops in kept.items() if ops}
 
 
 def _start(block: Entry | SharedBlock) -> int:

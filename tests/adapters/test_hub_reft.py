@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from onebase.adapters.base import Layer, Site, SiteKind
@@ -187,5 +187,5 @@ def test_a_base_of_another_shape_is_refused(compiled: Callable[..., AdapterProgr
 
 def test_it_is_no_part_of_a_union(compiled: Callable[..., AdapterProgram]) -> None:
     union = {"architecture": "union", "configs": [NOREFT]} | dict.fromkeys(LOREFT.keys() - {"architecture"}, ...)
-    with pytest.raises(AdapterRejected, match="architecture.*one request together"):
+    with pytest.raises(AdapterRejected, match=r"architecture.*one request together"):
         compiled(NOREFT, union)

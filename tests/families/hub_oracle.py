@@ -51,6 +51,7 @@ class Oracle:
     old: bool
     blocks: tuple[str, str, str, str, str]
     residuals: dict[str, Tensor] = field(default_factory=dict)
+    length: int | None = None  # of the prompt; None: all tokens are the prompt
 
     def get(self, suffix: str) -> Tensor | None:
         found = [tensor for key, tensor in self.tensors.items() if f".{key}".endswith(f".{suffix}")]
@@ -164,13 +165,15 @@ def _orthonormal(original: Tensor, base: Tensor) -> Tensor:
 
 
 @contextmanager
-def hub_applied(folder: Path, model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The folder's adapter on the model. Gives what its forward needs besides."""
+def hub_applied(folder: Path, model: nn.Module, length: int | None = None) -> Iterator[dict[str, Any]]:
+    """The folder's adapter on the model. Gives what its forward needs besides. length: of the prompt, without what was
+    generated; None: all of it."""
     config = json.loads((folder / "adapter_config.json").read_text())
     parts = config["config"].get("configs", [config["config"]])
     parts = [{**part, "version": config.get("version", "")} for part in parts]
     blocks = BLOCKS[model.config.model_type]
     oracle = Oracle(config["name"], parts, load_file(folder / "adapter.safetensors"), "version" not in config, blocks)
+    oracle.length = length
     arguments: dict[str, Any] = {}
     with ExitStack() as stack:
         for part in parts:
@@ -228,9 +231,11 @@ def _intervening(oracle: Oracle, part: Config, index: int) -> Callable[..., Any]
     def change(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         old = out[0] if isinstance(out, tuple) else out
         new = old.clone()
-        new[:, :first] = oracle.unit(part, f"{at}.0", old[:, :first])
+        prompt = old[:, : oracle.length]
+        new[:, :first] = oracle.unit(part, f"{at}.0", prompt[:, :first])
         if last:  # after the first ones: where they overlap it counts
-            new[:, -last:] = oracle.unit(part, f"{at}.{0 if part['tied_weights'] else 1}", old[:, -last:])
+            end = slice(max(prompt.shape[1] - last, 0), prompt.shape[1])
+            new[:, end] = oracle.unit(part, f"{at}.{0 if part['tied_weights'] else 1}", prompt[:, end])
         return (new, *out[1:]) if isinstance(out, tuple) else new
 
     return change

@@ -152,5 +152,5 @@ def _orthonormal(original: Tensor, base: Tensor) -> Tensor:
     else:
         below = x.tril(-1)
         turned = torch.linalg.householder_product(below, 2 / (1 + below.square().sum(0))) * x.diagonal().int()
-    matrix = (base.double() @ turned).float()
+    matrix: Tensor = (base.double() @ turned).float()
     return (matrix.mT if wide else matrix).contiguous()
