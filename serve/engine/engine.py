@@ -202,7 +202,7 @@ class Engine:
     def _deliver(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Output:
         if token == NOT_FINITE:
             return self._overflowed(sequence)
-        cached = 0 if sequence.num_generated else sequence.num_cached_prompt
+        cached = sequence.num_cached_prompt if sequence.num_cached and not sequence.num_generated else 0
         if sequence.request.sampling.max_tokens == 0:
             self.abort(sequence.id)
             return TokenOutput(sequence.id, (), "length", cached_tokens=cached)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onebase.adapters.program import Window
 from onebase.adapters.traits import Traits
@@ -31,12 +31,17 @@ Spans = tuple[Span, ...]  # in order, none over another
 @dataclass(frozen=True, slots=True)
 class Layout:
     """num_virtual: slots before the prompt. num_stored: those whose K and V the adapter brings along (all or none).
-    first_position: position id of the first real token. spans: for each adapter the slots on which it acts."""
+    first_position: position id of the first real token. spans: for each adapter the slots on which it acts; everywhere:
+    whether that is each slot, for all of them."""
 
     num_virtual: int = 0
     num_stored: int = 0
     first_position: int = 0
     spans: tuple[Spans, ...] = ()
+    everywhere: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "everywhere", all(spans == (Span(0),) for spans in self.spans))
 
     @classmethod
     def of(cls, prompt: Sequence[int], uses: Sequence[tuple[Traits, float]]) -> Layout:

@@ -116,11 +116,12 @@ class Scheduler:
     def computed(self, chunk: Chunk) -> None:
         """A chunk's K and V are in its pages now; those that it filled can be found by others."""
         sequence, page_size = chunk.sequence, self.pages.page_size
-        first = sequence.uncopied.start if sequence.uncopied else chunk.start  # stored K and V were copied beside it
-        sequence.num_computed = chunk.stop
+        copied, first, stop = sequence.uncopied, chunk.start, chunk.stop
+        sequence.num_computed = stop
         if self.pages.cache is None:
             return
-        for index in range(first // page_size, sequence.num_computed // page_size):
+        first = copied.start if copied else first  # stored K and V were copied beside it
+        for index in range(first // page_size, stop // page_size):
             self.pages.cache.add(sequence.pages[index], sequence.block(index, page_size))
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:

@@ -112,12 +112,17 @@ class Sequence:
     def prompt_tokens(self, start: int, stop: int) -> int:
         """How many of the slots [start, stop) hold tokens of the prompt."""
         first = self.num_virtual
-        return max(min(stop, first + len(self.request.prompt)) - max(start, first), 0)
+        end = first + len(self.request.prompt)
+        return 0 if start >= end else max(min(stop, end) - max(start, first), 0)
 
     def uses_at(self, slot: int) -> Uses:
         """(handle, scale) of the adapters that act on a slot, in the present step."""
         if not self.adapters:
             return ()
+        if self.placed.everywhere:  # nearly always: a step asks this several times for each of its rows
+            if len(self.adapters) == 1:
+                return ((self.adapters[0].handle, self.request.adapters[0].scale),)
+            return tuple((e.handle, use.scale) for e, use in zip(self.adapters, self.request.adapters, strict=True))
         return tuple((entry.tail if at_end else entry.handle, use.scale) for entry, use, at_end in self.acting_at(slot))
 
     def acting_at(self, slot: int) -> Iterator[tuple[Entry, AdapterUse, bool]]:
@@ -129,7 +134,11 @@ class Sequence:
 
     def runs(self, start: int, stop: int) -> list[Run]:
         """The slots [start, stop) as runs of equal uses: several where an adapter begins or ends inside."""
-        inner = [] if stop - start == 1 else [at for at in self.placed.borders if start < at < stop]
+        inner = (
+            []
+            if stop - start == 1 or self.placed.everywhere
+            else [at for at in self.placed.borders if start < at < stop]
+        )
         if not inner:
             return [(stop - start, self.uses_at(start))]
         cuts = [start, *inner, stop]
