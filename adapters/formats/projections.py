@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onebase.adapters.errors import AdapterRejected
-from onebase.adapters.formats.fields import Fields
+from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles
 from onebase.adapters.formats.reduce import Reducer
 from onebase.adapters.formats.targets import SiteTensors, global_key, take_global
@@ -28,7 +28,11 @@ def largest(sites: Sequence[SiteTensors]) -> tuple[int, int]:
 
 
 def read_seed(fields: Fields, name: str, default: int) -> int:
-    return fields.integer(name, 0, MAX_SEED, default)
+    """The field may be absent, but not null: numpy draws anew in every run without a seed."""
+    value = fields.take(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
+        raise refused(name, value, f"it must be an integer from 0 to {MAX_SEED}")
+    return value
 
 
 def seeded(seed: int) -> torch.Generator:

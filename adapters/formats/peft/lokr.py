@@ -1,7 +1,9 @@
 """PEFT's LOKR. Yeh et al., "LyCORIS" (2309.14859).
 
 ``y += s (W1 kron W2) x``, s = alpha / r whether or not a factor is of rank r itself. Either factor may be saved as a
-product of two. The sizes of the factors are the tensors'; those of the product must be the base's.
+product of two: the second where r is under half its larger side, and the first, with decompose_both, by the same rule.
+PEFT drops factors that the config does not expect. The sizes of the factors are the tensors'; those of the product must
+be the base's.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from onebase.kernels.ops.kron import Kron
 
 _SUFFIXES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 _HARMLESS = (
-    "decompose_both",  # this and the next chose the sizes that the tensors have
-    "decompose_factor",
+    "decompose_factor",  # chose the sizes that the tensors have
     "module_dropout",
     "rank_dropout",
     "rank_dropout_scale",
@@ -42,10 +43,13 @@ def compile_lokr(files: AdapterFiles, base: BaseModel) -> Compiled:
     fields = files.fields
     ignore_training(fields, *_HARMLESS)
     ranks, alphas, reducer = read_ranks(fields), read_alphas(fields), Reducer()
+    both = fields.flag("decompose_both")
     ops: dict[str, SiteOps] = {}
     for tensors in sites_with(files, base, _SUFFIXES):
         path = tensors.site.path
         rank = ranks.at(path)
+        _check_form(tensors, "lokr_w1", rank, may_be_two=both)
+        _check_form(tensors, "lokr_w2", rank, may_be_two=True)
         ops[path] = SiteOps(extra=(_kron(tensors, rank, alphas.at(path) / rank, reducer),))
     return with_saved(ops, files, base, Beside(weight=True))
 
@@ -67,6 +71,15 @@ def _kron(tensors: SiteTensors, rank: int, scale: float, reducer: Reducer) -> Kr
     if inner is not None and rank * (q + n) >= q * n:
         right, inner = right @ inner, None
     return Kron(left, right, inner)
+
+
+def _check_form(tensors: SiteTensors, name: str, rank: int, *, may_be_two: bool) -> None:
+    """Whether a factor is whole or the product of two, as the config has it."""
+    is_two = may_be_two and rank < max(_size(tensors, name)) / 2
+    if is_two is (name in tensors):
+        form = "the product of two" if is_two else "whole"
+        message = f"{name} of {tensors.site.path} must be {form} by r {rank}, its size and decompose_both."
+        raise AdapterRejected(message, param="r")
 
 
 def _size(tensors: SiteTensors, name: str) -> tuple[int, int]:
