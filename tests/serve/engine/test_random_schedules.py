@@ -1,0 +1,266 @@
+"""Random schedules over every kind of adapter: whatever happens beside a request, it gets the answer it has alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from onebase.adapters.program import LowRank, SiteOps, Window
+from onebase.kernels.ops.bottleneck import BlockBottleneck, OutputBottleneck
+from onebase.kernels.ops.norm import NormOverride
+from onebase.kernels.ops.prefix import GatedPrefix, KvPrefix
+from onebase.kernels.ops.reft import Intervention
+from onebase.kernels.ops.tokens import SoftPrompt, TokenRows
+from onebase.kernels.ops.vector import ScaleIn, ScaleOut
+from onebase.serve.engine.logprobs import unpack
+from onebase.serve.engine.messages import Failure, Request, SamplingParams, TokenOutput, UnloadAdapter
+
+from .programs import Programs
+
+HIDDEN, INNER, HEADS, HEAD = 64, 96, 2, 16
+INVOCATION = (7, 8)
+LAYERS = [f"model.layers.{index}" for index in range(2)]
+_draw = torch.Generator().manual_seed(5)
+
+
+def _normal(*shape: int, std: float = 0.2) -> torch.Tensor:
+    return torch.randn(shape, generator=_draw) * std
+
+
+def _low_rank(*, rank: int) -> dict[str, SiteOps]:
+    paths = [f"{layer}.{name}" for layer in LAYERS for name in ("self_attn.q_proj", "self_attn.o_proj")]
+    return {path: SiteOps(LowRank(_normal(rank, HIDDEN), _normal(rank, HIDDEN), 1.0)) for path in paths}
+
+
+def _gains() -> dict[str, SiteOps]:
+    down, up = (f"{LAYERS[1]}.mlp.{name}_proj" for name in ("down", "up"))
+    return {down: SiteOps(extra=(ScaleIn(_normal(INNER, std=0.5)),)), up: SiteOps(extra=(ScaleOut(_normal(INNER)),))}
+
+
+def _bottlenecks() -> dict[str, SiteOps]:
+    def parts() -> tuple[torch.Tensor, ...]:
+        return _normal(4, HIDDEN), _normal(HIDDEN, 4), torch.ones(1)
+
+    block = BlockBottleneck(*parts(), activation="relu", reads="sum")
+    return {
+        f"{LAYERS[0]}.mlp": SiteOps(extra=(block,)),
+        f"{LAYERS[1]}.self_attn.o_proj": SiteOps(extra=(OutputBottleneck(*parts(), activation="tanh"),)),
+    }
+
+
+def _pairs(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _normal(length, HEADS, HEAD, std=1.0), _normal(length, HEADS, HEAD, std=1.0)
+
+
+def _ends() -> dict[str, SiteOps]:
+    return {LAYERS[0]: SiteOps(extra=(Intervention(_normal(3, HIDDEN), _normal(3), _normal(3, HIDDEN)),))}
+
+
+def _rows() -> dict[str, SiteOps]:
+    rows = TokenRows(torch.tensor([7, 20, 21], dtype=torch.int32), _normal(3, HIDDEN))
+    norm = NormOverride(1 + _normal(HIDDEN, std=0.5))
+    return {"model.embed_tokens": SiteOps(extra=(rows,)), "model.norm": SiteOps(extra=(norm,))}
+
+
+KINDS: dict[str, tuple[dict[str, SiteOps], dict[str, Any]]] = {
+    "lora": (_low_rank(rank=3), {}),
+    "large": (_low_rank(rank=16), {}),
+    "alora": (_low_rank(rank=5), {"invocation": INVOCATION}),
+    "gains": (_gains(), {}),
+    "bottleneck": (_bottlenecks(), {}),
+    "rows": (_rows(), {}),
+    "ends": (_ends(), {"window": Window(2, 3)}),
+    "soft": (
+        {"model.embed_tokens": SiteOps(extra=(SoftPrompt(_normal(5, HIDDEN)),))},
+        {"num_virtual_tokens": 5, "first_position": 5},
+    ),
+    "stored": (
+        {f"{layer}.self_attn": SiteOps(extra=(KvPrefix(*_pairs(19)),)) for layer in LAYERS},
+        {"num_virtual_tokens": 19, "first_position": 19},
+    ),
+    "gated": ({f"{LAYERS[1]}.self_attn": SiteOps(extra=(GatedPrefix(*_pairs(5), torch.ones(1)),))}, {}),
+}
+TOGETHER = [("lora", "soft"), ("alora", "stored"), ("gains", "lora", "alora"), ("gated", "rows", "large")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a client asks for. abort: steps after which it goes away, None where it stays."""
+
+    prompt: tuple[int, ...]
+    adapters: tuple[str, ...]
+    scale: float
+    max_tokens: int
+    temperature: float
+    prompt_logprobs: int | None
+    abort: int | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    prompt: list[float]
+
+
+class Client:
+    """Sends jobs to one engine and collects what comes back."""
+
+    def __init__(self, driver: Any) -> None:
+        self.engine, self.made = driver.engine, 0
+        self.answers: dict[str, Answer] = {}
+        self.left: dict[str, int] = {}  # request -> steps until it is aborted
+        self.ended: set[str] = set()
+        self._programs = Programs(driver)
+        for name, (ops, rest) in KINDS.items():
+            self._programs.add(name, ops, **rest)
+
+    def send(self, job: Job, *, to_end: bool = False) -> str:
+        self.made += 1
+        request_id = f"job-{self.made}"
+        scales = [job.scale if name in ("lora", "large", "alora", "gains", "rows") else 1.0 for name in job.adapters]
+        uses = tuple(self._programs.use(name, scale) for name, scale in zip(job.adapters, scales, strict=True))
+        sampling = SamplingParams(
+            job.max_tokens, job.temperature, seed=3, ignore_eos=True, prompt_logprobs=job.prompt_logprobs
+        )
+        self.answers[request_id] = Answer([], [])
+        assert not self.engine.add(Request(request_id, job.prompt, sampling, uses))
+        if job.abort is not None and not to_end:
+            self.left[request_id] = job.abort
+        return request_id
+
+    def step(self) -> None:
+        for request_id in [name for name, steps in self.left.items() if steps == 0]:
+            self.engine.abort(request_id)
+            del self.left[request_id]
+        self.left = {name: steps - 1 for name, steps in self.left.items()}
+        for output in self.engine.step():
+            assert not isinstance(output, Failure), output.message
+            assert isinstance(output, TokenOutput)
+            answer = self.answers[output.id]
+            assert output.id not in self.ended
+            answer.tokens.extend(output.tokens)
+            if output.prompt_logprobs is not None:
+                assert not answer.tokens, "the prompt is told before the first token"
+                answer.prompt.extend(one.logprob or 0.0 for one in unpack(output.prompt_logprobs))
+            if output.finish_reason is not None:
+                self.ended.add(output.id)
+        self.engine.check()
+
+    def drain(self) -> None:
+        for _ in range(20_000):
+            if not self.engine.has_work:
+                return
+            self.step()
+            if not self.engine.scheduler.running:
+                time.sleep(0.0005)  # an adapter is on its way
+        raise AssertionError("the engine did not finish")
+
+
+class Bench:
+    """One crowded engine, and one that serves a job at a time and remembers what it said."""
+
+    def __init__(self, crowded: Client, alone: Client) -> None:
+        self.crowded, self.alone = crowded, alone
+        self._known: dict[Job, Answer] = {}
+
+    def expected(self, job: Job) -> Answer:
+        if job not in self._known:
+            request_id = self.alone.send(job, to_end=True)
+            self.alone.drain()
+            self._known[job] = self.alone.answers[request_id]
+        return self._known[job]
+
+
+@pytest.fixture(scope="module")
+def bench(make_driver: Callable[..., Any]) -> Bench:
+    """The crowded engine has room for a few sequences, and for some of the adapters at a time."""
+    crowded = make_driver("llama", max_model_len=72, kv_memory=0.00006, adapter_memory=0.00005, max_num_seqs=6)
+    alone = make_driver("llama", max_model_len=72, prefix_caching=False)
+    return Bench(Client(crowded), Client(alone))
+
+
+_TOKENS = st.sampled_from([20, 21, 22])
+_PROMPTS = st.tuples(
+    st.integers(0, 20), st.lists(_TOKENS, max_size=6), st.sampled_from([(), INVOCATION]), st.lists(_TOKENS, min_size=1)
+).map(lambda parts: (*range(30, 30 + parts[0]), *parts[1], *parts[2], *parts[3][:5]))
+JOBS = st.builds(
+    Job,
+    prompt=_PROMPTS,
+    adapters=st.one_of(st.just(()), st.sampled_from([(name,) for name in KINDS]), st.sampled_from(TOGETHER)),
+    scale=st.sampled_from([1.0, 0.5]),
+    max_tokens=st.sampled_from([0, 1, 3, 14]),
+    temperature=st.sampled_from([0.0, 0.0, 1.0]),
+    prompt_logprobs=st.sampled_from([None, None, 0]),
+    abort=st.sampled_from([None, None, None, 0, 2, 7]),
+)
+# A job and the steps before the next event, or the name of an adapter that is unloaded.
+EVENTS = st.lists(
+    st.one_of(st.tuples(JOBS, st.integers(0, 3)), st.sampled_from(sorted(KINDS))), min_size=1, max_size=30
+)
+
+
+def _hold(bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int) -> None:
+    client, sent = bench.crowded, []
+    engine = client.engine
+    engine.scheduler._max_batch_tokens = max_batch_tokens
+    for event in events:
+        if isinstance(event, str):
+            engine.unload(UnloadAdapter("unload", event))
+            continue
+        sent.append((client.send(event[0]), event[0]))
+        for _ in range(event[1]):
+            client.step()
+    client.drain()
+    for request_id, job in sent:
+        if request_id in client.ended:
+            answer, expected = client.answers[request_id], bench.expected(job)
+            assert answer.tokens == expected.tokens, job
+            torch.testing.assert_close(answer.prompt, expected.prompt, atol=1e-4, rtol=0)
+        else:
+            assert job.abort is not None
+    assert engine.scheduler.pages.num_free == engine.info.num_pages
+    assert engine.adapters.num_references == 0
+
+
+_SCHEDULES = given(events=EVENTS, max_batch_tokens=st.sampled_from([3, 11, 64]))
+_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+@_SCHEDULES
+def test_whatever_happens_beside_it_a_request_has_its_own_answer(
+    bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
+) -> None:
+    _hold(bench, events, max_batch_tokens)
+
+
+def test_the_crowd_preempts_evicts_and_compacts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the schedules above prove little."""
+    adapters, moved = bench.crowded.engine.adapters, []
+    move = adapters._move
+    monkeypatch.setattr(adapters, "_move", lambda block: moved.append(move(block)) or moved[-1])
+    prompts = [(*range(30, 50), *INVOCATION, 20 + turn) for turn in range(4)]
+    jobs = [Job(prompt, (name,), 1.0, 14, 0.0, None, None) for prompt in prompts for name in KINDS]
+    before = bench.crowded.engine.stats()
+    _hold(bench, [(job, 0) for job in jobs], 64)
+    after = bench.crowded.engine.stats()
+    assert after.preemptions > before.preemptions
+    assert after.adapter_evictions > before.adapter_evictions
+    assert after.page_evictions > before.page_evictions
+    assert any(moved)
+    answers = {tuple(bench.expected(job).tokens) for job in jobs[: len(KINDS)]}
+    assert len(answers) == len(KINDS), "each of them says something of its own"
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=_CHECKS)
+@_SCHEDULES
+def test_many_schedules(bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int) -> None:
+    _hold(bench, events, max_batch_tokens)
