@@ -15,11 +15,12 @@ from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.program import Head
 
 MAX_LABELS = 4096
+HEAD_NAMES = ("score", "classifier")  # PEFT adds both to modules_to_save, whichever the classifier has
 _TASKS = ("SEQ_CLS", "TOKEN_CLS")
 _KEYS = {
     f"{prefix}{name}{saved}.{part}": (name, part)
     for prefix in ("base_model.model.", "base_model.", "")
-    for name in ("score", "classifier")
+    for name in HEAD_NAMES
     for saved in ("", ".modules_to_save.default")
     for part in ("weight", "bias")
 }

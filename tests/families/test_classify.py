@@ -22,6 +22,7 @@ from .case import ALL_FIVE, NUM_GREEDY, TARGETS, all_cases, made, move_trainable
 
 TOLERANCE = 1e-4
 LABELS = 3
+PAD = 0  # of all bases but gpt2, which has none
 COMPANIONS = ("lora", "ia3")
 KINDS = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -31,6 +32,8 @@ NO_TOKEN_CLASSIFIER = ("opt",)  # transformers has none
 CONFIGS: dict[str, Callable[..., Any]] = {
     "lora": lambda names, task: peft.LoraConfig(task_type=task, r=4, target_modules=names),
     "ia3": lambda names, task: peft.IA3Config(task_type=task, target_modules=names[:1], feedforward_modules=[]),
+    "prompt": lambda names, task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=5),
+    "prefix": lambda names, task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=6),
 }
 
 
@@ -61,7 +64,8 @@ def classifier(
         loaded = peft.PeftModel.from_pretrained(plain, adapter).eval()
     with torch.inference_mode():
         logits = loaded(input_ids=torch.tensor([prompt])).logits.float()
-    return Classifier(adapter.name, adapter, prompt, torch.softmax(logits.view(-1, labels), -1))
+    rows = logits.view(-1, labels)[-len(prompt) :]  # virtual tokens have none of ours
+    return Classifier(adapter.name, adapter, prompt, torch.softmax(rows, -1))
 
 
 class Listener:
@@ -101,7 +105,7 @@ class Listener:
 def classifiers(base: Path, architecture: str, prompt: list[int], folder: Path) -> list[Classifier]:
     tasks = [task for task in KINDS if task == "SEQ_CLS" or architecture not in NO_TOKEN_CLASSIFIER]
     return [
-        classifier(base, architecture, task, family, prompt[at:], folder)
+        classifier(base, architecture, task, family, prompt[at:] + [PAD] * (at % 3), folder)
         for at, (task, family) in enumerate((task, family) for task in tasks for family in CONFIGS)
     ]
 
@@ -122,7 +126,9 @@ def test_heads_equal_peft_beside_generation(
     found = classifiers(base, architecture, cases[0].prompt, tmp_path)
     listener = Listener(driver)
     for folder in [*(one.adapter for one in found), *(one.adapter for one in generated.values())]:
-        driver.generate([5], driver.use(folder), max_tokens=1)  # resident, so that they do meet
+        driver.submit([5], driver.use(folder), max_tokens=1)  # resident, so that they do meet
+    driver.run()
+    assert not driver.failures
     before = driver.engine.stats().steps
     for name, one in generated.items():
         listener.add(name, one.prompt, driver.use(one.adapter))

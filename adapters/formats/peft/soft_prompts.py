@@ -15,9 +15,10 @@ from onebase.adapters.base import BaseModel, Site, SiteKind
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.fields import Fields, refused
 from onebase.adapters.formats.files import AdapterFiles, TensorBag
+from onebase.adapters.formats.heads import HEAD_NAMES, take_head
 from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.formats.register import Compiled, register
-from onebase.adapters.program import SiteOps
+from onebase.adapters.program import Head, SiteOps
 from onebase.kernels.ops.tokens import SoftPrompt
 
 KEY = "prompt_embeddings"
@@ -49,7 +50,9 @@ _CPT = (
 def read_prompt_length(fields: Fields) -> int:
     """num_virtual_tokens, and the fields that every prompt-learning family has."""
     fields.ignore(_SHAPES)
-    fields.must_be_unset({"modules_to_save": "full copies of modules beside a prompt are not served"})
+    saved = fields.names("modules_to_save")
+    if not set(saved) <= set(HEAD_NAMES):
+        raise refused("modules_to_save", list(saved), "full copies of modules beside a prompt are not served")
     fields.choice(
         "num_transformer_submodules", (1, None), None, "it must be 1 or null: an encoder-decoder has two prompts"
     )
@@ -123,7 +126,7 @@ def compile_multitask(files: AdapterFiles, base: BaseModel) -> Compiled:
     shape = f"num_tasks {num_tasks}, num_virtual_tokens {length}, num_ranks {rank}, the embedding's width"
     cols = _take(tensors, "prefix_task_cols", (num_tasks, length, rank), shape)
     rows = _take(tensors, "prefix_task_rows", (num_tasks, rank, site.out_features), shape)
-    return _compiled(site, shared * (cols[0] @ rows[0]))
+    return _compiled(site, shared * (cols[0] @ rows[0]), take_head(files, base))
 
 
 def prompt_site(base: BaseModel) -> Site:
@@ -139,7 +142,7 @@ def prompt_site(base: BaseModel) -> Site:
 def _compile(files: AdapterFiles, base: BaseModel) -> Compiled:
     length, site = read_prompt_length(files.fields), prompt_site(base)
     rows = _take(files.tensors, KEY, (length, site.out_features), "num_virtual_tokens, the embedding's width")
-    return _compiled(site, rows)
+    return _compiled(site, rows, take_head(files, base))
 
 
 def _take(tensors: TensorBag, key: str, shape: tuple[int, ...], meaning: str) -> Tensor:
@@ -148,5 +151,5 @@ def _take(tensors: TensorBag, key: str, shape: tuple[int, ...], meaning: str) ->
     return tensors.take(key).float()
 
 
-def _compiled(site: Site, rows: Tensor) -> Compiled:
-    return Compiled({site.path: SiteOps(extra=(SoftPrompt(rows),))}, len(rows), first_position=len(rows))
+def _compiled(site: Site, rows: Tensor, head: Head | None) -> Compiled:
+    return Compiled({site.path: SiteOps(extra=(SoftPrompt(rows),))}, len(rows), first_position=len(rows), head=head)

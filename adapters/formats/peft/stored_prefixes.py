@@ -10,6 +10,7 @@ from __future__ import annotations
 from onebase.adapters.base import BaseModel
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.formats.files import AdapterFiles
+from onebase.adapters.formats.heads import take_head
 from onebase.adapters.formats.keys import check_shape
 from onebase.adapters.formats.peft.soft_prompts import KEY, read_prompt_length, require_key
 from onebase.adapters.formats.register import Compiled, register
@@ -56,7 +57,7 @@ def _compile(files: AdapterFiles, base: BaseModel) -> Compiled:
         layer.attention: SiteOps(extra=(KvPrefix(stored[:, at, 0].contiguous(), stored[:, at, 1].contiguous()),))
         for at, layer in enumerate(base.layers)
     }
-    return Compiled(ops, length, first_position=length)
+    return Compiled(ops, length, first_position=length, head=take_head(files, base))
 
 
 def _kv_shape(base: BaseModel) -> tuple[int, int]:
