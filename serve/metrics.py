@@ -165,6 +165,10 @@ def _load(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("onebase_prompt_tokens", "Prompt tokens that went through the model.", stats.prompt_tokens)
     yield _counter("onebase_generated_tokens", "Tokens sampled.", stats.generated_tokens)
     yield _counter("onebase_preemptions", "Sequences preempted for want of pages.", stats.preemptions)
+    yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", stats.queried_tokens)
+    yield _counter("vllm:prefix_cache_hits", "Prompt tokens that the prefix cache gave.", stats.cached_tokens)
+    yield _gauge("onebase_cached_pages", "Free KV pages that the prefix cache can still give.", stats.cached_pages)
+    yield _counter("onebase_page_evictions", "Cached KV pages given away for want of room.", stats.page_evictions)
     yield _counter("onebase_adapter_loads", "Adapters copied to the device.", stats.adapter_loads)
     yield _counter("onebase_adapter_evictions", "Adapters evicted from the device.", stats.adapter_evictions)
 

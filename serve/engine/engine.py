@@ -333,6 +333,7 @@ class Engine:
             page_evictions=self.scheduler.pages.num_evicted,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
+            queried_tokens=self.scheduler.queried_tokens,
             cached_tokens=self.scheduler.cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,

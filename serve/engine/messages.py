@@ -168,7 +168,8 @@ class EngineStats:
     """Gauges after a step; counters are totals since the engine started. resident: digest -> bytes on the device.
 
     free_pages: nobody holds them; cached_pages: those of them that the prefix cache can still give. prompt_tokens: of
-    prompts, computed; cached_tokens: of prompts, not computed since the prefix cache gave them.
+    prompts, computed; queried_tokens: of prompts, looked for in the prefix cache; cached_tokens: of these, found there
+    and not computed.
     """
 
     running: int = 0
@@ -179,6 +180,7 @@ class EngineStats:
     page_evictions: int = 0
     steps: int = 0
     prompt_tokens: int = 0
+    queried_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0

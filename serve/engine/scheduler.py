@@ -45,7 +45,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self.cached_tokens = 0  # of prompts, given by the prefix cache
+        self.queried_tokens = 0  # of prompts, looked for in the prefix cache
+        self.cached_tokens = 0  # of them, found there
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
 
@@ -110,7 +111,9 @@ class Scheduler:
         sequence.pages = self._cached(sequence)
         self.pages.share(sequence.pages)
         sequence.reuse(len(sequence.pages) * self.pages.page_size)
-        self.cached_tokens += sequence.num_cached_prompt
+        if self.pages.cache is not None and sequence.num_reusable:
+            self.queried_tokens += len(sequence.request.prompt)
+            self.cached_tokens += sequence.num_cached_prompt
         self._grow(sequence, len(sequence.tokens))
 
     def computed(self, chunk: Chunk) -> None:

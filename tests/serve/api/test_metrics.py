@@ -50,6 +50,7 @@ def test_gateway_names(run: Any, open_site: Any, adapter_folder: Any) -> None:
             site.engine.stats = replace(
                 site.engine.stats, running=3, waiting=2, waiting_for_adapter=1, free_pages=25, steps=9,
                 waiting_adapters=(digest,), adapter_bytes_used=1 << 18,
+                queried_tokens=50, cached_tokens=32, cached_pages=7, page_evictions=4,
             )  # fmt: skip
             site.engine.restarts = 2
             found = samples((await site.http.get("/metrics")).text)
@@ -61,6 +62,10 @@ def test_gateway_names(run: Any, open_site: Any, adapter_folder: Any) -> None:
             (lora,) = found["vllm:lora_requests_info"]
             assert lora.labels == {"max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": "a,b"}
             assert {s.labels["adapter_name"] for s in found["vllm:lora_adapter_loaded"]} == {"a", "b"}
+            assert value(found, "vllm:prefix_cache_queries_total") == 50
+            assert value(found, "vllm:prefix_cache_hits_total") == 32
+            assert value(found, "onebase_cached_pages") == 7
+            assert value(found, "onebase_page_evictions_total") == 4
             assert value(found, "onebase_engine_restarts_total") == 2
             assert value(found, "onebase_engine_ready") == 1
 

@@ -168,6 +168,7 @@ def test_cached_tokens_are_told_once_and_are_the_prompts(
     assert told["gated"] == [[0, 0, 0], [24, 0, 0]]
     assert told["soft"] == told["stored"] == [[0, 0, 0], [40 - 11, 0, 0]]
     assert driver.engine.stats().cached_tokens == 24 * 4 + 29 * 2
+    assert driver.engine.stats().queried_tokens == 2 * 5 * len(prompt)
     assert driver.engine.stats().cached_pages > 0
 
 
@@ -193,9 +194,9 @@ def test_log_probabilities_of_prompts_are_the_same_beside_cached_pages(
         for driver in (cached, plain):
             uses = () if path is None else (driver.use(path),)
             _outputs(driver, prompt, uses)
-            before = driver.engine.stats().cached_tokens
+            before = driver.engine.stats().queried_tokens
             found.append(_prompt_logprobs(driver, prompt, uses))
-            assert driver.engine.stats().cached_tokens == before
+            assert driver.engine.stats().queried_tokens == before
         assert len(found[0]) == len(prompt) - 1
         torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
         expected = plain.logprobs([(list(prompt), uses)], 1)[0]
