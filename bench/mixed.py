@@ -70,7 +70,14 @@ def run(load: Load, *, clients: int, num_adapters: int, rounds: int, dtype: torc
 
 def _sides(load: Load, clients: int, folders: Sequence[Path], dtype: torch.dtype) -> dict[str, Side]:
     prompts = load.prompts(SHAPES["135m"].vocab_size)
-    config = EngineConfig(model="135m", device="cpu", max_num_seqs=clients, kv_memory=1.0, adapter_memory=2.0)
+    config = EngineConfig(
+        model="135m",
+        device="cpu",
+        max_num_seqs=clients,
+        kv_memory=1.0,
+        adapter_memory=2.0,
+        prefix_caching=False,  # rounds repeat their prompts, and theirs compute each of them
+    )
     engine = Engine(config, prepare(random_model("135m", dtype, "cpu"), config))
     make_resident(engine, folders)
     adapters = [folders[i % len(folders)] for i in range(len(prompts))]

@@ -44,7 +44,12 @@ def run(
 
 def _prepare(shape: str, device: str, rows: int, ranks: Sequence[int], folder: Path) -> tuple[Engine, list[Path]]:
     config = EngineConfig(
-        model=shape, device=device, max_num_seqs=rows, max_model_len=2048, kv_memory=4.0 if device == "cpu" else 16.0
+        model=shape,
+        device=device,
+        max_num_seqs=rows,
+        max_model_len=2048,
+        kv_memory=4.0 if device == "cpu" else 16.0,
+        prefix_caching=False,  # every row has the same prompt
     )
     base = prepare(random_model(shape, torch.bfloat16, device), config)
     folders = [_save_adapter(base, folder / f"adapter-{i}", rank, i) for i, rank in enumerate(ranks)]
