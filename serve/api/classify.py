@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -27,6 +28,7 @@ from onebase.serve.api.stream import encode_json, until_disconnect
 from onebase.serve.engine.messages import ClassLogits, SamplingParams, TokenOutput
 from onebase.serve.engine.messages import Request as EngineRequest
 
+LONG_ANSWER = 1 << 14  # values; shorter answers are written faster than a thread is woken
 MAX_VALUES = 1 << 21  # probabilities of one answer: about 40 MB of JSON
 
 router = APIRouter(dependencies=[Depends(require_api_key)])
@@ -40,11 +42,13 @@ class _Found:
     per_token: bool = False
     raw: list[bytes] = field(default_factory=list)
 
-    def add(self, classes: ClassLogits) -> int:
-        """Returns how many values that is."""
+    def add(self, classes: ClassLogits) -> None:
         self.num_labels, self.per_token = classes.num_labels, classes.per_token
         self.raw.append(classes.logits)
-        return len(classes.logits) // 4
+
+    @property
+    def num_values(self) -> int:
+        return sum(map(len, self.raw)) // 4
 
     def logits(self) -> NDArray[np.float64]:
         """[tokens, or 1 for the whole prompt; num_labels]"""
@@ -70,10 +74,21 @@ async def classify(request: Request) -> Response:
         "object": "list",
         "created": int(time.time()),
         "model": target.label,
-        "data": [_item(index, one, body.use_activation is not False) for index, one in enumerate(found)],
         "usage": usage.as_dict(),
     }
-    return Response(encode_json(answer), media_type="application/json", headers={"x-onebase-adapters": target.exact})
+    data = await _written(answer, found, server, activated=body.use_activation is not False)
+    return Response(data, media_type="application/json", headers={"x-onebase-adapters": target.exact})
+
+
+async def _written(answer: dict[str, Any], found: Sequence[_Found], server: Server, *, activated: bool) -> bytes:
+    """The answer as JSON; a long one is written in a thread."""
+
+    def write() -> bytes:
+        return encode_json(answer | {"data": [_item(at, one, activated) for at, one in enumerate(found)]})
+
+    if sum(one.num_values for one in found) <= LONG_ANSWER:
+        return write()
+    return await asyncio.get_running_loop().run_in_executor(server.parsers, write)
 
 
 def _check(prompts: Sequence[Sequence[int]], loaded: Loaded) -> None:
@@ -95,7 +110,8 @@ async def _run(server: Server, target: Target, prompts: Sequence[Sequence[int]],
         async for index, output in told:
             usage.cached_tokens += output.cached_tokens
             if output.classes is not None:
-                values += found[index].add(output.classes)
+                found[index].add(output.classes)
+                values += len(output.classes.logits) // 4
             if values > MAX_VALUES:
                 message = f"The answer would have over {MAX_VALUES} probabilities: send fewer or shorter inputs."
                 raise bad_request(message, "input")
@@ -118,15 +134,17 @@ async def _sequence(
 
 def _item(index: int, found: _Found, activated: bool) -> dict[str, Any]:
     logits = found.logits()
-    rows = [_label(at, row) for at, row in enumerate(activation(logits) if activated else logits)]
-    if found.per_token:
-        return {"index": index, "num_classes": found.num_labels, "tokens": rows}
-    return {**rows[0], "index": index}
-
-
-def _label(index: int, row: NDArray[np.float64]) -> dict[str, Any]:
-    label = f"LABEL_{int(row.argmax())}"  # PEFT's config has no names of labels
-    return {"index": index, "label": label, "probs": row.tolist(), "num_classes": len(row)}
+    values = (activation(logits) if activated else logits).tolist()
+    best = logits.argmax(axis=1).tolist()
+    rows = [
+        {"index": at, "label": f"LABEL_{label}", "probs": probs, "num_classes": found.num_labels}
+        for at, (label, probs) in enumerate(zip(best, values, strict=True))
+    ]
+    return (
+        {"index": index, "num_classes": found.num_labels, "tokens": rows}
+        if found.per_token
+        else rows[0] | {"index": index}
+    )
 
 
 def activation(logits: NDArray[np.float64]) -> NDArray[np.float64]:

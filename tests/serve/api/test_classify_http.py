@@ -68,7 +68,10 @@ def test_a_text_has_one_label(run: Any, open_site: Any) -> None:
     run(body())
 
 
-def test_tokens_have_a_label_each(run: Any, open_site: Any) -> None:
+@pytest.mark.parametrize("long_answer", [0, 1 << 14], ids=["written in a thread", "written at once"])
+def test_tokens_have_a_label_each(run: Any, open_site: Any, monkeypatch: pytest.MonkeyPatch, long_answer: int) -> None:
+    monkeypatch.setattr("onebase.serve.api.classify.LONG_ANSWER", long_answer)
+
     async def body() -> None:
         async with open_site() as site:
             site.engine.reply = says(LOGITS[:2], LOGITS[2:], per_token=True)
