@@ -159,7 +159,7 @@ TENSORS: dict[str, tuple[dict[str, Any], str, Tensor | None, str]] = {
         draw(2, 32),
         "distinct tokens",
     ),
-    "invocation and a saved module": ({"alora_invocation_tokens": [3]}, f"{DOWN}.weight", draw(32, 48), "whole param"),
+    "invocation and a saved module": ({"alora_invocation_tokens": [3]}, f"{DOWN}.weight", draw(32, 48), "whole weight"),
     "invocation and a bias": ({"alora_invocation_tokens": [3]}, f"{Q}.base_layer.bias", draw(32), "whole param"),
     "what only MonteCLoRA reads": ({}, f"{Q}.lora_monteclora_sampler.std_prior", draw(1), "lora_monteclora_sampler"),
 }
@@ -357,9 +357,9 @@ def test_conv1d_is_saved_transposed(tmp_path: Path, gpt2: nn.Module) -> None:
     """Square ones too, where the shape does not tell."""
     module = gpt2.get_submodule("transformer.h.0.attn.c_proj")
     copy = module.weight.detach() + draw(32, 32)
-    write(
-        tmp_path, "LN_TUNING", {"base_model.model.transformer.h.0.attn.c_proj.weight": copy}, modules_to_save=["c_proj"]
-    )
+    key = "base_model.model.transformer.h.0.attn.c_proj"
+    tensors = {f"{key}.weight": copy, f"{key}.bias": module.bias.detach().clone()}
+    write(tmp_path, "LN_TUNING", tensors, modules_to_save=["c_proj"])
     with pytest.raises(AdapterRejected, match=r"modules_to_save names transformer\.h\.0\.mlp\.c_proj"):
         compile_it(tmp_path, gpt2)
     edit_config(tmp_path, modules_to_save=["0.attn.c_proj"])
