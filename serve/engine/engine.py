@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from pathlib import Path
 
-from onebase.adapters.arena import Arena
-from onebase.adapters.cache import AdapterCache
 from onebase.adapters.entry import Entry, State
-from onebase.adapters.errors import AdapterConflict, AdapterTooLarge, EngineError, OneBaseError, RequestRejected
-from onebase.adapters.formats import compile_folder
-from onebase.adapters.program import AdapterProgram
-from onebase.adapters.traits import Traits
-from onebase.kernels.dispatch import select_kernels
+from onebase.adapters.errors import AdapterConflict, EngineError, OneBaseError, RequestRejected
 from onebase.kernels.instructions import InstructionTable
-from onebase.kernels.tables import ProgramTables, SiteShape
-from onebase.serve.engine.classes import NO_HEAD, check_heads, read_slots
-from onebase.serve.engine.combine import check_combination, check_windows, without_idle
+from onebase.serve.engine.classes import NO_HEAD
+from onebase.serve.engine.combine import without_idle
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
 from onebase.serve.engine.draw import draw, draw_apart
-from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.memory import plan_memory
 from onebase.serve.engine.messages import (
     AdapterGone,
@@ -42,11 +32,10 @@ from onebase.serve.engine.runner import ModelRunner
 from onebase.serve.engine.sampler import NOT_FINITE
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
+from onebase.serve.engine.tier import adapter_tier
+from onebase.serve.engine.waiting import Refused, WaitingRoom
 from onebase.serve.model.loader import LoadedModel, load_model
-from onebase.serve.model.sites import SiteContext, StepPlans, wrap_sites
-
-# Loads that are started before their sizes are known; each takes host memory until it is placed or dropped.
-_MOST_COMPILING = 4
+from onebase.serve.model.sites import StepPlans
 
 Output = TokenOutput | Failure | AdapterReady | AdapterGone
 
@@ -66,7 +55,9 @@ class Engine:
             config.max_num_seqs,
         )
         plans, instructions = StepPlans(), InstructionTable()
-        self.adapters = _adapter_tier(config, base, memory.adapter_bytes, plans, instructions)
+        self.adapters = adapter_tier(config, base, memory.adapter_bytes, plans, instructions)
+        pad, lookahead = base.config.get("pad_token_id"), 2 * config.max_num_seqs
+        self.waiting = WaitingRoom(self.scheduler, self.adapters, memory.max_model_len, pad, lookahead)
         self.runner = (
             DeterministicRunner(base, plans, instructions, memory.num_pages, memory.max_model_len)
             if config.deterministic
@@ -86,13 +77,9 @@ class Engine:
             eos_token_ids=base.eos_token_ids,
         )
         self._eos = frozenset(base.eos_token_ids)
-        self._pad: int | None = base.config.get("pad_token_id")
         self._sequences: dict[str, Sequence] = {}
         self._commands: dict[str, list[str]] = {}  # digest -> ids of LoadAdapter commands that wait for it
         self._order = 0
-        self._lookahead = 2 * config.max_num_seqs
-        self._wanted: set[str] = set()  # adapters that the first waiting requests need
-        self._kept: set[str] = set()  # those of them that fit the device together
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
     # Requests and commands
@@ -219,11 +206,9 @@ class Engine:
         return _failure(sequence.id, EngineError(message))
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Take references on a sequence's adapters if all are resident."""
-        if sequence.layout is None or not all(map(self.adapters.is_ready, sequence.digests)):
+        """Take references on a sequence's adapters if it may start."""
+        if not self.waiting.may_start(sequence):
             return False
-        if self.adapters.blocked and not self._kept.issuperset(sequence.digests):
-            return False  # new references would keep an older request's adapter out of the arena for ever
         sequence.adapters = tuple(self.adapters.acquire(digest) for digest in sequence.digests)
         return True
 
@@ -235,89 +220,20 @@ class Engine:
 
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []
-        self._kept = self._prefetch()
-        self.adapters.forget_unplaced(self._wanted)
-        for entry in self.adapters.poll(self._kept):
+        self.waiting.prefetch()
+        self.adapters.forget_unplaced(self.waiting.wanted)
+        for entry in self.adapters.poll(self.waiting.kept):
             for command in self._commands.pop(entry.digest, []):
                 outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
             if entry.error is not None:
-                outputs.extend(self._fail_waiting(entry.digest, entry.error))
-        return [*outputs, *self._lay_out(), *self._fail_oversized()]
+                outputs += self._refuse([(sequence, entry.error) for sequence in self.waiting.over(entry.digest)])
+        outputs += self._refuse(self.waiting.lay_out())
+        return outputs + self._refuse(self.waiting.oversized())
 
-    def _lay_out(self) -> list[Output]:
-        """Give waiting sequences their virtual tokens, once their adapters are compiled."""
-        outputs: list[Output] = []
-        for sequence in [s for s in self.scheduler.waiting if s.layout is None]:
-            traits = [self.adapters.traits(use.digest) for use in sequence.request.adapters]
-            known = [one for one in traits if one is not None]
-            if len(known) < len(traits):
-                continue
-            try:
-                self._place(sequence, known)
-            except RequestRejected as error:
-                self.abort(sequence.id)
-                outputs.append(_failure(sequence.id, error))
-        return outputs
-
-    def _place(self, sequence: Sequence, traits: list[Traits]) -> None:
-        """Lay a sequence out. Raises RequestRejected where its adapters do not go together, or no token has room."""
-        request = sequence.request
-        check_combination(request.adapters, traits)
-        check_windows(request.prompt, request.adapters, traits)
-        if request.classifies:
-            check_heads(request.adapters, traits)
-        scales = [use.scale for use in request.adapters]
-        layout = Layout.of(request.prompt, list(zip(traits, scales, strict=True)))
-        sequence.lay_out(layout)
-        sequence.unclassified = read_slots(request, traits, layout, self._pad)
-        if len(sequence.tokens) + min(request.sampling.max_tokens, 1) > self.max_model_len:
-            message = (
-                f"the prompt has {len(request.prompt)} tokens and its adapter puts {layout.num_virtual} virtual tokens "
-                f"before it; the model's context is {self.max_model_len}"
-            )
-            raise RequestRejected(message, param="prompt")
-
-    def _prefetch(self) -> set[str]:
-        """Start the loads that waiting requests need, oldest first, as far as the device budget goes.
-
-        Returns the adapters that fit it together: they are not evicted for each other or for anybody behind them, so
-        that requests over more adapters than fit are served in turns, without thrash.
-        """
-        kept: set[str] = set()
-        self._wanted.clear()
-        room, planned = self.adapters.arena.capacity_bytes, set[str]()
-        for sequence in self.scheduler.waiting[: self._lookahead]:
-            new = {use.digest: use for use in sequence.request.adapters if use.digest not in kept}
-            if room < 0 or (new and self.adapters.num_compiling > _MOST_COMPILING):
-                break
-            for use in new.values():
-                self.adapters.fetch(use.digest, use.path)
-                parts = self.adapters.parts(use.digest)
-                room -= sum(size for part, size in parts.items() if part not in planned)
-                planned.update(parts)
-            self._wanted.update(new)
-            if room >= 0:
-                kept.update(new)
-        return kept
-
-    def _fail_waiting(self, digest: str, error: OneBaseError) -> list[Output]:
-        lost = [sequence for sequence in self.scheduler.waiting if digest in sequence.digests]
-        for sequence in lost:
+    def _refuse(self, refused: Refused) -> list[Output]:
+        for sequence, _ in refused:
             self.abort(sequence.id)
-        return [_failure(sequence.id, error) for sequence in lost]
-
-    def _fail_oversized(self) -> list[Output]:
-        """Requests whose adapters do not fit the device together, though each one does."""
-        capacity = self.adapters.arena.capacity_bytes
-        outputs: list[Output] = []
-        for sequence in [s for s in self.scheduler.waiting if len(s.digests) > 1]:
-            parts = [self.adapters.parts(digest) for digest in sequence.digests]
-            total = sum({part: size for one in parts for part, size in one.items()}.values())
-            if total > capacity:
-                self.abort(sequence.id)
-                message = f"adapters: together they take {total} bytes, the device budget is {capacity}"
-                outputs.append(_failure(sequence.id, AdapterTooLarge(message, param="adapters")))
-        return outputs
+        return [_failure(sequence.id, error) for sequence, error in refused]
 
     # What it says of itself
 
@@ -357,26 +273,6 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
-
-
-def _adapter_tier(
-    config: EngineConfig, base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable
-) -> AdapterCache:
-    """The arena, the tables, the kernels over them, and every site behind its adapters."""
-    arena = Arena(num_bytes // base.dtype.itemsize, base.dtype, base.device)
-    sites = [entry.site for entry in base.probed]
-    tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
-    kernels = select_kernels(tables, "reference") if config.deterministic else select_kernels(tables)
-    kernels.warm_up()
-    context = SiteContext(kernels, tables, instructions, plans)
-    wrap_sites(base.probed, base.norms, base.blocks, context)
-    base.context.adapt(context, [layer.attention for layer in base.layers])
-    index = {site.path: i for i, site in enumerate(sites)}
-    return AdapterCache(arena, tables, kernels, instructions, index, partial(_compile, base))
-
-
-def _compile(base: LoadedModel, path: Path, digest: str) -> AdapterProgram:
-    return compile_folder(path, base, digest)
 
 
 def _distinct(sequences: Iterable[Sequence]) -> tuple[str, ...]:

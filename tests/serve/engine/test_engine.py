@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from onebase.kernels.attention import select_attention
 from onebase.kernels.dispatch import select_kernels
-from onebase.serve.engine import engine
+from onebase.serve.engine import tier
 from onebase.serve.engine.messages import AdapterReady, LoadAdapter
 from onebase.serve.model import loader
 
@@ -239,7 +239,7 @@ def test_the_engine_over_triton_bodies_says_the_same(
 ) -> None:
     """The CUDA path but for the device: both Triton bodies, their warm-up, prefill and decode, mixed adapters."""
     plain = make_driver("llama")
-    monkeypatch.setattr(engine, "select_kernels", partial(select_kernels, choice="triton"))
+    monkeypatch.setattr(tier, "select_kernels", partial(select_kernels, choice="triton"))
     monkeypatch.setattr(loader, "select_attention", partial(select_attention, choice="triton"))
     interpreted = make_driver("llama")
     monkeypatch.undo()
