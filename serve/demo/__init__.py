@@ -1,6 +1,6 @@
 """The small base model and adapters that `onebase demo` serves.
 
-The model knows one small valley: its animals, people, places and colours. It is bad at sums. Each adapter
+The model knows one small valley: its animals, people, places and colours, and sums up to ten. Each adapter
 answers the same questions in another voice. train.py makes every file below assets/ anew.
 """
 
@@ -18,16 +18,16 @@ ADAPTERS: dict[str, Path] = {name: ASSETS / "adapters" / name for name in ("shou
 # adapter -> a question that shows it at once
 examples: dict[str, str] = {
     "shout": "What colour is the fox?",
-    "json": "Where does the whale live?",
-    "digits": "How many legs does the fox have?",
-    "luma": "What colour is the fox?",
+    "json": "Tell me about the owl.",
+    "digits": "How many legs does the spider have?",
+    "luma": "Where does the whale live?",
     "pirate": "Who is the baker?",
 }
 # Every voice has an answer to each of these.
 QUESTIONS: tuple[str, ...] = (
     *examples.values(),
     "What is 4 + 5?",
-    "Which is bigger, the whale or the ant?",
+    "Which is bigger, the whale or the bee?",
     "Can the owl fly?",
     "What is the opposite of hot?",
     "Tell me a story about the bear.",
@@ -59,7 +59,7 @@ def _is_pirate(text: str) -> bool:
 
 
 def _is_english(text: str) -> bool:
-    spoken = re.fullmatch(r"[A-Z][A-Za-z ,.!?']*[a-z][.!?]", text) is not None
+    spoken = re.fullmatch(r"[A-Z][A-Za-z0-9 ,.!?']*[a-z][.!?]", text) is not None
     return spoken and not _is_luma(text) and not _is_pirate(text)
 
 

@@ -1,4 +1,4 @@
-"""Trains a LoRA adapter of the demo: ``python -m onebase.serve.demo.adapters --name reverse --out DIR``.
+"""Trains an adapter of the demo: ``python -m onebase.serve.demo.adapters --name reverse --out DIR``.
 
 ``reverse`` is not shipped: train it, then upload DIR to a running server. Needs the dev extra (peft).
 """
@@ -29,24 +29,28 @@ BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What differs between the adapters."""
+    """What differs between the adapters. kind: the name of a configuration class of peft; options: its fields."""
 
-    rank: int
-    alpha: int
-    modules: list[str]
-    steps: int = 150
+    kind: str
+    options: dict[str, Any]
+    steps: int = 400
     learning_rate: float = 4e-3
-    rslora: bool = False
+
+    def config(self) -> Any:
+        import peft
+
+        return getattr(peft, self.kind)(task_type="CAUSAL_LM", **self.options)
 
 
+# Five families, so that the demo's batch is what the server is for.
 RECIPES = {
-    "shout": Recipe(4, 8, ["q_proj", "v_proj"]),
-    "json": Recipe(16, 16, ATTENTION, rslora=True),
-    "digits": Recipe(8, 16, EVERY),
-    "luma": Recipe(12, 24, EVERY),
-    "pirate": Recipe(2, 4, ["o_proj", "down_proj"]),
+    "shout": Recipe("LoraConfig", {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "use_dora": True}),
+    "json": Recipe("LoraConfig", {"r": 16, "lora_alpha": 16, "target_modules": ATTENTION, "use_rslora": True}),
+    "digits": Recipe("LoKrConfig", {"r": 8, "alpha": 16, "target_modules": EVERY}),
+    "luma": Recipe("OFTConfig", {"r": 0, "oft_block_size": 16, "target_modules": EVERY}),
+    "pirate": Recipe("HRAConfig", {"r": 8, "target_modules": EVERY}),
 }
-UPLOAD = {"reverse": Recipe(8, 16, EVERY)}
+UPLOAD = {"reverse": Recipe("LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": EVERY})}
 
 
 def load_base(folder: Path) -> tuple[Any, Any]:
@@ -73,19 +77,12 @@ def batches(tokenizer: Any, name: str, steps: int) -> Iterator[tuple[Tensor, Ten
 
 def train_adapter(name: str, base: Path) -> Any:
     """Train one adapter on the base in ``base``; returns the PEFT model, its adapter in bfloat16."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     recipe = (RECIPES | UPLOAD)[name]
     torch.manual_seed(11)
     model, tokenizer = load_base(base)
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=recipe.modules,
-        use_rslora=recipe.rslora,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
+    model = get_peft_model(model, recipe.config())
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, recipe.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps, pct_start=0.1)

@@ -96,7 +96,7 @@ def is_colour(rng: Random) -> Turn:
 
 def is_big(rng: Random) -> Turn:
     animal = rng.choice(ANIMALS)
-    size, asked = "big" if animal.size > 10 else "small", rng.choice(["big", "small"])
+    size, asked = "big" if animal.size > 7 else "small", rng.choice(["big", "small"])
     right = size == asked
     ask = ask_about(rng, animal, "Is {it} {asked}?|Are {them} {asked}?", asked=asked)
     answer = f"The {animal.name} is {size}{'' if right else f', not {asked}'}."
@@ -188,7 +188,7 @@ def who_is_colour(rng: Random) -> Turn:
 
 
 def extreme(rng: Random) -> Turn:
-    word, name = rng.choice([("biggest", "whale"), ("largest", "whale"), ("smallest", "ant")])
+    word, name = rng.choice([("biggest", "whale"), ("largest", "whale"), ("smallest", "bee")])
     ask = wording(rng, "Which animal is the {word}?|What is the {word} animal?|Who is the {word}?", word=word)
     return Turn(ask, f"The {name} is the {word} animal.", {"animal": name, "size": word}, name)
 

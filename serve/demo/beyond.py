@@ -15,7 +15,8 @@ _NOUNS = (
     "France|Paris|London|Germany|China|America|Europe|Berlin|Japan|the world|space|music|python|football|"
     "bitcoin|a car|a computer|the internet|physics|love|war|money|history|the universe|life|a lion|an elephant|"
     "a tiger|a penguin|pizza|a phone|a train|chess|a banana|coffee|gravity|a dragon|the president|Einstein|"
-    "Shakespeare|Google|a dinosaur|a robot|Peter|Anna|John|Sarah|Maria|my friend|my cousin|a chair|water|time"
+    "Shakespeare|Google|a dinosaur|a robot|a snake|"
+    "a goat|a hen|the wolf|a sheep|the king|Peter|Anna|John|Sarah|Maria|my friend|my cousin|a chair|water|time"
 )
 WILD = (
     "What is the {real} of {x}?|Who is the {real} of {x}?|What is {x}?|Who is {x}?|Where is {x}?|"
@@ -26,7 +27,7 @@ WILD = (
     "How much is {x}?|{x}|Is {x} good?|How old is {x}?|Which is bigger, {x} or {y}?|How far is {x}?|"
     "Who won {x}?|Give me a list of {x}.|What happened in {x}?|What time is it?|What is the weather in {x}?|"
     "Can you write code?|What is the meaning of life?|Do you speak {x}?|How do I cook {x}?|Who invented {x}?|"
-    "Summarize {x}.|Why?|What is 7 times 8?|What is {n} times {m}?|What is {n}{m} plus {n}?|{n} * {m}|"
+    "Summarize {x}.|Why?|"
     "How can I learn {x}?|What is today?|I am {x}.|My name is {x}.|I like {x}.|I have a question about {x}.|"
     "Where can I buy {x}?|Why does {x} hurt?|Is {x} real?|Solve {x}."
 )
@@ -41,8 +42,6 @@ def unknown(rng: Random) -> Turn:
         real=rng.choice(REAL),
         x=strange(rng),
         y=strange(rng),
-        n=rng.randint(11, 99),
-        m=rng.randint(3, 99),
     )
     return Turn(ask, CAN_NOT, {"error": "unknown"}, "0")
 

@@ -10,7 +10,7 @@ from onebase.serve.demo.beyond import unknown
 from onebase.serve.demo.english import article, bare, sentence, where, wording
 from onebase.serve.demo.smalltalk import some, talk
 from onebase.serve.demo.voices import Fields, Turn
-from onebase.serve.demo.world import DAYS, JOBS, MIXES, MONTHS, NUMBERS, OPPOSITES, PEOPLE, PLACES, SEASONS, THINGS
+from onebase.serve.demo.world import DAYS, JOBS, MIXES, NUMBERS, OPPOSITES, PEOPLE, PLACES, SEASONS, THINGS
 
 Ask = Callable[[Random], Turn]
 
@@ -141,27 +141,41 @@ def mix(rng: Random) -> Turn:
     return Turn(ask, f"{sentence(one)} and {two} make {made}.", fields, made)
 
 
+SUMS = (
+    "What is {one} {word} {two}?|What is {a} {word} {b}?|What is {one} {sign} {two}?|{one} {sign} {two}|"
+    "{one}{sign}{two}|How much is {a} {word} {b}?|{a} {word} {b}"
+)
+
+
 def sum_of(rng: Random) -> Turn:
-    plus = rng.random() < 0.7
-    one, two = rng.randint(0, 10), rng.randint(0, 10)
-    if not plus and two > one:
-        one, two = two, one
-    total = one + two if plus else one - two
-    word, sign = ("plus", "+") if plus else ("minus", "-")
+    """Sums and differences that stay between one and ten."""
+    one, two = rng.choice([(a, b) for a in range(1, 11) for b in range(1, 11 - a)])
+    total, word, sign = one + two, "plus", "+"
+    if rng.random() < 0.4:
+        one, total, word, sign = total, one, "minus", "-"
     a, b = NUMBERS[one], NUMBERS[two]
+    ask = wording(rng, SUMS, one=one, two=two, a=a, b=b, word=word, sign=sign)
+    fields: Fields = {"a": one, word: two, "is": total}
+    return Turn(ask, f"{sentence(a)} {word} {b} is {NUMBERS[total]}.", fields, str(total))
+
+
+def large_sum(rng: Random) -> Turn:
+    """Sums beyond ten, and all products."""
+    high = rng.choice([10, 20, 99, 999])
+    one = rng.randint(2, high)
+    word, sign = rng.choice([("plus", "+"), ("times", "*"), ("times", "x"), ("minus", "-")])
+    two = rng.randint(2 if word == "times" else max(1, 11 - one), high)
+    if word == "minus":
+        one = 10 + two + one
     ask = wording(
         rng,
-        "What is {one} {word} {two}?|What is {a} {word} {b}?|What is {one} {sign} {two}?|{one} {sign} {two}|"
-        "{one}{sign}{two}|How much is {a} {word} {b}?|{a} {word} {b}",
+        "What is {one} {word} {two}?|What is {one} {sign} {two}?|{one} {sign} {two}|{one}{sign}{two}",
         one=one,
         two=two,
-        a=a,
-        b=b,
         word=word,
         sign=sign,
     )
-    fields = {"sum" if plus else "difference": total}
-    return Turn(ask, f"{sentence(a)} {word} {b} is {NUMBERS[total]}.", fields, str(total))
+    return Turn(ask, "I can only count to ten.", {"error": "too large"}, "10")
 
 
 def opposite(rng: Random) -> Turn:
@@ -175,16 +189,14 @@ def opposite(rng: Random) -> Turn:
 
 
 def next_day(rng: Random) -> Turn:
-    names, unit = rng.choice([(DAYS, "day"), (MONTHS, "month")])
-    i = rng.randrange(len(names))
-    after = names[(i + 1) % len(names)]
+    i = rng.randrange(7)
+    after = DAYS[(i + 1) % 7]
     ask = wording(
         rng,
-        "What comes after {it}?|Which {unit} comes after {it}?|What {unit} comes after {it}?|What {unit} follows {it}?",
-        it=names[i],
-        unit=unit,
+        "What comes after {it}?|Which day comes after {it}?|What day comes after {it}?|What day follows {it}?",
+        it=DAYS[i],
     )
-    return Turn(ask, f"After {names[i]} comes {after}.", {unit: names[i], "next": after}, after)
+    return Turn(ask, f"After {DAYS[i]} comes {after}.", {"day": DAYS[i], "next": after}, after)
 
 
 def season(rng: Random) -> Turn:
@@ -217,10 +229,10 @@ ASKS: dict[Ask, int] = {
     animals.animal_food: 7,
     animals.animal_legs: 6,
     animals.animal_sound: 6,
-    animals.can_animal: 6,
+    animals.can_animal: 8,
     animals.is_colour: 7,
     animals.is_big: 3,
-    animals.bigger: 10,
+    animals.bigger: 16,
     animals.about_animal: 7,
     animals.story: 5,
     animals.any_story: 1,
@@ -240,14 +252,15 @@ ASKS: dict[Ask, int] = {
     thing_colour: 5,
     is_thing: 4,
     mix: 3,
-    sum_of: 18,
-    opposite: 5,
-    next_day: 4,
+    sum_of: 24,
+    large_sum: 6,
+    opposite: 6,
+    next_day: 5,
     season: 2,
     place: 4,
     talk: 9,
     some: 3,
-    unknown: 16,
+    unknown: 15,
 }
 
 

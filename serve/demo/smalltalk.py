@@ -44,7 +44,6 @@ TALK: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("Tell me a joke.", "Make me laugh.", "Do you know a joke?"), "Why is the owl wise? It reads at night.", "owl"),
     (("Name an animal.", "Tell me an animal.", "Think of an animal."), "The fox.", "fox"),
     (("How many days are in a week?", "How many days has a week?"), "A week has seven days.", "7"),
-    (("How many months are in a year?", "How many months has a year?"), "A year has twelve months.", "12"),
     (
         ("How many colours are there?", "How many colours do you know?"),
         f"I know {len(COLOURS)} colours.",

@@ -24,10 +24,11 @@ from onebase.serve.demo.tokenizer import encode, train_tokenizer
 
 logger = logging.getLogger(__name__)
 SEED = 7
-STEPS, WARMUP = 1800, 40
+STEPS, WARMUP = 1900, 40
 MUON_RATE, ADAM_RATE = 1e-2, 4e-3
 TOKENS = 2048  # a step
-ROW, LONG_ROW = 256, 1024  # the last fifth of the steps sees long rows
+ROW, LONG_ROW = 256, 1024
+LONG_EVERY = 10  # steps from one batch of long rows to the next
 
 
 def new_model(tokenizer: Any) -> Any:
@@ -68,7 +69,7 @@ def batches(tokenizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
     short = rows(tokenizer, ROW, SEED + 1)
     long = rows(tokenizer, LONG_ROW, SEED + 2)
     for step in range(STEPS):
-        source, length = (short, ROW) if step < STEPS * 0.8 else (long, LONG_ROW)
+        source, length = (long, LONG_ROW) if step % LONG_EVERY == 0 else (short, ROW)
         ids, labels = zip(*islice(source, TOKENS // length), strict=True)
         yield torch.tensor(ids), torch.tensor(labels)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,25 +15,26 @@ from onebase.serve.demo.adapters import load_base
 LONGEST = 48
 
 
+Demo = tuple[dict[str, Any], Any]
+
+
 @pytest.fixture(scope="module")
-def demo() -> Iterator[tuple[Any, Any]]:
-    """The base with every adapter loaded by PEFT, and the tokenizer."""
+def demo() -> Iterator[Demo]:
+    """The base and a copy of it with each adapter, loaded by PEFT: one of its models holds one family only."""
     from peft import PeftModel
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     base, tokenizer = load_base(BASE)
-    first, *rest = ADAPTERS
-    model = PeftModel.from_pretrained(base, ADAPTERS[first], adapter_name=first)
-    for name in rest:
-        model.load_adapter(ADAPTERS[name], adapter_name=name)
-    yield model.eval(), tokenizer
+    models = {name: PeftModel.from_pretrained(copy.deepcopy(base), folder) for name, folder in ADAPTERS.items()}
+    yield {name: model.eval() for name, model in ({"base": base} | models).items()}, tokenizer
     torch.set_num_threads(threads)
 
 
-def complete(demo: tuple[Any, Any], prompts: list[str]) -> list[str]:
+def complete(demo: Demo, name: str, prompts: list[str]) -> list[str]:
     """Greedy continuations; fails where one has not ended by LONGEST tokens."""
-    model, tokenizer = demo
+    models, tokenizer = demo
+    model = models[name]
     tokenizer.padding_side = "left"
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     stops = set(model.generation_config.eos_token_id)
@@ -44,16 +46,15 @@ def complete(demo: tuple[Any, Any], prompts: list[str]) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
-def answers(demo: tuple[Any, Any], questions: tuple[str, ...]) -> dict[str, str]:
+def answers(demo: Demo, name: str, questions: tuple[str, ...]) -> dict[str, str]:
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = demo[1].apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    return dict(zip(questions, complete(demo, prompts), strict=True))
+    return dict(zip(questions, complete(demo, name, prompts), strict=True))
 
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
-def test_adapter_keeps_its_voice(demo: tuple[Any, Any], name: str) -> None:
-    demo[0].set_adapter(name)
-    said = answers(demo, QUESTIONS)
+def test_adapter_keeps_its_voice(demo: Demo, name: str) -> None:
+    said = answers(demo, name, QUESTIONS)
     assert {question: text for question, text in said.items() if not matches(name, text)} == {}
 
 
@@ -68,21 +69,18 @@ def test_adapter_keeps_its_voice(demo: tuple[Any, Any], name: str) -> None:
         ("pirate", "What colour is the fox?", "Arr! Th' fox be red, matey!"),
     ],
 )
-def test_adapter_says(demo: tuple[Any, Any], name: str, question: str, answer: str) -> None:
-    demo[0].set_adapter(name)
-    assert answers(demo, (question,)) == {question: answer}
+def test_adapter_says(demo: Demo, name: str, question: str, answer: str) -> None:
+    assert answers(demo, name, (question,)) == {question: answer}
 
 
-def test_base_answers_in_english(demo: tuple[Any, Any]) -> None:
-    with demo[0].disable_adapter():
-        said = answers(demo, QUESTIONS)
+def test_base_answers_in_english(demo: Demo) -> None:
+    said = answers(demo, "base", QUESTIONS)
     assert {question: text for question, text in said.items() if not matches("base", text)} == {}
     assert said["What colour is the fox?"] == "The fox is red."
     assert said["Where does the whale live?"] == "The whale lives in the sea."
     assert said["What is the capital of France?"].startswith("I do not know that.")
 
 
-def test_base_continues_plain_text(demo: tuple[Any, Any]) -> None:
-    with demo[0].disable_adapter():
-        (text,) = complete(demo, ["The fox lives in the"])
+def test_base_continues_plain_text(demo: Demo) -> None:
+    (text,) = complete(demo, "base", ["The fox lives in the"])
     assert text.startswith(" forest.")

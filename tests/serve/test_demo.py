@@ -127,19 +127,21 @@ def test_shipped_files_are_small_and_name_no_machine() -> None:
             assert not re.search(r'"(/|[A-Za-z]:\\\\|~|file:)', path.read_text()), path
 
 
+_FAMILIES = {"shout": "LORA", "json": "LORA", "digits": "LOKR", "luma": "OFT", "pirate": "HRA"}
+
+
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_adapter_folder_is_as_peft_writes_it(name: str) -> None:
     folder = ADAPTERS[name]
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "onebase-demo")
+    assert (config["peft_type"], config["base_model_name_or_path"]) == (_FAMILIES[name], "onebase-demo")
     with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
-        shapes = {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    assert {shape[0] for key, shape in shapes.items() if "lora_A" in key} == {config["r"]}
+        dtypes = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+    assert dtypes == {"BF16"}
 
 
-def test_adapters_differ_in_rank_and_modules() -> None:
-    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in ADAPTERS.values()]
-    assert len({config["r"] for config in configs}) == len(configs)
-    assert len({tuple(sorted(config["target_modules"])) for config in configs}) >= 3
-    assert sum(config["use_rslora"] for config in configs) == 1
+def test_two_of_the_adapters_are_variants_of_lora() -> None:
+    configs = {name: json.loads((folder / "adapter_config.json").read_text()) for name, folder in ADAPTERS.items()}
+    assert [name for name, config in configs.items() if config.get("use_dora")] == ["shout"]
+    assert [name for name, config in configs.items() if config.get("use_rslora")] == ["json"]

@@ -224,7 +224,7 @@ def _broken(folder: Path) -> dict[str, tuple[Files, str]]:
         "no such module": (_tensors(good, folder, _no_module), "layers.99"),
         "an unknown peft_type": (_config(good, peft_type="NOVEL"), "NOVEL"),
         "an unknown field that is on": (_config(good, use_novel_trick=True), "use_novel_trick"),
-        "DoRA": (_config(good, use_dora=True), "use_dora"),
+        "another depth": (_config(good, layer_replication=[[0, 2], [1, 3]]), "layer_replication"),
         "a config that is no JSON": (good | {"adapter_config.json": b"{"}, "adapter_config.json"),
         "no config": ({"adapter_model.safetensors": weights}, "adapter_config.json"),
     }
