@@ -13,29 +13,21 @@ evicted in order of last use when another adapter needs the room.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
-
-import torch
-from torch import Tensor
 
 from onebase.adapters.arena import Arena
 from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
-from onebase.adapters.packing import PackedProgram, pack, shifted
+from onebase.adapters.installer import Installer
+from onebase.adapters.loader import Loader
+from onebase.adapters.packing import PackedProgram, pack
 from onebase.adapters.program import AdapterProgram
 from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
 from onebase.adapters.traits import Traits
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
-from onebase.kernels.ops.instruction import Instruction
-from onebase.kernels.ops.reft import Intervention, Part
-from onebase.kernels.tables import Operands, ProgramTables
+from onebase.kernels.tables import ProgramTables
 
-_LOADERS = 2
-
-Extra = Mapping[str, tuple[Instruction, ...]]  # by site
 Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
 
 
@@ -56,16 +48,11 @@ class AdapterCache:
         self.loads = 0
         self.evictions = 0
         self.blocked = False
-        self._tables = tables
-        self._kernels = kernels
-        self._instructions = instructions
-        self._site_index = site_index
         self._compile = compile
         self._entries: dict[str, Entry] = {}
         self._clock = 0
-        self._next_handle = 0
-        self._threads = _loader_threads()
-        self._stream = torch.cuda.Stream() if arena.buffer.is_cuda else None  # type: ignore[no-untyped-call]
+        self._installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
+        self._loader = Loader(arena.buffer)
 
     @property
     def busy(self) -> bool:
@@ -92,7 +79,7 @@ class AdapterCache:
         entry = self._entries.get(digest)
         if entry is None or entry.state is State.FAILED:
             entry = self._entries[digest] = Entry(digest, path, State.COMPILING)
-            entry.work = self._threads.submit(self._load, Path(path), digest)
+            entry.work = self._loader.submit(self._load, Path(path), digest)
         entry.last_used = self._clock
         return entry
 
@@ -188,7 +175,7 @@ class AdapterCache:
             raise RuntimeError("adapters: a reference was given back twice")
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._loader.close()
 
     def _load(self, path: Path, digest: str) -> PackedProgram:
         program = self._compile(path, digest)
@@ -242,7 +229,7 @@ class AdapterCache:
             entry.block, new = found
             entry.state, entry.filling = State.COPYING, tuple(new)
             targets = {entry.block: entry.packed.data, **{new[key]: entry.packed.shared[key] for key in new}}
-            entry.work = self._threads.submit(self._copy, targets, self._mark())
+            entry.work = self._loader.copy(targets)
 
     def _allocate(self, packed: PackedProgram) -> tuple[int, dict[str, int]] | None:
         """The program's own block, and its shared blocks that are new: key -> start."""
@@ -260,14 +247,6 @@ class AdapterCache:
         needed = sum(self.arena.block_bytes(part.numel()) for part in parts)
         return self.arena.capacity_bytes - self.arena.used_bytes >= needed
 
-    def _mark(self) -> torch.cuda.Event | None:
-        """The kernels and moves queued so far: they may still read what lay in a block before."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
     def _compact(self) -> bool:
         """Move every block to the front, so that the free room is one range. False while a copy is in flight.
 
@@ -282,8 +261,8 @@ class AdapterCache:
             self.arena.free(_start(block))
         if sum(self._move(block) for block in blocks):
             for entry in placed:
-                self._uninstall(entry)
-                self._install(entry)
+                self._installer.uninstall(entry)
+                self._installer.install(entry)
         return True
 
     def _move(self, block: Entry | SharedBlock) -> bool:
@@ -299,18 +278,6 @@ class AdapterCache:
             block.block = new
         return True
 
-    def _copy(self, targets: Mapping[int, Tensor], after: torch.cuda.Event | None) -> None:
-        """targets: start in the arena -> what goes there."""
-        if self._stream is None or after is None:
-            for start, data in targets.items():
-                self.arena.buffer[start : start + data.numel()].copy_(data)
-            return
-        self._stream.wait_event(after)
-        with torch.cuda.stream(self._stream):
-            for start, data in targets.items():
-                self.arena.buffer[start : start + data.numel()].copy_(data, non_blocking=True)
-        self._stream.synchronize()  # of this thread: the engine's loop goes on
-
     def _copied(self, entry: Entry) -> None:
         future, entry.work, entry.packed = entry.work, None, None
         failed = future.exception()  # type: ignore[union-attr]
@@ -323,7 +290,7 @@ class AdapterCache:
             return None  # another adapter's copy is filling what this one shares
         if self.shared.any_broken(entry.shared):
             return self._give_up(entry, "what it shares with another one could not be copied")
-        self._install(entry)
+        self._installer.install(entry)
         entry.state = State.READY
         self.loads += 1
         return None
@@ -337,33 +304,6 @@ class AdapterCache:
             self.arena.free(entry.block)
             self.shared.release(entry.shared)
             entry.block = -1
-
-    def _install(self, entry: Entry) -> None:
-        entry.handle, self._next_handle = self._next_handle, self._next_handle + 1
-        operands = {self._site_index[path]: shifted(op, entry.block) for path, op in entry.operands.items()}
-        shared = self.shared.starts(entry.shared)
-        extra = {
-            path: tuple(item.bind(self.arena.buffer, entry.block, shared) for item in items)
-            for path, items in entry.extra.items()
-        }
-        head = entry.packed_head
-        entry.head = None if head is None else head.bind(self.arena.buffer, entry.block)
-        entry.tail = entry.handle
-        if entry.traits.window is None:
-            return self._install_part(entry.handle, operands, extra)
-        entry.tail, self._next_handle = self._next_handle, self._next_handle + 1
-        self._install_part(entry.handle, operands, _acting_at(extra, "first"))
-        return self._install_part(entry.tail, operands, _acting_at(extra, "last"))
-
-    def _install_part(self, handle: int, operands: Mapping[int, Operands], extra: Extra) -> None:
-        self._tables.install(handle, operands)
-        self._instructions.install(handle, extra)
-
-    def _uninstall(self, entry: Entry) -> None:
-        for handle in {entry.handle, entry.tail}:
-            self._kernels.forget(handle)
-            self._tables.remove(handle)
-            self._instructions.remove(handle)
 
     def _evict_one(self, reserved: Collection[str]) -> bool:
         free = [
@@ -379,41 +319,9 @@ class AdapterCache:
 
     def _drop(self, entry: Entry) -> None:
         if entry.handle >= 0:
-            self._uninstall(entry)
+            self._installer.uninstall(entry)
         self._free(entry)
         del self._entries[entry.digest]
-
-
-def _loader_threads() -> ThreadPoolExecutor:
-    """Threads whose torch work is not parallel.
-
-    Each thread that runs a parallel region gets a team of OpenMP workers of its own. With more workers than cores the
-    runtime no longer spins at its barriers, and every parallel operation of the decode loop pays for a wake-up.
-    torch.set_num_threads acts on the calling thread and on threads yet to come, so it is set back at the end.
-    """
-    num_threads = torch.get_num_threads()
-    started = Barrier(_LOADERS + 1)
-
-    def become_serial() -> None:
-        torch.get_num_threads()  # initialises this thread; later it would undo the next line
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(max_workers=_LOADERS, thread_name_prefix="adapter-load")
-    for _ in range(_LOADERS):
-        pool.submit(become_serial)
-    started.wait()
-    torch.set_num_threads(num_threads)
-    return pool
-
-
-def _acting_at(extra: Extra, part: Part) -> Extra:
-    """Without the interventions of the other part of a window."""
-    kept = {
-        path: tuple(op for op in ops if not isinstance(op, Intervention) or op.part in (part, "both"))
-        for path, ops in extra.items()
-    }
-    return {path: ops for path, ops in kept.items() if ops}
 
 
 def _start(block: Entry | SharedBlock) -> int:

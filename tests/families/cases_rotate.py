@@ -115,10 +115,10 @@ CASES = [
     Case("road-2", _road("road_2"), LINEAR),
     Case("road-4", _road("road_4"), LINEAR),
     Case("ia3", _ia3),
-    Case("fourierft", _fourier(n_frequency=200, scaling=100.0), move=_moved(1.0)),
+    Case("fourierft", _fourier(n_frequency=200, scaling=30.0), move=_moved(1.0)),
     Case(
         "fourierft-pattern",
-        _fourier(n_frequency=300, scaling=200.0, random_loc_seed=5, n_frequency_pattern={"q_proj": 17}),
+        _fourier(n_frequency=300, scaling=60.0, random_loc_seed=5, n_frequency_pattern={"q_proj": 17}),
         ("llama", "opt"),
         _moved(1.0),
     ),

@@ -1,0 +1,77 @@
+"""Threads that compile adapters and copy them to the device, beside the engine's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Barrier
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_LOADERS = 2
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Loader:
+    """``buffer`` is the arena's. Called by the engine's thread."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer = buffer
+        self._threads = _serial_threads()
+        self._stream = torch.cuda.Stream() if buffer.is_cuda else None  # type: ignore[no-untyped-call]
+
+    def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run something in a thread."""
+        return self._threads.submit(work, *args, **kwargs)
+
+    def copy(self, targets: Mapping[int, Tensor]) -> Future[None]:
+        """Copy into the arena, after all that the device has been told so far. targets: start -> what goes there."""
+        return self._threads.submit(self._copy, targets, self._mark())
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """The kernels and moves queued so far: they may still read what lay in a block before."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _copy(self, targets: Mapping[int, Tensor], after: torch.cuda.Event | None) -> None:
+        if self._stream is None or after is None:
+            for start, data in targets.items():
+                self._buffer[start : start + data.numel()].copy_(data)
+            return
+        self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            for start, data in targets.items():
+                self._buffer[start : start + data.numel()].copy_(data, non_blocking=True)
+        self._stream.synchronize()  # of this thread: the engine's loop goes on
+
+
+def _serial_threads() -> ThreadPoolExecutor:
+    """Threads whose torch work is not parallel.
+
+    Each thread that runs a parallel region gets a team of OpenMP workers of its own. With more workers than cores the
+    runtime no longer spins at its barriers, and every parallel operation of the decode loop pays for a wake-up.
+    torch.set_num_threads acts on the calling thread and on threads yet to come, so it is set back at the end.
+    """
+    num_threads = torch.get_num_threads()
+    started = Barrier(_LOADERS + 1)
+
+    def become_serial() -> None:
+        torch.get_num_threads()  # initialises this thread; later it would undo the next line
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(max_workers=_LOADERS, thread_name_prefix="adapter-load")
+    for _ in range(_LOADERS):
+        pool.submit(become_serial)
+    started.wait()
+    torch.set_num_threads(num_threads)
+    return pool
