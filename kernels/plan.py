@@ -34,7 +34,8 @@ class Segment:
 
 
 class BatchPlan:
-    """Segments over ``num_rows`` rows, ordered by (start, handle). Immutable but for its memo."""
+    """Segments over ``num_rows`` rows, ordered by start; of equal ones as they were given, since handles follow from what
+    was loaded first and sums round by their order. Immutable but for its memo."""
 
     __slots__ = ("__weakref__", "_memo", "handles", "num_rows", "segments")
 
@@ -42,7 +43,7 @@ class BatchPlan:
         """Raises ValueError for an empty segment, one outside the rows, a scale that is zero or not finite, or a
         program with two segments over one row."""
         self.num_rows = num_rows
-        self.segments = tuple(sorted(segments, key=lambda s: (s.start, s.handle)))
+        self.segments = tuple(sorted(segments, key=lambda s: s.start))
         self.handles = frozenset(s.handle for s in self.segments)
         self._memo: dict[Hashable, Any] = {}
         stops: dict[int, int] = {}

@@ -108,6 +108,17 @@ def test_requests_have_the_same_bits_alone_together_and_in_any_chunks(
     assert len({str(tokens) for tokens, _, _ in expected}) > len(expected) // 2
 
 
+def test_the_order_of_loads_does_not_order_the_sums(make_driver: Callable[..., Any]) -> None:
+    said = []
+    for first in ("lora", "dora"):
+        driver = make_driver("llama", deterministic=True)
+        programs = _programs(driver, "llama")
+        driver.generate([5, 6], programs.use(first), max_tokens=1)
+        job = (list(range(9, 40)), (programs.use("lora"), programs.use("dora", 0.7)), {"temperature": 0.0})
+        said.append(_said(driver, [job], alone=True))
+    assert said[0] == said[1]
+
+
 def test_pages_of_the_prefix_cache_hold_the_same_bits(make_driver: Callable[..., Any]) -> None:
     driver = make_driver("llama", deterministic=True)
     programs = _programs(driver, "llama")
