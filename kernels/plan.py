@@ -34,8 +34,10 @@ class Segment:
 
 
 class BatchPlan:
-    """Segments over ``num_rows`` rows, ordered by start; of equal ones as they were given, since handles follow from what
-    was loaded first and sums round by their order. Immutable but for its memo."""
+    """Segments over ``num_rows`` rows, ordered by start. Immutable but for its memo.
+
+    Equal starts stay as they were given: handles follow from what was loaded first, and sums round by their order.
+    """
 
     __slots__ = ("__weakref__", "_memo", "handles", "num_rows", "segments")
 
