@@ -42,8 +42,7 @@ class BlockAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:
         check_shapes(q, k, v, cache, batch, options)
-        place = (batch.slots // batch.page_size, batch.slots % batch.page_size)
-        cache.k[place], cache.v[place] = k, v
+        cache.write(batch.slots, k, v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for block in batch.once("blocks", lambda: tuple(_blocks(batch))):
             out[block.rows] = _attend(q, cache, batch, block, options)

@@ -20,8 +20,7 @@ class ReferenceAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:
         check_shapes(q, k, v, cache, batch, options)
-        place = (batch.slots // batch.page_size, batch.slots % batch.page_size)
-        cache.k[place], cache.v[place] = k, v
+        cache.write(batch.slots, k, v)
         outputs = []
         start = 0
         for i, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):

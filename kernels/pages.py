@@ -34,6 +34,11 @@ class PageCache:
         """Bytes of one page of one layer, K and V together."""
         return 2 * page_size * num_kv_heads * head_dim * dtype.itemsize
 
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k and v [T, kv_heads, head_dim] at flat slots (page * page_size + offset), int64 [T]."""
+        place = (slots // self.page_size, slots % self.page_size)
+        self.k[place], self.v[place] = k, v
+
     @property
     def k(self) -> Tensor:
         """[num_pages, page_size, kv_heads, head_dim]"""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from onebase.adapters.base import Layer, Site, SiteKind
 from onebase.serve.model.attention import AttentionContext
+from onebase.serve.model.hooks import ForwardWatcher
 from onebase.serve.model.sites import ProbedBlock, ProbedLayer
 
 
@@ -32,26 +32,14 @@ class Blocks:
         return tuple(path for path, module in self.residual.items() if module is norm)
 
 
-class BlockCalls:
+class BlockCalls(ForwardWatcher):
     """Records, while it is entered, what every module that may be a block or its norm reads and gives."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.modules())
         self._model = model
         self._sources: dict[nn.Module, Tensor] = {}
         self._outputs: dict[nn.Module, Tensor] = {}
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Self:
-        for module in self._model.modules():
-            self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._after))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def find(self, context: AttentionContext) -> Blocks:
         """The blocks, after the forward. The recorded tensors are let go."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
 from onebase.adapters.base import Site, SiteKind
 from onebase.serve.model.experts import ProbedExperts, difference, experts_of
+from onebase.serve.model.hooks import CallRecorder
 
 
-class ExpertCalls:
+class ExpertCalls(CallRecorder):
     """Records, while it is entered, what every module with stacked expert weights is called with."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -21,19 +21,7 @@ class ExpertCalls:
         self._others = [
             path for path, module in model.named_modules() if _is_stacked(module) and module not in self._paths
         ]
-        self._calls: dict[nn.Module, list[tuple[Any, ...]]] = {module: [] for module in self._paths}
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Self:
-        for module in self._paths:
-            self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        super().__init__(self._paths)
 
     def find(self, num_rows: int, allowed: float) -> tuple[list[ProbedExperts], dict[str, str]]:
         """What can be adapted, and path -> reason for the rest. The recorded tensors are let go.
@@ -59,9 +47,6 @@ class ExpertCalls:
                 found.append(entry)
         self._calls.clear()
         return found, refused
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls[module].append((*args, *kwargs.values()))
 
 
 def _is_stacked(module: nn.Module) -> bool:

@@ -6,11 +6,9 @@ forward over a copy of the module that holds that matrix.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,8 @@ from onebase.adapters.base import Site, SiteKind
 from onebase.kernels.ops.experts import RouterLowRank
 from onebase.kernels.ops.instruction import wide
 from onebase.serve.model.experts import Run, split_runs
-from onebase.serve.model.sites import Forward, ProbedBlock, SiteContext
+from onebase.serve.model.hooks import CallRecorder
+from onebase.serve.model.sites import Forward, ProbedBlock, SiteContext, forward_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,9 @@ class AdaptedRouter:
         tensors = [tensor.clone() for tensor in _tensors(out)]
         for run in split_runs(placed):
             rows = slice(run.start, run.stop)
-            routed = _with_matrix(self.entry.module, self._matrix(run), x[rows] if x.dim() == 2 else x[:, rows])
+            routed = forward_with(
+                self.entry.module, {"weight": self._matrix(run)}, x[rows] if x.dim() == 2 else x[:, rows]
+            )
             for tensor, part in zip(tensors, _tensors(routed), strict=True):
                 tensor[rows] = part
         return tuple(tensors) if isinstance(out, tuple) else tensors[0]
@@ -59,34 +60,16 @@ class AdaptedRouter:
         return sum(terms, wide(weight)).to(weight.dtype)
 
 
-def _with_matrix(router: nn.Module, weight: Tensor, x: Tensor) -> Any:
-    module = copy.copy(router)
-    object.__setattr__(module, "_parameters", {**router._parameters, "weight": weight})
-    return type(module).forward(module, x)
-
-
 def _tensors(out: Any) -> Sequence[Tensor]:
     return out if isinstance(out, tuple) else (out,)
 
 
-class RouterCalls:
+class RouterCalls(CallRecorder):
     """Records, while it is entered, what every module that may be a router is called with."""
 
     def __init__(self, model: nn.Module) -> None:
         self._paths = {module: path for path, module in model.named_modules() if _may_route(module)}
-        self._calls: dict[nn.Module, list[tuple[Any, ...]]] = {module: [] for module in self._paths}
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Self:
-        for module in self._paths:
-            self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        super().__init__(self._paths)
 
     def find(self, num_rows: int) -> tuple[list[ProbedRouter], dict[str, str]]:
         """Those that see each of num_rows tokens once and route a row whatever the others are, and path -> why the rest
@@ -100,9 +83,6 @@ class RouterCalls:
         reason = "it has a matrix of its own, and is neither linear nor a router that sees every token once"
         self._calls.clear()
         return found, {path: reason for module, path in self._paths.items() if module not in routers}
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls[module].append((*args, *kwargs.values()))
 
 
 def _may_route(module: nn.Module) -> bool:

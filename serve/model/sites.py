@@ -239,10 +239,7 @@ class AdaptedNorm:
 
     def _override(self, item: Placed, x: Tensor) -> Tensor:
         assert isinstance(item.op, NormOverride)
-        module = copy.copy(self.entry.module)
-        parameters: Mapping[str, Tensor | None] = {"weight": item.op.weight, "bias": item.op.bias}
-        object.__setattr__(module, "_parameters", {name: parameters[name] for name in module._parameters})
-        y: Tensor = type(module).forward(module, x)
+        y: Tensor = forward_with(self.entry.module, {"weight": item.op.weight, "bias": item.op.bias}, x)
         return y
 
 
@@ -291,6 +288,14 @@ class AdaptedLayer:
             if work is not None:
                 work.change_output(y, y)
         return out
+
+
+def forward_with(module: nn.Module, parameters: Mapping[str, Tensor | None], x: Tensor) -> Any:
+    """The module's own forward, unwrapped, over a copy of it that holds these of its parameters."""
+    other = copy.copy(module)
+    held = {name: parameters.get(name, kept) for name, kept in module._parameters.items()}
+    object.__setattr__(other, "_parameters", held)
+    return type(other).forward(other, x)
 
 
 def _replace(y: Tensor, placed: Sequence[Placed], new: Callable[[Placed, slice, Tensor], Tensor]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,3 +14,9 @@ import pytest
 def families_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     root = tmp_path_factory.getbasetemp()
     return (root if worker_id == "master" else root.parent) / "families"
+
+
+@pytest.fixture(scope="module")
+def driver_of(make_driver: Callable[..., Any]) -> Callable[[str], Any]:
+    """One engine for each architecture."""
+    return functools.cache(lambda architecture: make_driver(architecture, kv_memory=0.02))

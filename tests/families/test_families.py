@@ -16,19 +16,6 @@ CASES = [(case, architecture) for case in all_cases() for architecture in case.a
 COMPANION = next(case for case in all_cases() if case.name == "lora")
 
 
-@pytest.fixture(scope="module")
-def driver_of(make_driver: Callable[..., Any]) -> Callable[[str], Any]:
-    """One engine for each architecture."""
-    drivers: dict[str, Any] = {}
-
-    def get(architecture: str) -> Any:
-        if architecture not in drivers:
-            drivers[architecture] = make_driver(architecture, kv_memory=0.02)
-        return drivers[architecture]
-
-    return get
-
-
 @pytest.mark.parametrize(("case", "architecture"), CASES, ids=[f"{case.name}-{name}" for case, name in CASES])
 def test_family_equals_peft(
     case: Case,

@@ -65,12 +65,6 @@ CASES = [
 RUNS = [(case, architecture) for case in CASES for architecture in case.architectures]
 
 
-@pytest.fixture(scope="module")
-def driver_of(make_driver: Callable[..., Any]) -> Callable[[str], Any]:
-    """One engine for each architecture."""
-    return functools.cache(lambda architecture: make_driver(architecture, kv_memory=0.02))
-
-
 @pytest.mark.parametrize(("case", "architecture"), RUNS, ids=[f"{case.name}-{name}" for case, name in RUNS])
 def test_hub_method_equals_its_recomputation(
     case: HubCase,

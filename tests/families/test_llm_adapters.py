@@ -112,12 +112,6 @@ def _hook(config: dict[str, Any], tensors: dict[str, Tensor], path: str, modules
     stack.callback(handle.remove)
 
 
-@pytest.fixture(scope="module")
-def driver_of(make_driver: Callable[..., Any]) -> Callable[[str], Any]:
-    """One engine for each architecture."""
-    return functools.cache(lambda architecture: make_driver(architecture, kv_memory=0.02))
-
-
 @pytest.mark.parametrize(("case", "architecture"), RUNS, ids=[f"{case.name}-{name}" for case, name in RUNS])
 def test_bottleneck_equals_its_recomputation(
     case: Case,

@@ -76,12 +76,6 @@ CASES: dict[str, tuple[Write, bool]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def driver_of(make_driver: Callable[..., Any]) -> Callable[[str], Any]:
-    """One engine for each architecture."""
-    return functools.cache(lambda architecture: make_driver(architecture, kv_memory=0.02))
-
-
 @pytest.mark.parametrize("architecture", ALL_FIVE)
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_are_as_if_the_base_had_them(
