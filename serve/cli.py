@@ -18,7 +18,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from onebase.bench.cli import app as bench
-from onebase.serve.adapter_commands import app as adapters
+from onebase.serve.adapter_commands.commands import app as adapters
 from onebase.serve.config import Settings, load_settings
 
 SHUTDOWN_SECONDS = 30

@@ -1,4 +1,4 @@
-"""``onebase adapters ...``: work on adapter folders, offline."""
+"""``onebase adapters convert``: pickled folders to safetensors, without a server."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ import typer
 
 from onebase.adapters.errors import AdapterError
 
-app = typer.Typer(no_args_is_help=True, help="Work on adapter folders, offline.")
 
-
-@app.callback()
-def main() -> None:
-    """Work on adapter folders, offline."""
-
-
-@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder with adapter_config.json and pickled weights (.bin).")],
     target: Annotated[Path, typer.Argument(help="New folder for adapter_config.json and safetensors.")],

@@ -1,0 +1,1 @@
+"""``onebase adapters``: a client of the adapter routes, and work on folders without a server."""
