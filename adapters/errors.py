@@ -7,10 +7,14 @@ OneBaseError
 |   +-- AdapterNameInvalid   the name does not match ADAPTER_NAME                         400
 |   +-- AdapterNotFound      no such name or version                                      404
 |   +-- AdapterConflict      the name is taken, or in use                                 409
+|   +-- StorageFailed        the data folder's disk refused a read or a write             500
+|       +-- StorageFull      it has no room left, or a quota is used up                   507
+|   +-- SourceFailed         the place the files are fetched from is down, or lies        502
 +-- ModelRejected            the base model cannot be served exactly                      at start
 +-- EngineError
     +-- EngineDead           the engine process died; it is being restarted               503
     +-- RequestRejected      the engine cannot run this request                           400
+    +-- AdapterUnloaded      its adapter was unloaded by force while it ran               409
 """
 
 from __future__ import annotations
@@ -49,6 +53,18 @@ class AdapterConflict(AdapterError):
     """The name is taken, or the adapter is in use."""
 
 
+class SourceFailed(AdapterError):
+    """The remote an adapter is fetched from did not answer, or not as agreed. Trying again later may help."""
+
+
+class StorageFailed(AdapterError):
+    """The data folder's disk refused a read or a write. What was asked for did not happen, or the message says so."""
+
+
+class StorageFull(StorageFailed):
+    """The disk of the data folder, or a quota on it, is full."""
+
+
 class ModelRejected(OneBaseError):
     """The base model's architecture or options cannot be served exactly."""
 
@@ -63,3 +79,7 @@ class EngineDead(EngineError):
 
 class RequestRejected(EngineError):
     """The engine refuses the request, and would refuse it again."""
+
+
+class AdapterUnloaded(EngineError):
+    """The request ended because somebody unloaded or deleted its adapter by force."""

@@ -66,9 +66,13 @@ _ANSWERS: Mapping[type[tree.OneBaseError], _Answer] = {
     tree.AdapterNameInvalid: _Answer(400, "adapter_name_invalid"),
     tree.AdapterNotFound: _Answer(404, "model_not_found"),
     tree.AdapterConflict: _Answer(409, "adapter_conflict"),
+    tree.SourceFailed: _Answer(502, "source_failed"),
+    tree.StorageFull: _Answer(507, "insufficient_storage"),
+    tree.StorageFailed: _Answer(500, "storage_failed"),
     tree.AdapterError: _Answer(400, "adapter_rejected"),
     tree.EngineDead: _Answer(503, "engine_dead"),
     tree.RequestRejected: _Answer(400, "request_rejected"),
+    tree.AdapterUnloaded: _Answer(409, "adapter_unloaded"),
     tree.ModelRejected: _Answer(503, "model_rejected"),
     tree.OneBaseError: _Answer(500, "internal_error"),
 }
