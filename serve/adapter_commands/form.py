@@ -51,7 +51,7 @@ class AdapterForm:
             yield b"\r\n"
         yield self._last()
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> tuple[Path, ...]:
         return served_files(self.folder)
 
     def _first(self) -> bytes:

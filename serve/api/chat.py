@@ -66,7 +66,7 @@ async def chat_completions(request: Request) -> Response:
     server = server_of(request)
     loaded = server.require_ready()
     server.admission.sequences.take(body.choices, request.state.held, "n")
-    target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
+    target = await resolve(request, loaded, body.model, body.adapters)
     messages = [message.for_template() for message in body.messages]
     prompt = await loaded.codec.encode_chat(messages, max_chars=loaded.max_chars)
     job = plan(server, loaded, target, body, [prompt], None)

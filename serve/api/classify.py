@@ -62,7 +62,7 @@ async def classify(request: Request) -> Response:
     server = server_of(request)
     loaded = server.require_ready()
     server.admission.sequences.take(len(body.prompts), request.state.held, "input")
-    target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
+    target = await resolve(request, loaded, body.model, body.adapters)
     prompts = await encoded(loaded, body.prompts, body.add_special_tokens, "input")
     _check(prompts, loaded)
     usage = Usage(sum(map(len, prompts)))

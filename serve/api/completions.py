@@ -77,7 +77,7 @@ async def completions(request: Request) -> Response:
     server = server_of(request)
     loaded = server.require_ready()
     server.admission.sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
-    target = await resolve(loaded.store, server.settings.base_name, body.model, body.adapters, request.state.held)
+    target = await resolve(request, loaded, body.model, body.adapters)
     prompts = await encoded(loaded, body.prompts, body.add_special_tokens, "prompt")
     echoes = _echoes(loaded, body.prompts) if body.echo else []
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes)

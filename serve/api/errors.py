@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from onebase.adapters import errors as tree
 
@@ -44,6 +45,14 @@ class ApiError(Exception):
         if self.status == 409:
             return {"x-should-retry": "false"}
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in {429, 503} else {}
+
+
+GONE = ApiError(CLIENT_CLOSED, "The client is gone.", code="client_closed")
+
+
+def note_failure(scope: Scope, error: ApiError) -> None:
+    """For the metrics of the model that was to answer: see middleware.py."""
+    scope["state"]["failure"] = error.code or "bad_request"
 
 
 def not_ready(message: str) -> ApiError:
@@ -139,7 +148,9 @@ def _say(detail: ErrorDetails) -> str:
 
 def install_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        known = as_api_error(error)
+        note_failure(request.scope, known)
+        return error_response(known)
 
     async def http(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
@@ -149,6 +160,7 @@ def install_handlers(app: FastAPI) -> None:
         return response
 
     async def gone(request: Request, error: Exception) -> Response:
+        note_failure(request.scope, GONE)
         return Response(status_code=CLIENT_CLOSED)
 
     async def invalid(request: Request, error: Exception) -> Response:

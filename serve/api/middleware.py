@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from onebase.serve.metrics import Metrics
+from onebase.serve.request_metrics import Metrics
 
 HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -50,14 +52,23 @@ class RequestContext:
         try:
             async with held:
                 await self._app(scope, receive, sending)
+        except Exception:
+            scope["state"]["failure"] = "internal_error"  # answered further out
+            raise
         finally:
             self._record(scope, status or 499, request_id, time.monotonic() - start)
 
     def _record(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.http_request(route, status)
+        self._record_failure(scope["state"])
         if route not in _QUIET:
             log.info("request", method=scope["method"], route=route, status=status, id=request_id, s=round(seconds, 3))
+
+    def _record_failure(self, state: Mapping[str, Any]) -> None:
+        """``model`` is what answers, once that is known; ``failure`` the code of the error that the client was told."""
+        if "model" in state and "failure" in state:
+            self._metrics.failed(state["model"], state["failure"])
 
 
 def request_id_of(given: str | None) -> str:

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from fastapi import Request
+
 from onebase.adapters.errors import AdapterNameInvalid, AdapterNotFound
 from onebase.adapters.registry import AdapterEntry
 from onebase.serve.api.errors import ApiError, bad_request
 from onebase.serve.api.schemas import AdapterScale
+from onebase.serve.api.state import Loaded, server_of
 from onebase.serve.api.store import AdapterStore
 from onebase.serve.engine.messages import AdapterUse
 
@@ -31,13 +34,22 @@ class Target:
     uses: tuple[AdapterUse, ...]
 
 
-async def resolve(
+async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[AdapterScale]) -> Target:
+    """What the names mean now; the files of their adapters stay until the response has ended.
+
+    The request is counted under what answers it. Raises ApiError 404 for a name that is neither the base, an adapter,
+    nor a version or alias of one.
+    """
+    server = server_of(request)
+    target = await _target(loaded.store, server.settings.base_name, model, extra, request.state.held)
+    request.state.model = target.metric
+    server.metrics.request(target.metric)
+    return target
+
+
+async def _target(
     store: AdapterStore, base_name: str, model: str, extra: Sequence[AdapterScale], until: AsyncExitStack
 ) -> Target:
-    """What the names mean now; the files of their adapters stay until ``until`` closes.
-
-    Raises ApiError 404 for a name that is neither the base, an adapter, nor ``name@version`` of one.
-    """
     found: list[tuple[AdapterEntry, float]] = []
     if model != base_name:
         found.append((await find_model(store, model, "model", until), 1.0))

@@ -19,7 +19,7 @@ from onebase.serve.engine.messages import EngineInfo
 if TYPE_CHECKING:
     from onebase.serve.api.store import AdapterStore
     from onebase.serve.api.tokenizer import TextCodec
-    from onebase.serve.metrics import Metrics
+    from onebase.serve.request_metrics import Metrics
 
 VERSION = version("onebase")
 PARSERS = 2

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from onebase.serve.api.errors import as_api_error
+from onebase.serve.api.errors import GONE, as_api_error, note_failure
 
 DONE = b"data: [DONE]\n\n"
 encode_json = msgspec.json.Encoder().encode
@@ -55,14 +55,16 @@ class EventStream(Response):
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.ensure_future(self._pump(send))
+        pump = asyncio.ensure_future(self._pump(scope, send))
         watch = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not pump.done():
+                note_failure(scope, GONE)
         finally:
             await _cancel(pump, watch)
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._rest):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _send(send, self._first)
@@ -72,7 +74,9 @@ class EventStream(Response):
             except OSError:
                 return  # the client is gone
             except Exception as error:  # too late for a status code
-                await _send(send, event(as_api_error(error).body))
+                known = as_api_error(error)
+                note_failure(scope, known)
+                await _send(send, event(known.body))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

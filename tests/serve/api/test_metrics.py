@@ -7,7 +7,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from onebase.serve.metrics import MAX_MODEL_LABELS, Metrics
+from onebase.serve.metric_labels import MAX_MODEL_LABELS
+from onebase.serve.request_metrics import Metrics
 
 
 def samples(text: str) -> dict[str, list[Any]]:
@@ -87,7 +88,8 @@ def test_exactly_one_lora_series_at_any_time(run: Any, open_site: Any) -> None:
 def test_labels_are_bounded(engine: Any) -> None:
     metrics = Metrics(engine, dict)
     for index in range(MAX_MODEL_LABELS * 3):
-        metrics.generated(f"adapter-{index}").inc()
+        metrics.request(f"adapter-{index}")
+        metrics.series(f"adapter-{index}").generated.inc()
     found = samples(metrics.render()[0].decode())
     assert len(found["onebase_request_generated_tokens_total"]) == MAX_MODEL_LABELS + 1
     assert value(found, "onebase_request_generated_tokens_total", model="other") == MAX_MODEL_LABELS * 2
@@ -95,8 +97,8 @@ def test_labels_are_bounded(engine: Any) -> None:
 
 def test_two_servers_in_one_process_do_not_share(engine: Any) -> None:
     one, two = Metrics(engine, dict), Metrics(engine, dict)
-    one.generated("a").inc()
-    assert "onebase_request_generated_tokens_total" not in samples(two.render()[0].decode())
+    one.request("a")
+    assert "onebase_requests_total" not in samples(two.render()[0].decode())
 
 
 def test_unmatched_paths_share_one_label(run: Any, open_site: Any) -> None:
