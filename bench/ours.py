@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections import deque
@@ -10,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onebase.serve.engine.engine import Engine
-from onebase.serve.engine.messages import AdapterUse, Failure, Request, SamplingParams, TokenOutput
+from onebase.serve.engine.messages import (
+    AdapterReady,
+    AdapterUse,
+    Failure,
+    LoadAdapter,
+    Request,
+    SamplingParams,
+    TokenOutput,
+)
 
 _ids = itertools.count()
 
@@ -28,19 +37,35 @@ class Run:
 
 
 def adapter_use(folder: Path) -> AdapterUse:
-    """A folder as a request names it; its path stands for the digest."""
-    return AdapterUse(str(folder), str(folder))
+    """A folder as a request names it; a digest of its path stands for that of its content."""
+    return AdapterUse(hashlib.sha256(str(folder).encode()).hexdigest(), str(folder))
 
 
 def make_resident(engine: Engine, folders: Sequence[Path]) -> None:
     """Load adapters and wait until all are on the device."""
     for folder in folders:
-        engine.adapters.fetch(str(folder), str(folder))
+        use = adapter_use(folder)
+        engine.adapters.fetch(use.digest, use.path)
     while engine.adapters.busy:
-        _raise_failures(engine.step())
+        raise_failures(engine.step())
         time.sleep(0.001)
     if len(engine.adapters.resident()) < len(folders):
         raise RuntimeError(f"the {len(folders)} adapters do not fit the device budget together")
+
+
+def load_all(engine: Engine, folders: Sequence[Path], at_once: int = 4) -> None:
+    """Have every adapter compiled, as an upload does, whether or not they fit the device together."""
+    left, asked = deque(folders), 0
+    while left or asked:
+        while left and asked < at_once:
+            use = adapter_use(left.popleft())
+            asked += 1 - _answered(engine.load(LoadAdapter(use.digest, use)))
+        asked -= _answered(engine.step())
+
+
+def _answered(outputs: Sequence[object]) -> int:
+    raise_failures(outputs)
+    return sum(isinstance(output, AdapterReady) for output in outputs)
 
 
 def closed_loop(
@@ -59,17 +84,18 @@ def closed_loop(
     start, tokens, running = time.perf_counter(), 0, 0
     while waiting or running:
         while waiting and running < clients:
-            _raise_failures(engine.add(waiting.popleft()))
+            raise_failures(engine.add(waiting.popleft()))
             running += 1
         outputs = engine.step()
-        _raise_failures(outputs)
+        raise_failures(outputs)
         done = [output for output in outputs if isinstance(output, TokenOutput)]
         tokens += sum(len(output.tokens) for output in done)
         running -= sum(output.finish_reason is not None for output in done)
     return Run(time.perf_counter() - start, tokens)
 
 
-def _raise_failures(outputs: Sequence[object]) -> None:
+def raise_failures(outputs: Sequence[object]) -> None:
+    """Raises RuntimeError for the first Failure among an engine's outputs."""
     for output in outputs:
         if isinstance(output, Failure):
             raise RuntimeError(output.message)

@@ -52,11 +52,12 @@ def _prepare(shape: str, device: str, rows: int, ranks: Sequence[int], folder: P
         prefix_caching=False,  # every row has the same prompt
     )
     base = prepare(random_model(shape, torch.bfloat16, device), config)
-    folders = [_save_adapter(base, folder / f"adapter-{i}", rank, i) for i, rank in enumerate(ranks)]
+    folders = [save_adapter(base, folder / f"adapter-{i}", rank, i) for i, rank in enumerate(ranks)]
     return Engine(config, base), folders
 
 
-def _save_adapter(base: BaseModel, folder: Path, rank: int, seed: int) -> Path:
+def save_adapter(base: BaseModel, folder: Path, rank: int, seed: int) -> Path:
+    """A LoRA of random factors on all linears, written without PEFT; returns its folder."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path, site in base.sites.items():
@@ -93,7 +94,7 @@ def _measure(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> 
 
 def _unload(engine: Engine, folders: Sequence[Path]) -> None:
     for folder in folders:
-        engine.adapters.unload(str(folder))
+        engine.adapters.unload(adapter_use(folder).digest)
 
 
 def _seconds(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> float:
