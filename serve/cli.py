@@ -78,9 +78,25 @@ def serve(
     device_memory: Annotated[float | None, typer.Option(help="Share of the device to use, 0 to 1.")] = None,
     kv_memory: Annotated[float | None, typer.Option(help="GiB for KV pages.")] = None,
     adapter_memory: Annotated[float | None, typer.Option(help="GiB for adapters on the device.")] = None,
+    host_cache: Annotated[float | None, typer.Option(help="GiB for adapters in host memory; 0 for none.")] = None,
     data_dir: DataDir = None,
     allow_path: Annotated[
         list[Path] | None, typer.Option(help="Adapters may be loaded from below this folder.")
+    ] = None,
+    allow_hub: Annotated[
+        list[str] | None, typer.Option(help="ORG, ORG/NAME or * of the Hugging Face Hub: adapters may come from there.")
+    ] = None,
+    allow_bucket: Annotated[
+        list[str] | None, typer.Option(help="s3://BUCKET/PREFIX, gs:// or az://: adapters may come from below it.")
+    ] = None,
+    allow_url: Annotated[
+        list[str] | None, typer.Option(help="https://HOST/PREFIX: adapters may come from below it.")
+    ] = None,
+    resolver: Annotated[
+        str | None, typer.Option(help="Source of models that are not there, with {name} in it: hf://org/{name}.")
+    ] = None,
+    watch: Annotated[
+        Path | None, typer.Option(help="Folder whose folders become adapters, as they come and go.")
     ] = None,
     max_upload_gib: Annotated[float | None, typer.Option(help="Largest adapter, in GiB.")] = None,
     api_key: Key = None,

@@ -18,6 +18,7 @@ from pydantic_settings import (
 
 from onebase.adapters.errors import AdapterNameInvalid
 from onebase.adapters.names import check_name
+from onebase.adapters.sources import SourceOptions
 from onebase.serve.engine.config import GIB, EngineConfig
 
 MAX_GIB = 1 << 20
@@ -52,8 +53,14 @@ class Settings(BaseSettings):
     device_memory: float = Field(default=0.9, gt=0, le=1)
     kv_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
     adapter_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
+    host_cache: float | None = Field(default=None, ge=0, le=MAX_GIB)
     data_dir: Path = Field(default_factory=default_data_dir)
     allow_path: Annotated[tuple[Path, ...], NoDecode] = ()
+    allow_hub: Annotated[tuple[str, ...], NoDecode] = ()
+    allow_bucket: Annotated[tuple[str, ...], NoDecode] = ()
+    allow_url: Annotated[tuple[str, ...], NoDecode] = ()
+    resolver: str | None = None
+    watch: Path | None = None
     max_upload_gib: float = Field(default=4.0, gt=0, le=MAX_GIB)
     api_key: SecretStr | None = None
     admin_key: SecretStr | None = None
@@ -66,7 +73,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{value} is not a folder")
         return value
 
-    @field_validator("adapter", "allow_path", mode="before")
+    @field_validator("adapter", "allow_path", "allow_hub", "allow_bucket", "allow_url", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -82,10 +89,12 @@ class Settings(BaseSettings):
     @field_validator("allow_path")
     @classmethod
     def _folders(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        for path in value:
-            if not path.is_dir():
-                raise ValueError(f"--allow-path: {path} is not a folder")
-        return tuple(path.resolve() for path in value)
+        return tuple(_folder(path, "--allow-path") for path in value)
+
+    @field_validator("watch")
+    @classmethod
+    def _watched(cls, value: Path | None) -> Path | None:
+        return None if value is None else _folder(value, "--watch")
 
     @field_validator("api_key", "admin_key")
     @classmethod
@@ -106,6 +115,7 @@ class Settings(BaseSettings):
                 f"max_inflight_seqs is {self.max_inflight_seqs}, below max_num_seqs, {self.max_num_seqs}: "
                 "so many could never run at once"
             )
+        _ = self.sources  # checks its entries
         for name in self.adapters:
             if name == self.base_name:
                 raise ValueError(f"--adapter: {name} is the served name of the base model")
@@ -123,6 +133,17 @@ class Settings(BaseSettings):
     def adapters(self) -> dict[str, Path]:
         """--adapter NAME=FOLDER as name -> folder."""
         return dict(_split_adapter(item) for item in self.adapter)
+
+    @property
+    def sources(self) -> SourceOptions:
+        """Where adapters may come from besides uploads."""
+        return SourceOptions(
+            allow_path=self.allow_path,
+            allow_hub=self.allow_hub,
+            allow_bucket=self.allow_bucket,
+            allow_url=self.allow_url,
+            resolver=self.resolver,
+        )
 
     @property
     def max_upload_bytes(self) -> int:
@@ -178,6 +199,12 @@ def load_settings(given: dict[str, Any], config: Path | None = None) -> Settings
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
 
     return Sources(**given)
+
+
+def _folder(path: Path, option: str) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{option}: {path} is not a folder")
+    return path.resolve()
 
 
 def _split_adapter(item: str) -> tuple[str, Path]:

@@ -117,6 +117,13 @@ def test_a_refused_adapter_ends_the_start_with_the_reason(base: Path, lora: Path
         (["serve", "m", "--adapter", "nope"], "NAME=FOLDER"),
         (["serve", "m", "--config", "/no/such/file.toml"], "--config"),
         (["serve", "m", "--max-loras", "4"], "--max-loras"),
+        (["serve", "m", "--watch", "/no/such/folder"], "--watch"),
+        (["serve", "m", "--allow-path", "/no/such/folder"], "--allow-path"),
+        (["serve", "m", "--allow-hub", "a/b/c"], "--allow-hub"),
+        (["serve", "m", "--allow-bucket", "ftp://x"], "--allow-bucket"),
+        (["serve", "m", "--allow-url", "http://example.com"], "--allow-url"),
+        (["serve", "m", "--resolver", "hf://org/adapter"], "--resolver"),
+        (["serve", "m", "--host-cache", "-1"], "host_cache"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(
@@ -141,7 +148,9 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "served_model_name": "n", "adapter": "a=/x", "host": "::1", "port": "1", "revision": "r", "dtype": "float32",
         "device": "cpu", "max_model_len": "2", "max_batch_tokens": "3", "max_num_seqs": "4", "device_memory": "0.5",
         "kv_memory": "6", "adapter_memory": "7", "data_dir": "/d", "allow_path": str(tmp_path), "max_upload_gib": "8",
-        "max_inflight_seqs": "9", "max_inflight_tokens": "10", "api_key": "k", "admin_key": "l",
+        "max_inflight_seqs": "9", "max_inflight_tokens": "10", "api_key": "k", "admin_key": "l", "host_cache": "0",
+        "allow_hub": "org", "allow_bucket": "s3://bucket/folder", "allow_url": "https://example.com/adapters",
+        "resolver": "hf://org/{name}", "watch": str(tmp_path),
     }  # fmt: skip
     arguments = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
     done = CliRunner().invoke(

@@ -39,6 +39,16 @@ def test_lists_from_the_environment_are_comma_separated(tmp_path: Path, monkeypa
     assert settings.allow_path == (tmp_path.resolve(),)
 
 
+def test_sources_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEBASE_ALLOW_HUB", "org, other/name")
+    monkeypatch.setenv("ONEBASE_ALLOW_URL", "https://example.com/a,https://example.com/b")
+    monkeypatch.setenv("ONEBASE_RESOLVER", "hf://org/{name}")
+    sources = load_settings({"model": "m"}).sources
+    assert sources.allow_hub == ("org", "other/name")
+    assert sources.allow_url == ("https://example.com/a", "https://example.com/b")
+    assert sources.resolver == "hf://org/{name}"
+
+
 def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
     file = tmp_path / "onebase.toml"
     file.write_text('model = "m"\nmax_loras = 4\n')
@@ -72,6 +82,12 @@ def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
         {"model": "m", "adapter": ["a=/x", "a=/y"]},
         {"model": "m", "served_model_name": "a", "adapter": ["a=/x"]},
         {"model": "m", "allow_path": ["/no/such/folder"]},
+        {"model": "m", "allow_hub": ["a b"]},
+        {"model": "m", "allow_bucket": ["s3:/bucket"]},
+        {"model": "m", "allow_url": ["https://user@example.com/"]},
+        {"model": "m", "resolver": "hf://org/{name}/{name}"},
+        {"model": "m", "watch": "/no/such/folder"},
+        {"model": "m", "host_cache": -0.5},
         {"model": "m", "api_key": ""},
         {"model": "m", "what": 1},
         {"model": "m", "host": "0.0.0.0"},
