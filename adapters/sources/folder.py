@@ -1,11 +1,36 @@
-"""Where an adapter's files may come from, besides an upload: folders of this machine that the operator allows."""
+"""Folders of this machine, below those that the operator allows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from onebase.adapters.errors import AdapterNotFound, AdapterRejected
+from onebase.adapters.blobs import copy_folder
+from onebase.adapters.errors import AdapterNotFound, AdapterRejected, SourceFailed
+from onebase.adapters.sources.intake import Intake
+from onebase.adapters.sources.location import shown
+
+
+class FolderSource:
+    """``/folder`` or ``file:///folder``. Its files are copied as an upload's are: an unknown one refuses it."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = roots
+
+    def check(self, source: str, revision: str | None) -> None:
+        if revision is not None:
+            raise AdapterRejected("revision: a folder of the server has none.", param="revision")
+        self._folder(source)
+
+    def fetch(self, source: str, revision: str | None, intake: Intake) -> None:
+        self.check(source, revision)
+        try:
+            copy_folder(self._folder(source), intake.stage)
+        except OSError as error:
+            raise SourceFailed(f"{shown(source)} cannot be read: {error.strerror}.", param="source") from error
+
+    def _folder(self, source: str) -> Path:
+        return allowed_folder(source.removeprefix("file://"), self._roots)
 
 
 def allowed_folder(source: str, roots: Sequence[Path]) -> Path:
