@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +18,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from onebase.adapters.check import CHUNK_BYTES, FileRole, check_finite, check_folder, file_role, served_files
-from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from onebase.adapters.check import (
+    CHUNK_BYTES,
+    MAX_CONFIG_BYTES,
+    MAX_FILES,
+    FileRole,
+    check_finite,
+    check_folder,
+    file_role,
+    served_files,
+)
+from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, StorageFailed
+from onebase.adapters.storage import make_folder, remove, storage_errors, sync, tree_bytes
 
 DEFAULT_MAX_BYTES = 16 << 30
 
@@ -40,15 +49,21 @@ class Blob:
 
 
 class BlobStore:
-    """blobs/ and staging/ under ``root``. Thread-safe; one process at a time (the registry holds the lock)."""
+    """blobs/, compiled/ and staging/ under ``root``. Thread-safe; one process at a time (the registry holds the lock).
+
+    compiled/<digest>/ is written by the engine and goes with its blob. Raises StorageFailed where the disk fails.
+    """
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._blobs, self._staging = root / "blobs", root / "staging"
+        self._blobs, self._compiled, self._staging = root / "blobs", root / "compiled", root / "staging"
         self._held: dict[str, str] = {}  # ticket -> digest
+        self._open: set[Path] = set()  # stages that are being filled
         self._lock = threading.RLock()
-        for folder in (self._blobs, self._staging):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.is_new = not self._blobs.exists()
+        with storage_errors("Making folders"):
+            for folder in (self._blobs, self._compiled, self._staging):
+                make_folder(folder)
 
     def path(self, digest: str) -> Path:
         return self._blobs / digest
@@ -57,19 +72,30 @@ class BlobStore:
     def stage(self) -> Iterator[Stage]:
         """A temporary folder. Whatever was not finished vanishes on leaving."""
         folder = self._temporary()
-        folder.mkdir(mode=0o700)
+        with storage_errors("Receiving the adapter"):
+            folder.mkdir(mode=0o700)
+        self._open.add(folder)
         try:
             yield Stage(self, folder)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
+            self._open.discard(folder)
 
     def put(self, folder: Path, digest: str) -> str:
         """Move a folder, synced already, into place and hold it; returns a ticket. An equal blob stays."""
         with self._lock:
             target = self.path(digest)
-            if not target.exists():
+            if target.exists() and not self.complete(digest):
+                self._remove_at_once(target)
+            moved = not target.exists()
+            if moved:
                 os.rename(folder, target)
+            try:
                 sync(self._blobs)
+            except OSError:
+                if moved:
+                    self._remove_at_once(target)
+                raise
             return self.hold(digest)
 
     def hold(self, digest: str) -> str:
@@ -93,33 +119,72 @@ class BlobStore:
             return self._held.pop(ticket, None)
 
     def remove(self, digest: str) -> bool:
-        """Remove the blob, and say so, unless it is held. Readers that opened its files keep them."""
+        """Remove the blob and its compiled forms, and say so, unless it is held. Readers of its files keep them.
+
+        Never raises: what the disk does not let go of now goes with the next gc or start.
+        """
         with self._lock:
             if self.is_held(digest):
                 return False
-            if not self.path(digest).exists():
-                return True
-            trash = self._temporary()
-            os.rename(self.path(digest), trash)
-        shutil.rmtree(trash, ignore_errors=True)
+            trash = [self._take_away(folder) for folder in (self.path(digest), self._compiled / digest)]
+        for folder in trash:
+            remove(folder)
         return True
 
     def complete(self, digest: str) -> bool:
-        """Whether the blob is there with its files."""
+        """Whether the blob is there with its files. A disk that fails to say raises OSError."""
         try:
             return bool(served_files(self.path(digest)))
-        except (AdapterError, OSError):
+        except (AdapterError, FileNotFoundError, NotADirectoryError):
             return False
 
+    def digests(self) -> set[str]:
+        """What lies in blobs/, referred to or not."""
+        with storage_errors("Listing the blobs"):
+            return {entry.name for entry in os.scandir(self._blobs)}
+
+    def compiled(self) -> set[str]:
+        """What lies in compiled/."""
+        with storage_errors("Listing the compiled forms"):
+            return {entry.name for entry in os.scandir(self._compiled)}
+
+    def nbytes(self, digest: str) -> int:
+        """What a blob and its compiled forms take on the disk, by the sizes of their files."""
+        with storage_errors("Measuring an adapter"):
+            return tree_bytes(self.path(digest)) + tree_bytes(self._compiled / digest)
+
+    def leftovers(self) -> set[str]:
+        """What lies in staging/ and is not being filled: removals that the disk refused."""
+        with self._lock, storage_errors("Listing the staging folder"):
+            return {entry.name for entry in os.scandir(self._staging)} - {folder.name for folder in self._open}
+
+    def remove_leftover(self, name: str) -> None:
+        remove(self._staging / name)
+
     def sweep(self, wanted: Iterable[str]) -> list[str]:
-        """At start-up: remove staging leftovers and blobs that nobody wants. Says what it did."""
+        """At start-up: remove leftovers, and blobs and compiled forms that nobody wants. Says what it did."""
         kept, log = set(wanted), []
-        for folder in (*self._staging.iterdir(), *self._blobs.iterdir()):
-            if folder.parent == self._blobs and folder.name in kept:
-                continue
-            shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()
-            log.append(f"removed {folder.parent.name}/{folder.name}: no version refers to it")
+        for parent, names in (
+            (self._staging, self.leftovers()),
+            (self._blobs, self.digests() - kept),
+            (self._compiled, self.compiled() - kept),
+        ):
+            for name in sorted(names):
+                done = "removed" if remove(parent / name) else "could not remove"
+                log.append(f"{done} {parent.name}/{name}: no version refers to it")
         return log
+
+    def _take_away(self, folder: Path) -> Path:
+        """Out of its place by one rename, so that it is there whole or not at all; where that fails, as it is."""
+        trash = self._temporary()
+        try:
+            os.rename(folder, trash)
+        except OSError:
+            return folder
+        return trash
+
+    def _remove_at_once(self, folder: Path) -> None:
+        remove(self._take_away(folder))
 
     def _temporary(self) -> Path:
         return self._staging / secrets.token_hex(16)
@@ -132,14 +197,21 @@ class Stage:
         self._store = store
         self._folder = folder
         self._left = store.max_bytes
+        self._files = 0
 
     def open(self, name: str) -> StageFile:
         """A file to write. Raises AdapterRejected for a name that is not allowed, or twice the same."""
         role = file_role(name)
+        self._files += 1
+        if self._files > MAX_FILES:
+            raise AdapterTooLarge(f"The adapter has more than {MAX_FILES} files.", param="files")
         try:
-            return StageFile(self, self._folder / name, keep=role is not FileRole.IGNORED)
-        except FileExistsError:
-            raise AdapterRejected(f"The file {name!r} was sent twice.", param="files") from None
+            with storage_errors("Receiving the adapter"):
+                return StageFile(self, self._folder / name, role)
+        except StorageFailed as error:
+            if isinstance(error.__cause__, FileExistsError):
+                raise AdapterRejected(f"The file {name!r} was sent twice.", param="files") from None
+            raise
 
     def take(self, nbytes: int) -> None:
         """Count bytes against the limit. Raises AdapterTooLarge."""
@@ -148,30 +220,44 @@ class Stage:
             raise AdapterTooLarge(f"The adapter is over {self._store.max_bytes} bytes.", param="files")
 
     def finish(self) -> Blob:
-        """Check everything, make it durable, move it into place. Raises AdapterRejected, AdapterTooLarge."""
-        folder = check_folder(self._folder)
-        check_finite(folder)
-        digest = digest_of(folder.files)
-        nbytes = sum(file.stat().st_size for file in folder.files)
-        for file in folder.files:
-            sync(file)
-        sync(self._folder)
-        ticket = self._store.put(self._folder, digest)
+        """Check everything, make it durable, move it into place.
+
+        Raises AdapterRejected, AdapterTooLarge, StorageFailed.
+        """
+        with storage_errors("Keeping the adapter"):
+            folder = check_folder(self._folder)
+            check_finite(folder)
+            digest = digest_of(folder.files)
+            nbytes = sum(file.stat().st_size for file in folder.files)
+            for file in folder.files:
+                sync(file)
+            sync(self._folder)
+            ticket = self._store.put(self._folder, digest)
         return Blob(digest, self._store.path(digest), folder.family, nbytes, ticket)
 
 
 class StageFile:
-    """A file of a stage; a context manager. Files that are ignored are counted and thrown away."""
+    """A file of a stage; a context manager. Files that are ignored are counted and thrown away.
 
-    def __init__(self, stage: Stage, path: Path, *, keep: bool) -> None:
+    A config over its limit is refused while it arrives. Raises AdapterTooLarge, StorageFailed.
+    """
+
+    def __init__(self, stage: Stage, path: Path, role: FileRole) -> None:
         self._stage = stage
+        self._name = path.name
+        self._left = MAX_CONFIG_BYTES if role is FileRole.CONFIG else None
         self._file = path.open("xb")
-        if not keep:
+        if role is FileRole.IGNORED:
             path.unlink()
 
     def write(self, data: bytes | memoryview) -> int:
         self._stage.take(len(data))
-        return self._file.write(data)
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise AdapterTooLarge(f"{self._name} is over {MAX_CONFIG_BYTES} bytes.", param=self._name)
+        with storage_errors("Receiving the adapter"):
+            return self._file.write(data)
 
     def __enter__(self) -> Self:
         return self
@@ -179,18 +265,26 @@ class StageFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with storage_errors("Receiving the adapter"):
+            self._file.close()
 
 
 def copy_folder(source: Path, stage: Stage) -> None:
-    """Copy the served files of a folder into a stage. No link is followed. Raises AdapterRejected."""
+    """Copy the served files of a folder into a stage. No link is followed. Raises AdapterRejected, StorageFailed."""
     if source.is_symlink() or not source.is_dir():
         raise AdapterRejected(f"{str(source)!r} is not a folder (links are not followed).", param="source")
-    for file in served_files(source):
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as reader, stage.open(file.name) as writer:
-            while chunk := reader.read(CHUNK_BYTES):
-                writer.write(chunk)
+    try:
+        for file in served_files(source):
+            _copy_file(file, stage)
+    except OSError as error:
+        raise AdapterRejected(f"{str(source)!r} cannot be read: {error.strerror}.", param="source") from error
+
+
+def _copy_file(file: Path, stage: Stage) -> None:
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as reader, stage.open(file.name) as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            writer.write(chunk)
 
 
 def digest_of(files: Iterable[Path]) -> str:
@@ -202,12 +296,3 @@ def digest_of(files: Iterable[Path]) -> str:
             while chunk := reader.read(CHUNK_BYTES):
                 total.update(chunk)
     return total.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

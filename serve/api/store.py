@@ -17,6 +17,7 @@ from onebase.serve.engine.messages import AdapterUse
 
 # How long a load waits for room on the device.
 _PLACING_SECONDS = 5.0
+_PAGE = 1000
 
 
 class AdapterStore:
@@ -32,7 +33,7 @@ class AdapterStore:
         self._base_name = base_name
 
     async def refresh(self) -> list[AdapterEntry]:
-        entries = await asyncio.to_thread(self.registry.list)
+        entries = await asyncio.to_thread(_every_entry, self.registry)
         self.names = _by_digest(entries)
         return entries
 
@@ -126,6 +127,16 @@ class AdapterStore:
         for digest in digests:
             with suppress(EngineError):  # a dead engine holds no adapter
                 await self._engine.unload_adapter(digest)
+
+
+def _every_entry(registry: Registry) -> list[AdapterEntry]:
+    entries: list[AdapterEntry] = []
+    page = registry.list(limit=_PAGE)
+    entries += page.entries
+    while page.next is not None:
+        page = registry.list(after=page.next, limit=_PAGE)
+        entries += page.entries
+    return entries
 
 
 def _by_digest(entries: Iterable[AdapterEntry]) -> dict[str, tuple[str, ...]]:

@@ -85,14 +85,14 @@ def test_an_upload_becomes_an_entry(registry: Registry, root: Path, adapter: Pat
     with registry.stage() as stage:
         upload(stage, adapter)
         blob = stage.finish()
-    assert registry.list() == []
+    assert registry.list().entries == ()
     entry = registry.commit("a", blob, "upload", family="LORA", rank=4, nbytes=77)
     assert (entry.name, entry.version, entry.digest, entry.path) == ("a", 1, blob.digest, root / "blobs" / blob.digest)
     assert (entry.family, entry.rank, entry.nbytes, entry.source, entry.pinned) == ("LORA", 4, 77, "upload", False)
     assert sorted(file.name for file in entry.path.iterdir()) == ["adapter_config.json", TENSORS]
     assert (entry.path / TENSORS).read_bytes() == (adapter / TENSORS).read_bytes()
     assert registry.get("a") == registry.get("a@1") == entry
-    assert registry.list() == registry.versions("a") == [entry]
+    assert list(registry.list().entries) == registry.versions("a") == [entry]
     assert on_disk(root) == {entry.digest}
 
 
@@ -156,7 +156,7 @@ def test_pins_survive_new_versions_but_not_deletion(registry: Registry, adapter:
 def test_only_this_base_is_visible(root: Path, adapter: Path) -> None:
     for fingerprint in ("one", "two"):
         registry = Registry(root, fingerprint)
-        assert registry.list() == []
+        assert registry.list().entries == ()
         entry = push(registry, "a", adapter)
         assert entry.version == 1
         registry.close()
@@ -296,13 +296,14 @@ def test_a_newer_schema_is_refused(root: Path) -> None:
         Registry(root, "base")
 
 
-BLOBS, REGISTRY = "onebase.adapters.blobs", "onebase.adapters.registry:Registry"
+BLOBS, PART, REGISTRY = (f"onebase.adapters.{part}" for part in ("blobs", "registry", "registry:Registry"))
 # (where, what, which call of it): four syncs make a push durable: two files, their folder, the folder of blobs
 PUSH = [(BLOBS, name, 1) for name in ("check_folder", "check_finite", "digest_of")]
 PUSH += [(BLOBS, "sync", call) for call in (1, 2, 3, 4)]
-PUSH += [(f"{BLOBS}:os", "rename", 1), (f"{BLOBS}:shutil", "rmtree", 1)]
-PUSH += [(REGISTRY, "_add_version", 1), (REGISTRY, "_collect", 1), (REGISTRY, "_entry", 1)]
-DELETE = [(REGISTRY, "_collect", 1), (f"{BLOBS}:os", "rename", 1), (f"{BLOBS}:shutil", "rmtree", 1)]
+PUSH += [(f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
+PUSH += [(f"{PART}_changes:Changes", "add_version", 1), (f"{PART}_database:Database", "_commit", 1)]
+PUSH += [(REGISTRY, "_collect", 1), (f"{PART}_queries:Queries", "_entry", 1)]
+DELETE = [(REGISTRY, "_collect", 1), (f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
 
 
 def abandon(registry: Registry) -> None:
@@ -348,7 +349,7 @@ def test_a_crash_in_a_delete(
             registry.delete("a")
     abandon(registry)
     registry = Registry(root, "base")
-    assert registry.list() == [kept]
+    assert registry.list().entries == (kept,)
     assert on_disk(root) == {kept.digest}
     registry.close()
 
@@ -404,7 +405,7 @@ def test_start_up_reconciles(root: Path, adapter: Path, other: Path) -> None:
     registry = Registry(root, "base")
     log = "\n".join(registry.recovered)
     assert all(text in log for text in ("a@2", "b@1", second.digest, "blobs/orphan", "staging/half"))
-    assert registry.list() == [first]
+    assert registry.list().entries == (first,)
     assert on_disk(root) == {first.digest}
     assert push(registry, "a", other).version == 3
     registry.close()
@@ -428,7 +429,7 @@ def test_threads(root: Path, registry: Registry, adapter: Path, tmp_path: Path) 
         for turn in range(6):
             versions.append(push(registry, f"n{(worker + turn) % 2}", folders[(worker + turn) % 4]).version)
             registry.discard(registry.stage_folder(folders[turn % 4]))
-            assert all(entry.path.is_dir() for entry in registry.list())
+            assert all(entry.path.is_dir() for entry in registry.list().entries)
             if worker == 0 and turn % 2:
                 registry.delete("n0")
                 push(registry, "n0", folders[0])

@@ -1,0 +1,105 @@
+"""One SQLite connection whose failed commits leave no trace.
+
+WAL and synchronous=FULL: COMMIT appends the transaction's frames to the log and syncs it. Where that sync fails, SQLite
+forgets the frames, but they lie in the log's file behind the last frame that it believes in, and whoever opens the
+database after a crash finds them whole: a change that was answered with an error would hold. So a failed commit is
+followed by a fence, a transaction that overwrites the place behind the last good frame; each frame's checksum
+continues that of the one before, so that nothing behind it counts any more. Where the fence fails too, no change is
+taken until one succeeds.
+
+The log's index lies in memory (locking_mode=EXCLUSIVE), not in a mapped file that a full disk could tear.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from onebase.adapters.errors import StorageFailed
+from onebase.adapters.registry_schema import upgrade
+from onebase.adapters.storage import storage_errors
+
+_FENCE_TRIES = 3
+
+
+class Database:
+    """See the module. ``lock`` is held for the length of a transaction, and by whoever needs a state to stand still."""
+
+    def __init__(self, path: Path) -> None:
+        self.lock = threading.RLock()
+        self._fenced = True
+        with storage_errors("Opening the registry"):
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            try:
+                for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+                    self._db.execute(f"PRAGMA {pragma}").fetchall()
+                self.upgraded_from = upgrade(self._db)
+            except BaseException:
+                self._db.close()
+                raise
+        self._fenced = False
+
+    def rows(self, sql: str, *values: object) -> list[Any]:
+        """All rows of a query. Raises StorageFailed."""
+        with self.lock, storage_errors("Reading the registry"):
+            return self._db.execute(sql, values).fetchall()
+
+    def run(self, sql: str, *values: object) -> int:
+        """A statement inside a transaction; returns how many rows it touched."""
+        assert self._db.in_transaction
+        return self._db.execute(sql, values).rowcount
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing; done, and on the disk, once it is left. Raises StorageFailed."""
+        with self.lock, storage_errors("Writing the registry"):
+            if self._fenced:
+                self._raise_fence()
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._roll_back()
+                raise
+            self._commit()
+
+    def close(self) -> None:
+        with self.lock:
+            self._db.close()
+
+    def _commit(self) -> None:
+        try:
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._roll_back()
+            self._fenced = True
+            self._raise_fence(error)
+            raise
+
+    def _raise_fence(self, cause: sqlite3.Error | None = None) -> None:
+        """See the module. Raises StorageFailed."""
+        for _ in range(_FENCE_TRIES):
+            with suppress(sqlite3.Error):
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.execute("UPDATE fence SET turn = turn + 1")
+                self._db.execute("COMMIT")
+                self._fenced = False
+                return
+            self._roll_back()
+        if cause is not None:
+            raise StorageFailed(
+                "Writing the registry failed, and so did undoing it: the change does not hold now, and may hold after "
+                f"a restart ({cause}). No change is taken until the disk of the data folder works again."
+            ) from cause
+        raise StorageFailed(
+            "The registry takes no change until the disk of the data folder works again: an earlier change failed."
+        )
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:  # SQLite ends it by itself where the disk failed
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
