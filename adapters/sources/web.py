@@ -77,4 +77,7 @@ def _get(pool: httpcore2.ConnectionPool, url: Url, name: str, intake: Intake) ->
     with pool.stream("GET", f"{url.scheme}://{url.authority}{target}", headers=headers) as response:
         check_status(response.status, name)
         answered = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in response.headers}
-        intake.write(name, response.iter_stream(), content_length(name, answered))
+        length = content_length(name, answered)
+        if length is None:  # endless bodies, and chunks of a few bytes that cost more than they bring
+            raise SourceFailed(f"{name}: the source does not say how long it is (no Content-Length).", param="source")
+        intake.write(name, response.iter_stream(), length)
