@@ -7,14 +7,15 @@ OneBaseError
 |   +-- AdapterNameInvalid   the name does not match ADAPTER_NAME                         400
 |   +-- AdapterNotFound      no such name or version                                      404
 |   +-- AdapterConflict      the name is taken, or in use                                 409
+|   +-- SourceFailed         the place the files are fetched from is down, or lies        502
 |   +-- StorageFailed        the data folder's disk refused a read or a write             500
 |       +-- StorageFull      it has no room left, or a quota is used up                   507
-|   +-- SourceFailed         the place the files are fetched from is down, or lies        502
+|       +-- StorageUncertain its change may turn out to hold after a restart              500
 +-- ModelRejected            the base model cannot be served exactly                      at start
 +-- EngineError
     +-- EngineDead           the engine process died; it is being restarted               503
     +-- RequestRejected      the engine cannot run this request                           400
-    +-- AdapterUnloaded      its adapter was unloaded by force while it ran               409
+    +-- AdapterUnloaded      an adapter of the request was unloaded by force              409
 """
 
 from __future__ import annotations
@@ -58,11 +59,15 @@ class SourceFailed(AdapterError):
 
 
 class StorageFailed(AdapterError):
-    """The data folder's disk refused a read or a write. What was asked for did not happen, or the message says so."""
+    """The data folder's disk refused a read or a write. What was asked for did not happen; but see StorageUncertain."""
 
 
 class StorageFull(StorageFailed):
     """The disk of the data folder, or a quota on it, is full."""
+
+
+class StorageUncertain(StorageFailed):
+    """A write failed, and so did undoing it: the change does not hold now, and may hold after a restart."""
 
 
 class ModelRejected(OneBaseError):
@@ -82,4 +87,4 @@ class RequestRejected(EngineError):
 
 
 class AdapterUnloaded(EngineError):
-    """The request ended because somebody unloaded or deleted its adapter by force."""
+    """An adapter of the request was unloaded by force; the request is lost, and would be refused if sent again."""

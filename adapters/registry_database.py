@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from onebase.adapters.errors import StorageFailed
+from onebase.adapters.errors import StorageFailed, StorageUncertain
 from onebase.adapters.registry_schema import upgrade
 from onebase.adapters.storage import storage_errors
 
@@ -35,9 +35,8 @@ class Database:
         with storage_errors("Opening the registry"):
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             try:
-                for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
-                    self._db.execute(f"PRAGMA {pragma}").fetchall()
-                self.upgraded_from = upgrade(self._db)
+                _set_up(self._db)
+                upgrade(self._db)
             except BaseException:
                 self._db.close()
                 raise
@@ -91,7 +90,7 @@ class Database:
                 return
             self._roll_back()
         if cause is not None:
-            raise StorageFailed(
+            raise StorageUncertain(
                 "Writing the registry failed, and so did undoing it: the change does not hold now, and may hold after "
                 f"a restart ({cause}). No change is taken until the disk of the data folder works again."
             ) from cause
@@ -103,3 +102,12 @@ class Database:
         if self._db.in_transaction:  # SQLite ends it by itself where the disk failed
             with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
+
+
+def _set_up(db: sqlite3.Connection) -> None:
+    """SQLite answers a pragma that it cannot follow with what it does instead."""
+    db.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+    mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":
+        raise StorageFailed(f"The registry needs SQLite's write-ahead log, and the data folder allows only {mode!r}.")
+    db.execute("PRAGMA synchronous = FULL").fetchall()

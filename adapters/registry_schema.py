@@ -47,8 +47,8 @@ _STEPS = (_FIRST, _SECOND)
 SCHEMA_VERSION = len(_STEPS)
 
 
-def upgrade(db: sqlite3.Connection) -> int:
-    """Bring the open database to SCHEMA_VERSION, whole or not at all; returns what it was, 0 for a new one.
+def upgrade(db: sqlite3.Connection) -> None:
+    """Bring the open database to SCHEMA_VERSION, whole or not at all.
 
     Raises AdapterConflict for a schema of a later OneBase.
     """
@@ -63,4 +63,3 @@ def upgrade(db: sqlite3.Connection) -> int:
             db.execute(statement)
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         db.execute("COMMIT")
-    return found

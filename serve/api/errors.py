@@ -80,8 +80,8 @@ _ANSWERS: Mapping[type[tree.OneBaseError], _Answer] = {
     tree.StorageFailed: _Answer(500, "storage_failed"),
     tree.AdapterError: _Answer(400, "adapter_rejected"),
     tree.EngineDead: _Answer(503, "engine_dead"),
-    tree.RequestRejected: _Answer(400, "request_rejected"),
     tree.AdapterUnloaded: _Answer(409, "adapter_unloaded"),
+    tree.RequestRejected: _Answer(400, "request_rejected"),
     tree.ModelRejected: _Answer(503, "model_rejected"),
     tree.OneBaseError: _Answer(500, "internal_error"),
 }
