@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onebase.adapters.blobs import copy_folder
-from onebase.adapters.errors import AdapterNotFound, AdapterRejected, SourceFailed
+from onebase.adapters.errors import AdapterNotFound, AdapterRejected
 from onebase.adapters.sources.intake import Intake
-from onebase.adapters.sources.location import shown
 
 
 class FolderSource:
@@ -24,10 +23,7 @@ class FolderSource:
 
     def fetch(self, source: str, revision: str | None, intake: Intake) -> None:
         self.check(source, revision)
-        try:
-            copy_folder(self._folder(source), intake.stage)
-        except OSError as error:
-            raise SourceFailed(f"{shown(source)} cannot be read: {error.strerror}.", param="source") from error
+        copy_folder(self._folder(source), intake.stage)
 
     def _folder(self, source: str) -> Path:
         return allowed_folder(source.removeprefix("file://"), self._roots)

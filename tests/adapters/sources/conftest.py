@@ -92,7 +92,8 @@ def _handler(remote: Remote) -> type[BaseHTTPRequestHandler]:
             except OSError:  # the client hung up, as it should on much of this
                 self.close_connection = True
 
-        do_HEAD = do_GET
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def log_message(self, *args: object) -> None:
             pass
