@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias
@@ -37,6 +37,7 @@ Entries: TypeAlias = list[AdapterEntry]
 Digests: TypeAlias = list[str]
 
 NO_LABELS: Mapping[str, str] = {}
+NO_ALIASES: Mapping[str, int | None] = {}
 
 
 class Registry:
@@ -213,6 +214,28 @@ class Registry:
         with self._db.transaction():
             self._existing(name)
             self._change.alias(name, aliases, replace=replace)
+            return self._read.find(name)
+
+    def change(
+        self,
+        name: str,
+        *,
+        pinned: bool | None = None,
+        labels: Mapping[str, str | None] = NO_LABELS,
+        aliases: Mapping[str, int | None] = NO_ALIASES,
+        dropped: Collection[str] = (),
+    ) -> AdapterEntry:
+        """All of pin, label and alias at once, or nothing. ``aliases`` are added or moved, ``dropped`` ones go.
+
+        Raises what those raise.
+        """
+        with self._db.transaction():
+            self._existing(name)
+            kept = {alias: version for alias, version in self.aliases(name).items() if alias not in dropped}
+            self._change.alias(name, {**kept, **aliases}, replace=True)
+            self._change.label(name, labels)
+            if pinned is not None:
+                self._change.pin(name, pinned)
             return self._read.find(name)
 
     def delete(self, name: str) -> Deletion:

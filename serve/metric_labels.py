@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 MAX_MODEL_LABELS = 200
 OTHER = "other"
 
@@ -17,8 +19,8 @@ class ModelLabels:
         self._most = most
         self._taken: set[str] = set()
 
-    def __contains__(self, model: object) -> bool:
-        return model in self._taken
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taken)
 
     def take(self, model: str) -> str:
         """The label of a model. ``a+b``: adapters that act together."""

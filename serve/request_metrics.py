@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -20,7 +20,7 @@ NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 
 WHOLE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
 READY = "ready"
 
-States = Mapping[str, str]  # adapter name -> fetching | checking | ready | failed
+States = Mapping[str, str]  # adapter name -> fetching | checking | failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,17 @@ class ModelSeries:
 class Metrics:
     """One registry per server; nothing global. Both callables answer from memory.
 
-    names: digest -> names of adapters; states: of the adapters that were seen lately.
+    names: digest -> names of adapters; states: of imports that are under way, or failed.
     """
 
-    def __init__(self, engine: EngineClient, names: Callable[[], Names], states: Callable[[], States] = dict) -> None:
+    def __init__(
+        self, engine: EngineClient, names: Callable[[], Names], states: Callable[[], States] = dict, base_name: str = ""
+    ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine, names))
         self._labels = ModelLabels()
         self._errors_of: dict[str, set[str]] = {}  # label -> kinds
-        self.registry.register(StateCollector(self._labels, states))
+        self.registry.register(StateCollector(self._labels, states, base_name))
         self._http = self._counter("http_requests", "HTTP requests by route and status.", "route", "status")
         self._requests = self._counter("requests", "Requests that named a model.", "model")
         self._errors = self._counter("request_errors", "Those that failed, by code.", "model", "kind")
@@ -144,9 +146,10 @@ class RequestTimer:
 class StateCollector(Collector):
     """The state of every adapter that has a label, and the imports of others that are under way or failed."""
 
-    def __init__(self, labels: Container[str], states: Callable[[], States]) -> None:
+    def __init__(self, labels: ModelLabels, states: Callable[[], States], base_name: str) -> None:
         self._labels = labels
         self._states = states
+        self._base_name = base_name
 
     def describe(self) -> list[Metric]:
         """See EngineCollector."""
@@ -154,7 +157,8 @@ class StateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("onebase_adapter_state", "1 for the state of an adapter.", labels=("model", "state"))
-        shown = [(name, state) for name, state in self._states().items() if state != READY or name in self._labels]
-        for name, state in shown[:MAX_MODEL_LABELS]:
-            family.add_metric((name, state), 1)
+        adapters = [label for label in self._labels if label != self._base_name and "+" not in label]
+        shown = dict.fromkeys(adapters, READY) | dict(self._states())
+        for name in sorted(shown)[:MAX_MODEL_LABELS]:
+            family.add_metric((name, shown[name]), 1)
         yield family

@@ -1,119 +1,87 @@
-"""The adapter routes: upload, list, versions, load, unload, delete. All need the admin key where one is set."""
+"""The adapter routes that find, add and remove. All need the admin key where one is set."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from onebase.adapters.blobs import Blob, Stage
-from onebase.adapters.registry import AdapterEntry
-from onebase.adapters.sources import allowed_folder
-from onebase.serve.api.auth import require_admin_key
+from onebase.adapters.errors import AdapterNotFound
+from onebase.adapters.registry import AdapterState
+from onebase.serve.api.adapter_pages import adapter_page
+from onebase.serve.api.adapter_schemas import AdapterFilter, AdapterSource, Forcing, Nothing, Waiting
+from onebase.serve.api.auth import caller, require_admin_key
 from onebase.serve.api.body import content_type, json_body, read_json
-from onebase.serve.api.schemas import AdapterSource
-from onebase.serve.api.state import Server, server_of
-from onebase.serve.api.upload import receive_files
+from onebase.serve.api.cards import adapter_card, import_card
+from onebase.serve.api.errors import bad_request
+from onebase.serve.api.query import query_parameters, read_query
+from onebase.serve.api.state import Loaded, Server, server_of
+from onebase.serve.api.upload import receive_adapter
 
 router = APIRouter(dependencies=[Depends(require_admin_key)])
 
 
-@router.get("/v1/adapters")
+@router.get("/v1/adapters", openapi_extra=query_parameters(AdapterFilter))
 async def list_adapters(request: Request) -> dict[str, Any]:
-    server = server_of(request)
-    entries = await server.require_loaded().store.refresh()
-    return {"object": "list", "data": [_card(server, entry) for entry in entries]}
+    """By name, in pages: ``next`` of one is ``after`` of the following."""
+    return await adapter_page(server_of(request), read_query(request, AdapterFilter))
 
 
-@router.post("/v1/adapters", status_code=201, openapi_extra=json_body(AdapterSource))
+@router.post("/v1/adapters", status_code=201, openapi_extra=json_body(AdapterSource) | query_parameters(Waiting))
 async def add_adapter(request: Request) -> Response:
-    """Multipart (``name``, ``files``...) or JSON {name, source}. A name that exists gets a new version."""
+    """Multipart (``name``, ``files``...) or JSON {name, source, revision}. A name that exists gets a new version."""
+    wait = read_query(request, Waiting).wait
     server = server_of(request)
-    server.require_ready()
-    form = content_type(request) == "multipart/form-data"
-    entry = await (_upload(request, server) if form else _from_source(request, server))
-    return JSONResponse(_card(server, entry), 201)
+    loaded = server.require_ready()
+    if content_type(request) == "multipart/form-data":
+        name, blob = await receive_adapter(request, loaded.store)
+        entry = await loaded.store.add(name, blob, source="upload", by=caller(request))
+        return JSONResponse(adapter_card(server, entry), 201)
+    return await _import(request, server, loaded, wait=wait)
 
 
-@router.get("/v1/adapters/{name}")
+@router.get("/v1/adapters/{name}", openapi_extra=query_parameters(Nothing))
 async def get_adapter(request: Request, name: str) -> dict[str, Any]:
-    """``name`` or ``name@version``."""
+    """``name``, ``name@3``, ``name@sha256:...`` or an alias; also a name whose first import is under way or failed."""
+    read_query(request, Nothing)
     server = server_of(request)
-    return _card(server, await server.require_loaded().store.get(name))
+    store = server.require_loaded().store
+    job = await store.last_import(name)
+    try:
+        return adapter_card(server, await store.get(name), job)
+    except AdapterNotFound:
+        if job is None or job.state is AdapterState.READY or job.state is AdapterState.DELETED:
+            raise
+        return import_card(job)
 
 
-@router.get("/v1/adapters/{name}/versions")
+@router.get("/v1/adapters/{name}/versions", openapi_extra=query_parameters(Nothing))
 async def list_versions(request: Request, name: str) -> dict[str, Any]:
+    """All of a name, oldest first."""
+    read_query(request, Nothing)
     server = server_of(request)
-    entries = await server.require_loaded().store.versions(name)
-    return {"object": "list", "data": [_card(server, entry) for entry in entries]}
+    store = server.require_loaded().store
+    entries, current = await store.versions(name), await store.get(name)
+    cards = [adapter_card(server, entry) | {"current": entry.version == current.version} for entry in entries]
+    return {"object": "list", "data": cards}
 
 
-@router.delete("/v1/adapters/{name}")
+@router.delete("/v1/adapters/{name}", openapi_extra=query_parameters(Forcing))
 async def delete_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Removes the name with all its versions. Requests in flight finish; the files go with the last of them."""
-    removed = await server_of(request).require_loaded().store.delete(name)
+    """Removes the name with all its versions. Requests in flight finish, or with ``force`` fail; then the files go."""
+    force = read_query(request, Forcing).force
+    if "@" in name:
+        raise bad_request("A single version cannot be removed: POST /v1/registry/gc removes old ones.", "name")
+    removed = await server_of(request).require_loaded().store.delete(name, force=force)
     return {"name": name, "object": "adapter", "deleted": True, "versions": [entry.version for entry in removed]}
 
 
-@router.post("/v1/adapters/{name}/load")
-async def load_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Makes a version resident before the first request needs it. ``tier`` says whether there was room."""
-    server = server_of(request)
-    entry = await server.require_ready().store.load(name)
-    return _card(server, entry)
-
-
-@router.post("/v1/adapters/{name}/unload")
-async def unload_adapter(request: Request, name: str) -> dict[str, Any]:
-    """Frees the device once no running request uses the adapter. The registry keeps it; the next use loads it."""
-    server = server_of(request)
-    store = server.require_ready().store
-    entry = await store.get(name)
-    was_resident = await store.unload(entry.digest)
-    return {**_card(server, entry), "tier": "disk", "was_resident": was_resident}
-
-
-async def _upload(request: Request, server: Server) -> AdapterEntry:
-    store = server.require_ready().store
-    async with _in_thread(store.registry.stage()) as stage:
-        name = store.check_new_name(await receive_files(request, stage, server.settings.max_upload_bytes))
-        blob: Blob = await asyncio.to_thread(stage.finish)
-    return await store.add(name, blob, source="upload")
-
-
-async def _from_source(request: Request, server: Server) -> AdapterEntry:
+async def _import(request: Request, server: Server, loaded: Loaded, *, wait: bool) -> Response:
+    """The server fetches the source itself: 201 once that is done, or 202 at once where the client does not wait."""
     body = await read_json(request, AdapterSource)
-    folder = await asyncio.to_thread(allowed_folder, body.source, server.settings.allow_path)
-    return await server.require_ready().store.add_folder(body.name, folder, source=body.source)
-
-
-@asynccontextmanager
-async def _in_thread(stage: AbstractContextManager[Stage]) -> AsyncGenerator[Stage, None]:
-    """The stage makes and removes a folder of files, which may be large."""
-    opened = await asyncio.to_thread(stage.__enter__)
-    try:
-        yield opened
-    finally:
-        await asyncio.shield(asyncio.to_thread(stage.__exit__, None, None, None))
-
-
-def _card(server: Server, entry: AdapterEntry) -> dict[str, Any]:
-    resident = server.engine.stats.resident
-    return {
-        "name": entry.name,
-        "object": "adapter",
-        "version": entry.version,
-        "digest": entry.digest,
-        "family": entry.family,
-        "rank": entry.rank,
-        "bytes": entry.nbytes,
-        "source": entry.source,
-        "created": int(entry.created),
-        "pinned": entry.pinned,
-        "tier": "device" if entry.digest in resident else "disk",
-    }
+    loaded.store.check_new_name(body.name)
+    job = await loaded.imports.start(body.name, body.source, body.revision, caller(request))
+    if not wait:
+        return JSONResponse(import_card(job), 202)
+    return JSONResponse(adapter_card(server, await loaded.imports.wait(job.id)), 201)

@@ -8,7 +8,18 @@ from functools import partial
 
 from fastapi import Depends, FastAPI
 
-from onebase.serve.api import adapters, chat, classify, completions, health, models, openapi, tokenize, vllm_compat
+from onebase.serve.api import (
+    adapter_changes,
+    adapters,
+    chat,
+    classify,
+    completions,
+    health,
+    models,
+    openapi,
+    tokenize,
+    vllm_compat,
+)
 from onebase.serve.api.admission import Admission
 from onebase.serve.api.auth import require_local_host
 from onebase.serve.api.errors import install_handlers
@@ -23,7 +34,7 @@ from onebase.serve.request_metrics import Metrics
 
 def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     """The application; its lifespan starts and stops the engine. ``app.state.server`` is the Server."""
-    metrics = Metrics(engine, lambda: _names(server))
+    metrics = Metrics(engine, lambda: _names(server), base_name=settings.base_name)
     admission = Admission(settings.max_inflight_seqs, settings.max_inflight_tokens)
     server = Server(settings, engine, metrics, admission)
 
@@ -35,7 +46,7 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     local = Depends(require_local_host)
     app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None, dependencies=[local])
     app.state.server = server
-    for module in (health, models, completions, chat, classify, tokenize, adapters, vllm_compat):
+    for module in (health, models, completions, chat, classify, tokenize, adapters, adapter_changes, vllm_compat):
         app.include_router(module.router)
     install_handlers(app)
     app.add_middleware(RequestContext, metrics=metrics)

@@ -55,6 +55,14 @@ def require_admin_key(request: Request) -> None:
     raise _unauthorized()
 
 
+def caller(request: Request) -> str:
+    """Who a request to an adapter route is from, by the key it was let in with. Kept with what it made."""
+    settings = server_of(request).settings
+    if settings.admin_key is not None:
+        return "admin"
+    return "anonymous" if settings.api_key is None else "api"
+
+
 def _presents(request: Request, *keys: SecretStr | None) -> bool:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip().encode("latin-1")

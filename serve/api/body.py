@@ -53,10 +53,15 @@ def content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def json_body(schema: type[BaseModel]) -> dict[str, Any]:
+def has_body(request: Request) -> bool:
+    """Whether the client announced one, be it empty. For routes where it may be left out."""
+    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+
+
+def json_body(schema: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """The body's place in the OpenAPI document; openapi.py adds the schema itself."""
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": reference}}}}
 
 
 def _too_large(limit: int) -> ApiError:

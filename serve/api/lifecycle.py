@@ -11,6 +11,8 @@ import structlog
 
 from onebase.adapters.errors import ModelRejected, OneBaseError
 from onebase.adapters.registry import Registry
+from onebase.adapters.sources import Sources
+from onebase.serve.api.imports import Importer
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.api.store import AdapterStore
 from onebase.serve.api.tokenizer import TextCodec
@@ -33,6 +35,8 @@ async def running(server: Server) -> AsyncGenerator[None, None]:
         server.parsers.shutdown(wait=False, cancel_futures=True)
         if server.loaded is not None:
             server.loaded.codec.close()
+            await server.loaded.imports.close()
+            await server.loaded.store.close()
             server.loaded.store.registry.close()
 
 
@@ -58,12 +62,23 @@ async def _boot(server: Server) -> Loaded:
         raise ModelRejected("The engine started without saying what it serves.")
     registry = await asyncio.to_thread(_open_registry, settings, info.fingerprint)
     store = AdapterStore(registry, server.engine, settings.base_name)
+    store.on_delete.append(server.metrics.forget)
+    server.engine.on_ready.append(store.send_pins_soon)
     try:
+        imports = Importer(store, _sources(settings), registry)
         await _add_adapters(server, store)
+        await imports.resume()
     except BaseException:
         registry.close()
         raise
-    return Loaded(info, codec, store, int(time.time()))
+    return Loaded(info, codec, store, imports, int(time.time()))
+
+
+def _sources(settings: Settings) -> Sources:
+    try:
+        return Sources(settings.sources)
+    except ValueError as error:
+        raise ModelRejected(str(error)) from error
 
 
 def _open_registry(settings: Settings, fingerprint: str) -> Registry:
@@ -85,7 +100,7 @@ async def _add_adapters(server: Server, store: AdapterStore) -> None:
     """The adapters of --adapter. Content that any version of the name has already makes no new version."""
     for name, folder in server.settings.adapters.items():
         try:
-            await store.keep_folder(name, folder.resolve(), source=str(folder))
+            await store.keep_folder(name, folder.resolve(), source=str(folder), by="cli:--adapter")
         except OneBaseError as error:
             raise ModelRejected(f"--adapter {name}={folder}: {error.message}") from error
-    await store.refresh()
+    await store.pins.send()

@@ -1,4 +1,4 @@
-"""GET /v1/models: the base first, then every adapter's current version with its parent and root."""
+"""GET /v1/models: the base first, then adapters' current versions with their parent and root."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from onebase.adapters.registry import AdapterEntry
+from onebase.serve.api.adapter_schemas import ModelFilter
 from onebase.serve.api.auth import require_api_key
+from onebase.serve.api.query import query_parameters, read_query
 from onebase.serve.api.resolve import find_model
 from onebase.serve.api.state import Loaded, Server, server_of
 
 router = APIRouter(dependencies=[Depends(require_api_key)])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", openapi_extra=query_parameters(ModelFilter))
 async def list_models(request: Request) -> dict[str, Any]:
+    """In pages of adapters, by name: the base stands before the first one. ``next`` of one is ``after`` of the next."""
+    wanted = read_query(request, ModelFilter)
     server = server_of(request)
     loaded = server.require_loaded()
-    entries = await loaded.store.refresh()
-    cards = [_base_card(server, loaded), *(_adapter_card(server, loaded, entry, entry.name) for entry in entries)]
-    return {"object": "list", "data": cards}
+    page = await loaded.store.page(after=wanted.after, limit=wanted.limit)
+    cards = [_adapter_card(server, loaded, entry, entry.name) for entry in page.entries]
+    first = [] if wanted.after else [_base_card(server, loaded)]
+    return {"object": "list", "data": [*first, *cards], "has_more": page.next is not None, "next": page.next}
 
 
 @router.get("/v1/models/{model:path}")

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from onebase.serve.api import schemas
+from onebase.serve.api import adapter_schemas, schemas
 
 BODIES = (
     schemas.CompletionRequest,
@@ -16,9 +16,12 @@ BODIES = (
     schemas.ClassifyRequest,
     schemas.TokenizeRequest,
     schemas.DetokenizeRequest,
-    schemas.AdapterSource,
-    schemas.LoadLora,
-    schemas.UnloadLora,
+    adapter_schemas.AdapterSource,
+    adapter_schemas.AdapterChange,
+    adapter_schemas.Rollback,
+    adapter_schemas.Collect,
+    adapter_schemas.LoadLora,
+    adapter_schemas.UnloadLora,
 )
 
 

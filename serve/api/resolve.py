@@ -55,6 +55,8 @@ async def _target(
         found.append((await find_model(store, model, "model", until), 1.0))
     for index, item in enumerate(extra):
         found.append((await find_model(store, item.name, f"adapters.{index}.name", until), item.scale))
+    for entry, _ in found:
+        store.uses.add(entry.name, entry.version)
     asked = [model, *(item.name for item in extra)][-len(found) or None :]
     if len({entry.digest for entry, _ in found}) < len(found):
         raise bad_request("The same adapter is named twice: give it once, with the scale you want.", "adapters")

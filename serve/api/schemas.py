@@ -312,24 +312,3 @@ class DetokenizeRequest(Body):
 
     model: ModelName | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
-
-
-class AdapterSource(Body):
-    """POST /v1/adapters as JSON: ``source`` is a folder of the server, below --allow-path."""
-
-    name: ModelName
-    source: str = Field(min_length=1, max_length=4096)
-
-
-class LoadLora(Body):
-    """vLLM's POST /v1/load_lora_adapter."""
-
-    lora_name: ModelName
-    lora_path: str = Field(min_length=1, max_length=4096)
-    load_inplace: bool = False
-
-
-class UnloadLora(Body):
-    """vLLM's POST /v1/unload_lora_adapter."""
-
-    lora_name: ModelName

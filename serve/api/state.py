@@ -17,6 +17,7 @@ from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.messages import EngineInfo
 
 if TYPE_CHECKING:
+    from onebase.serve.api.imports import Importer
     from onebase.serve.api.store import AdapterStore
     from onebase.serve.api.tokenizer import TextCodec
     from onebase.serve.request_metrics import Metrics
@@ -33,6 +34,7 @@ class Loaded:
     info: EngineInfo
     codec: TextCodec
     store: AdapterStore
+    imports: Importer
     created: int  # unix seconds; what /v1/models says of the base
 
     @property

@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from onebase.adapters.blobs import Blob
 from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineError
-from onebase.adapters.names import check_name
-from onebase.adapters.registry import AdapterEntry, Registry
+from onebase.adapters.names import ADAPTER_NAME, check_name
+from onebase.adapters.registry import AdapterEntry, GcReport, Import, Page, Registry
+from onebase.serve.api.holds import Holds
+from onebase.serve.api.live_names import LiveNames
+from onebase.serve.api.pins import Pins
+from onebase.serve.api.uses import Uses
 from onebase.serve.engine.client import EngineClient
-from onebase.serve.engine.messages import AdapterUse
+from onebase.serve.engine.messages import AdapterGone, AdapterUse
 
 # How long a load waits for room on the device.
 _PLACING_SECONDS = 5.0
-_PAGE = 1000
 
 
 class AdapterStore:
-    """Adds, finds and removes adapters. The registry's calls block, so all of them run in a thread.
+    """Adds, finds, changes and removes adapters. The registry's calls block, so all of them run in a thread.
 
-    ``names`` (digest -> names whose current version it is) is a copy for /metrics, which must not touch the disk.
+    Whatever changes what a name means ends in ``_changed``: the engine is told of pins, and lets go of what no name
+    means any more. Memory follows what the engine holds, not what the registry has.
     """
 
     def __init__(self, registry: Registry, engine: EngineClient, base_name: str) -> None:
         self.registry = registry
-        self.names: Mapping[str, tuple[str, ...]] = {}
+        self.uses = Uses()
+        self.pins = Pins(registry, engine)
+        self.on_delete: list[Callable[[str], None]] = []
+        self._names = LiveNames(registry, self._is_in_play)
+        self._holds = Holds()
         self._engine = engine
         self._base_name = base_name
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def refresh(self) -> list[AdapterEntry]:
-        entries = await asyncio.to_thread(_every_entry, self.registry)
-        self.names = _by_digest(entries)
-        return entries
+    @property
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """digest -> names whose current version it is, of what the engine has. Answers from memory."""
+        return self._names.current
+
+    async def page(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        prefix: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        pinned: bool | None = None,
+    ) -> Page:
+        """Current versions by name. See Registry.list."""
+        work = partial(self.registry.list, after=after, limit=limit, prefix=prefix, labels=labels or {}, pinned=pinned)
+        return await asyncio.to_thread(work)
 
     async def get(self, reference: str) -> AdapterEntry:
         return await asyncio.to_thread(self.registry.get, reference)
@@ -43,8 +67,19 @@ class AdapterStore:
     async def hold(self, reference: str, until: AsyncExitStack) -> AdapterEntry:
         """As ``get``, and its files stay until the stack closes: the engine may have to read them again."""
         entry, ticket = await asyncio.to_thread(self.registry.hold, reference)
-        until.push_async_callback(self._release, ticket)
+        self._holds.take(entry.digest)
+        until.push_async_callback(self._release, entry.digest, ticket)
+        await self._names.note(entry.digest)
         return entry
+
+    async def imports(self, *, unfinished: bool = False) -> tuple[Import, ...]:
+        """Newest first."""
+        return await asyncio.to_thread(partial(self.registry.imports, unfinished=unfinished))
+
+    async def last_import(self, reference: str) -> Import | None:
+        """The newest import of a name; None where the reference is no plain name."""
+        is_name = ADAPTER_NAME.fullmatch(reference) is not None
+        return await asyncio.to_thread(self.registry.last_import, reference) if is_name else None
 
     async def versions(self, name: str) -> list[AdapterEntry]:
         return await asyncio.to_thread(self.registry.versions, check_name(name))
@@ -55,36 +90,46 @@ class AdapterStore:
             raise AdapterConflict(f"{name} is the name of the base model.", param="name")
         return check_name(name)
 
-    async def add_folder(self, name: str, folder: Path, *, source: str) -> AdapterEntry:
+    async def add_folder(self, name: str, folder: Path, *, source: str, by: str = "") -> AdapterEntry:
         """Copies, checks, compiles and names a folder of the server. Raises AdapterError."""
-        return await self.add(name, await self._stage_folder(name, folder, source), source=source)
+        return await self.add(name, await self._stage_folder(name, folder, source), source=source, by=by)
 
-    async def keep_folder(self, name: str, folder: Path, *, source: str) -> AdapterEntry:
+    async def keep_folder(self, name: str, folder: Path, *, source: str, by: str = "") -> AdapterEntry:
         """As ``add_folder``, unless any version of the name has this content: then its current version is loaded.
 
         So a restart with the same folders changes nothing, whatever was uploaded in between. Raises AdapterError.
         """
         blob = await self._stage_folder(name, folder, source)
         if blob.digest not in await self._digests(name):
-            return await self.add(name, blob, source=source)
+            return await self.add(name, blob, source=source, by=by)
         await asyncio.to_thread(self.registry.discard, blob)
         return await self.load(name)
 
-    async def add(self, name: str, blob: Blob, *, source: str) -> AdapterEntry:
+    async def add(
+        self,
+        name: str,
+        blob: Blob,
+        *,
+        source: str,
+        revision: str | None = None,
+        by: str = "",
+        job: str | None = None,
+    ) -> AdapterEntry:
         """Compiles a staged blob against the base, then commits it as the name's next version; discards it if refused.
 
-        Content that equals the name's current version adds no version.
+        Content that equals the name's current version adds no version. job: the import that this finishes.
         """
         try:
             self.check_new_name(name)
             ready = await self._engine.load_adapter(AdapterUse(blob.digest, str(blob.path)))
-            entry = await asyncio.to_thread(
-                self.registry.commit, name, blob, source, family=ready.family, rank=ready.rank, nbytes=ready.nbytes
+            commit = partial(
+                self.registry.commit, family=ready.family, rank=ready.rank, nbytes=ready.nbytes, revision=revision
             )
+            entry = await asyncio.to_thread(commit, name, blob, source, by=by, job=job)
         except BaseException:
-            await asyncio.shield(asyncio.to_thread(self.registry.discard, blob))
+            self._free_soon(await asyncio.shield(asyncio.to_thread(self.registry.release, blob.ticket)))
             raise
-        await self.refresh()
+        await asyncio.shield(self._changed(name, {entry.digest}, pinned=entry.pinned))
         return entry
 
     async def load(self, reference: str) -> AdapterEntry:
@@ -97,15 +142,79 @@ class AdapterStore:
                 await asyncio.sleep(0.01)  # the statistics come with the engine's frames
             return entry
 
-    async def unload(self, digest: str) -> bool:
-        return await self._engine.unload_adapter(digest)
+    async def unload(self, digest: str, *, force: bool = False) -> AdapterGone:
+        """Returns once the bytes are back; ``force`` aborts the requests that use it. See EngineClient."""
+        return await self._engine.unload_adapter(digest, force=force)
 
-    async def delete(self, name: str) -> list[AdapterEntry]:
-        """Removes all versions. Content that no other name has is freed once no request in flight uses it."""
+    def unload_soon(self, digest: str, *, force: bool = False) -> None:
+        """As ``unload``, for those who do not wait."""
+        self._free_soon([digest], force=force)
+
+    async def rollback(self, name: str, version: int | None) -> AdapterEntry:
+        """Makes another version current. See Registry.rollback."""
+        entry = await asyncio.to_thread(self.registry.rollback, check_name(name), version)
+        await self._changed(name, {entry.digest}, pinned=entry.pinned)
+        return entry
+
+    async def change(
+        self,
+        name: str,
+        *,
+        pinned: bool | None,
+        labels: Mapping[str, str | None],
+        aliases: Mapping[str, int | None],
+        dropped: Collection[str],
+    ) -> AdapterEntry:
+        """See Registry.change. Pinned: the current version stays on the device, whichever it is."""
+        work = partial(self.registry.change, pinned=pinned, labels=labels, aliases=aliases, dropped=dropped)
+        entry = await asyncio.to_thread(work, name)
+        if pinned is not None:
+            await self._names.note(entry.digest)
+            await self.pins.send()
+        return entry
+
+    async def pinned_digests(self) -> frozenset[str]:
+        """Of the current versions of pinned names."""
+        return frozenset(entry.digest for entry in await asyncio.to_thread(self.registry.pinned))
+
+    def send_pins_soon(self) -> None:
+        """For an engine that has just become ready, and knows of none."""
+        self._run(self.pins.send())
+
+    async def delete(self, name: str, *, force: bool = False) -> list[AdapterEntry]:
+        """Removes all versions. Content that no other name has leaves the device with the last request that uses it.
+
+        force: those requests are aborted, but for content that another name has too.
+        """
         gone = await asyncio.to_thread(self.registry.delete, check_name(name))
-        await self.refresh()
-        await self._free(gone.unused)
+        for forget in self.on_delete:
+            forget(name)
+        await self._changed(name, (), pinned=any(entry.pinned for entry in gone.entries))
+        digests = {entry.digest for entry in gone.entries}
+        named = await asyncio.to_thread(self.registry.names_of, digests) if force else digests
+        await asyncio.gather(*(self._free(digest, force=True) for digest in digests.difference(named)))
+        await asyncio.gather(*map(self._free, gone.unused))
         return gone.entries
+
+    async def gc(self, keep: int | None, *, dry_run: bool) -> GcReport:
+        """See Registry.gc."""
+        report = await asyncio.to_thread(partial(self.registry.gc, keep=keep, dry_run=dry_run))
+        if not dry_run:
+            self._free_soon(report.unused)
+        return report
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _changed(self, name: str, digests: Collection[str], *, pinned: bool) -> None:
+        """A name means something else. Requests finish on what they have, and with the last one it leaves the device."""
+        self._holds.revive(digests)
+        orphans = await self._names.changed(name, digests)
+        if pinned:
+            await self.pins.send()
+        self._free_soon(self._holds.retire(orphans))
 
     async def _stage_folder(self, name: str, folder: Path, source: str) -> Blob:
         self.check_new_name(name)
@@ -120,27 +229,24 @@ class AdapterStore:
         except AdapterNotFound:
             return set()
 
-    async def _release(self, ticket: str) -> None:
-        await self._free(await asyncio.to_thread(self.registry.release, ticket))
+    async def _release(self, digest: str, ticket: str) -> None:
+        leaves = self._holds.give_back(digest)
+        unused = await asyncio.to_thread(self.registry.release, ticket)
+        self._free_soon([digest] if leaves else unused)
 
-    async def _free(self, digests: Iterable[str]) -> None:
+    def _free_soon(self, digests: Iterable[str], *, force: bool = False) -> None:
+        """The device gets their bytes back once the engine's last use of them has ended."""
         for digest in digests:
-            with suppress(EngineError):  # a dead engine holds no adapter
-                await self._engine.unload_adapter(digest)
+            self._run(self._free(digest, force=force))
 
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-def _every_entry(registry: Registry) -> list[AdapterEntry]:
-    entries: list[AdapterEntry] = []
-    page = registry.list(limit=_PAGE)
-    entries += page.entries
-    while page.next is not None:
-        page = registry.list(after=page.next, limit=_PAGE)
-        entries += page.entries
-    return entries
+    async def _free(self, digest: str, *, force: bool = False) -> None:
+        with suppress(EngineError, AdapterConflict):  # a dead engine holds no adapter; or it was loaded again meanwhile
+            await self._engine.unload_adapter(digest, force=force)
 
-
-def _by_digest(entries: Iterable[AdapterEntry]) -> dict[str, tuple[str, ...]]:
-    names: dict[str, tuple[str, ...]] = {}
-    for entry in entries:
-        names[entry.digest] = (*names.get(entry.digest, ()), entry.name)
-    return names
+    def _is_in_play(self, digest: str) -> bool:
+        return self._engine.tier(digest) != "disk" or digest in self._engine.stats.waiting_adapters

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from onebase.adapters.blobs import Stage, StageFile
+from onebase.adapters.blobs import Blob, Stage, StageFile
 from onebase.serve.api.body import capped
 from onebase.serve.api.errors import ApiError, bad_request
+from onebase.serve.api.state import server_of
+from onebase.serve.api.store import AdapterStore
 
 FORM_OVERHEAD = 1 << 20  # bytes that boundaries and headers may add to the files
 WRITE_BYTES = 1 << 20
@@ -21,9 +24,20 @@ MAX_FIELD_BYTES = 256
 MAX_BOUNDARY = 70  # RFC 2046
 
 
-async def receive_files(request: Request, stage: Stage, max_bytes: int) -> str:
-    """Fills the stage from the form and returns its ``name`` field. Raises ApiError and AdapterError."""
-    form = UploadForm(stage, _boundary(request))
+async def receive_adapter(request: Request, store: AdapterStore) -> tuple[str, Blob]:
+    """The form's name and its files, checked and durable. Whatever fails, a client that leaves too, leaves no trace.
+
+    Raises ApiError and AdapterError.
+    """
+    max_bytes = server_of(request).settings.max_upload_bytes
+    async with _in_thread(store.registry.stage()) as stage:
+        name = await receive_files(request, stage, max_bytes, store.check_new_name)
+        return name, await asyncio.to_thread(stage.finish)
+
+
+async def receive_files(request: Request, stage: Stage, max_bytes: int, check_name: Callable[[str], str]) -> str:
+    """Fills the stage from the form and returns its ``name`` field, which is checked as soon as it is there."""
+    form = UploadForm(stage, _boundary(request), check_name)
     with ExitStack() as cleanup:
         cleanup.callback(form.close)
         pending = bytearray()
@@ -39,8 +53,9 @@ async def receive_files(request: Request, stage: Stage, max_bytes: int) -> str:
 class UploadForm:
     """Parser callbacks: ``name`` is a field, every ``files`` part goes to the stage under its own file name."""
 
-    def __init__(self, stage: Stage, boundary: bytes) -> None:
+    def __init__(self, stage: Stage, boundary: bytes, check_name: Callable[[str], str]) -> None:
         self._stage = stage
+        self._check_name = check_name
         self._parts = 0
         self._headers: dict[str, bytes] = {}
         self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
@@ -61,7 +76,7 @@ class UploadForm:
         """Raises ApiError 400 for a form that was cut short or has no name."""
         if not self._complete:
             raise bad_request("The multipart form ends before its closing boundary.", code="invalid_form")
-        if not self._name:
+        if self._name is None:
             raise bad_request("name: this field is required.", "name")
         return self._name
 
@@ -113,12 +128,22 @@ class UploadForm:
 
     def _on_part_end(self) -> None:
         if self._field is not None:
-            self._name = self._field.decode("utf-8", "replace")
+            self._name = self._check_name(self._field.decode("utf-8", "replace"))
             self._field = None
         self.close()
 
     def _on_end(self) -> None:
         self._complete = True
+
+
+@asynccontextmanager
+async def _in_thread(stage: AbstractContextManager[Stage]) -> AsyncGenerator[Stage, None]:
+    """The stage makes and removes a folder of files, which may be large."""
+    opened = await asyncio.to_thread(stage.__enter__)
+    try:
+        yield opened
+    finally:
+        await asyncio.shield(asyncio.to_thread(stage.__exit__, None, None, None))
 
 
 def _unknown(field: str) -> ApiError:

@@ -17,10 +17,10 @@ from onebase.adapters.errors import (
     AdapterTooLarge,
 )
 from onebase.adapters.sources import allowed_folder
-from onebase.serve.api.auth import require_admin_key
+from onebase.serve.api.adapter_schemas import LoadLora, UnloadLora
+from onebase.serve.api.auth import caller, require_admin_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import ApiError, bad_request
-from onebase.serve.api.schemas import LoadLora, UnloadLora
 from onebase.serve.api.state import server_of
 from onebase.serve.api.store import AdapterStore
 
@@ -42,7 +42,7 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
             "lora_name",
         )
     folder = await _as_vllm(asyncio.to_thread(allowed_folder, body.lora_path, server.settings.allow_path))
-    await _as_vllm(store.add_folder(body.lora_name, folder, source=body.lora_path))
+    await _as_vllm(store.add_folder(body.lora_name, folder, source=body.lora_path, by=caller(request)))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

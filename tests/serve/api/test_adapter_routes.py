@@ -396,7 +396,7 @@ def test_keys(run: Any, open_site: Any, keys: dict[str, str], given: str | None,
             for path in ("/health", "/ready", "/metrics", "/version"):
                 assert (await site.http.get(path)).status_code == 200
             for path in ("//v1/models", "/v1/models/", "/V1/models", "/v1/models?x=/health"):
-                assert (await site.http.get(path)).status_code in {inference, 404, 307}
+                assert (await site.http.get(path)).status_code in {inference, 404, 307, 400 if inference == 200 else 0}
 
     run(body())
 
