@@ -22,6 +22,7 @@ from onebase.adapters.sources import SourceOptions
 from onebase.serve.engine.config import GIB, EngineConfig
 
 MAX_GIB = 1 << 20
+COMPILED = "compiled"  # below the data folder: the registry removes what is there with its blob
 
 
 def default_data_dir() -> Path:
@@ -164,6 +165,8 @@ class Settings(BaseSettings):
             device_memory=self.device_memory,
             kv_memory=self.kv_memory,
             adapter_memory=self.adapter_memory,
+            host_cache=self.host_cache,
+            compiled_dir=str(self.data_dir / COMPILED),
         )
 
 
