@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onebase.adapters.base import Experts, Site, SiteKind
 from onebase.adapters.program import AdapterProgram
+from onebase.adapters.registry import Registry
 
 torch.set_num_threads(1)
 VOCABULARY = 64
@@ -201,6 +202,19 @@ def other(adapter: Path, tmp_path: Path) -> Path:
     shutil.copytree(adapter, path)
     edit_tensors(path, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
     return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A data folder to be."""
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def registry(root: Path) -> Iterator[Registry]:
+    registry = Registry(root, "base")
+    yield registry
+    registry.close()
 
 
 @pytest.fixture(scope="session")

@@ -41,11 +41,6 @@ def folder():
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def registry(root: Path, adapter: Path) -> Iterator[Registry]:
     """One adapter, a."""
     registry = Registry(root, "base")
