@@ -174,5 +174,7 @@ def test_a_client_that_leaves_aborts_its_sequences(
             assert sorted(site.engine.aborted) == sorted(r.id for r in site.engine.requests)
             admission = site.server.admission
             assert (admission.sequences.taken, admission.tokens.taken) == (0, 0)
+            text = (await site.http.get("/metrics")).text
+            assert 'onebase_request_errors_total{kind="client_closed",model="base"} 1.0' in text
 
     run(body())

@@ -95,6 +95,70 @@ def test_labels_are_bounded(engine: Any) -> None:
     assert value(found, "onebase_request_generated_tokens_total", model="other") == MAX_MODEL_LABELS * 2
 
 
+def test_a_deleted_adapter_gives_its_label_back(engine: Any) -> None:
+    metrics = Metrics(engine, dict)
+    for index in range(MAX_MODEL_LABELS):
+        metrics.request(f"a{index}")
+    metrics.request("a0+a1")
+    metrics.failed("a0", "engine_dead")
+    running = metrics.series("a0")
+    metrics.forget("a0")
+    running.generated.inc()  # of a request that goes on: counted nowhere
+    metrics.failed("a0", "engine_dead")
+    found = samples(metrics.render()[0].decode())
+    for group in found.values():
+        assert not any(s.labels.get("model") == "a0" for s in group)
+    assert value(found, "onebase_request_errors_total", model="other", kind="engine_dead") == 1
+    assert value(found, "onebase_requests_total", model="other") == 1, "a0+a1 came too late"
+    metrics.request("new")
+    metrics.request("newer")
+    found = samples(metrics.render()[0].decode())
+    assert value(found, "onebase_requests_total", model="new") == 1
+    assert value(found, "onebase_requests_total", model="other") == 2
+    assert len(found["onebase_requests_total"]) == MAX_MODEL_LABELS + 1
+
+
+def test_combinations_go_with_each_of_their_adapters(engine: Any) -> None:
+    metrics = Metrics(engine, dict)
+    for model in ("a", "b", "a+b", "ab"):
+        metrics.request(model)
+    metrics.forget("b")
+    found = samples(metrics.render()[0].decode())
+    assert {s.labels["model"] for s in found["onebase_requests_total"]} == {"a", "ab"}
+
+
+def test_an_adapter_called_other_takes_no_label(engine: Any) -> None:
+    metrics = Metrics(engine, dict)
+    metrics.request("other")
+    metrics.forget("other")
+    assert value(samples(metrics.render()[0].decode()), "onebase_requests_total", model="other") == 1
+
+
+def test_errors_are_counted_by_model_and_kind(run: Any, open_site: Any, adapter_folder: Any) -> None:
+    async def body() -> None:
+        folder = adapter_folder()
+        async with open_site(adapter=(f"a={folder}",)) as site:
+            await site.complete(model="a", max_tokens=1)
+            await site.complete(model="a", max_tokens=100_000)
+            await site.complete(model="a", prompt=[])
+            site.engine.die_after = 1
+            await site.complete(model="a", max_tokens=3, stream=True)
+            site.engine.ready = True
+            site.engine.die_after, site.engine.failure = None, ValueError("unforeseen")
+            assert (await site.complete(model="a")).status_code == 500
+            found = samples((await site.http.get("/metrics")).text)
+            kinds = {s.labels["kind"]: s.value for s in found["onebase_request_errors_total"]}
+            assert kinds == {"context_length_exceeded": 1, "engine_dead": 1, "internal_error": 1}
+            assert value(found, "onebase_requests_total", model="a") == 4, "a body that is refused names no model yet"
+            assert value(found, "onebase_time_to_first_token_seconds_count", model="a") == 2
+            assert value(found, "onebase_adapter_state", model="a", state="ready") == 1
+            await site.http.delete("/v1/adapters/a")
+            found = samples((await site.http.get("/metrics")).text)
+            assert not any(s.labels.get("model") == "a" for group in found.values() for s in group)
+
+    run(body())
+
+
 def test_two_servers_in_one_process_do_not_share(engine: Any) -> None:
     one, two = Metrics(engine, dict), Metrics(engine, dict)
     one.request("a")
