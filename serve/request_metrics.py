@@ -20,7 +20,7 @@ NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 
 WHOLE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
 READY = "ready"
 
-States = Mapping[str, str]  # adapter name -> fetching | checking | failed
+States = Mapping[str, str]  # adapter name -> importing | failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,18 @@ class ModelSeries:
 class Metrics:
     """One registry per server; nothing global. Both callables answer from memory.
 
-    names: digest -> names of adapters; states: of imports that are under way, or failed.
+    names: digest -> names of adapters; states: of imports that are under way, or failed;
+    base: the base model's name, which is no adapter's.
     """
 
     def __init__(
-        self, engine: EngineClient, names: Callable[[], Names], states: Callable[[], States] = dict, base_name: str = ""
+        self, engine: EngineClient, names: Callable[[], Names], states: Callable[[], States] = dict, base: str = ""
     ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine, names))
         self._labels = ModelLabels()
         self._errors_of: dict[str, set[str]] = {}  # label -> kinds
-        self.registry.register(StateCollector(self._labels, states, base_name))
+        self.registry.register(StateCollector(self._labels, states, base))
         self._http = self._counter("http_requests", "HTTP requests by route and status.", "route", "status")
         self._requests = self._counter("requests", "Requests that named a model.", "model")
         self._errors = self._counter("request_errors", "Those that failed, by code.", "model", "kind")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -34,7 +34,7 @@ from onebase.serve.request_metrics import Metrics
 
 def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     """The application; its lifespan starts and stops the engine. ``app.state.server`` is the Server."""
-    metrics = Metrics(engine, lambda: _names(server), base_name=settings.base_name)
+    metrics = Metrics(engine, lambda: _names(server), lambda: _states(server), settings.base_name)
     admission = Admission(settings.max_inflight_seqs, settings.max_inflight_tokens)
     server = Server(settings, engine, metrics, admission)
 
@@ -52,6 +52,10 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     app.add_middleware(RequestContext, metrics=metrics)
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]
     return app
+
+
+def _states(server: Server) -> Mapping[str, str]:
+    return server.loaded.store.import_states.current if server.loaded is not None else {}
 
 
 def _names(server: Server) -> Names:

@@ -11,6 +11,7 @@ from onebase.adapters.errors import AdapterError, AdapterNotFound, AdapterReject
 from onebase.adapters.registry import AdapterEntry, AdapterState, Import, Registry
 from onebase.adapters.sources import Sources
 from onebase.serve.api.fetching import Fetcher
+from onebase.serve.api.import_states import FAILED, IMPORTING
 from onebase.serve.api.lookups import Lookups
 from onebase.serve.api.store import AdapterStore
 
@@ -76,6 +77,7 @@ class Importer:
     def _ensure(self, job: Import) -> None:
         if job.id in self._tasks:
             return
+        self._store.import_states.set(job.name, IMPORTING)
         task = asyncio.create_task(self._run(job))
         self._tasks[job.id] = task
         task.add_done_callback(lambda done: self._forget(job.id, done))
@@ -99,5 +101,6 @@ class Importer:
 
     async def _fail(self, job: Import, reason: str) -> None:
         """Where even this cannot be written, the import is resumed at the next start."""
+        self._store.import_states.set(job.name, FAILED)
         with suppress(AdapterError):
             await asyncio.to_thread(self._registry.set_import, job.id, AdapterState.FAILED, reason[:MAX_REASON])

@@ -15,6 +15,7 @@ from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineErro
 from onebase.adapters.names import ADAPTER_NAME, check_name
 from onebase.adapters.registry import AdapterEntry, GcReport, Import, Page, Registry
 from onebase.serve.api.holds import Holds
+from onebase.serve.api.import_states import ImportStates
 from onebase.serve.api.live_names import LiveNames
 from onebase.serve.api.pins import Pins
 from onebase.serve.api.uses import Uses
@@ -35,6 +36,7 @@ class AdapterStore:
     def __init__(self, registry: Registry, engine: EngineClient, base_name: str) -> None:
         self.registry = registry
         self.uses = Uses()
+        self.import_states = ImportStates()
         self.pins = Pins(registry, engine)
         self.on_delete: list[Callable[[str], None]] = []
         self._names = LiveNames(registry, self._is_in_play)
@@ -129,6 +131,7 @@ class AdapterStore:
         except BaseException:
             self._free_soon(await asyncio.shield(asyncio.to_thread(self.registry.release, blob.ticket)))
             raise
+        self.import_states.clear(name)
         await asyncio.shield(self._changed(name, {entry.digest}, pinned=entry.pinned))
         return entry
 
@@ -187,6 +190,7 @@ class AdapterStore:
         force: those requests are aborted, but for content that another name has too.
         """
         gone = await asyncio.to_thread(self.registry.delete, check_name(name))
+        self.import_states.clear(name)
         for forget in self.on_delete:
             forget(name)
         await self._changed(name, (), pinned=any(entry.pinned for entry in gone.entries))
