@@ -17,7 +17,7 @@ import structlog
 from onebase.adapters.blobs import Blob, copy_folder
 from onebase.adapters.errors import AdapterNotFound, EngineError, OneBaseError, StorageFailed
 from onebase.adapters.registry import AdapterEntry
-from onebase.adapters.watch import FolderWatch, Signature, scan, signature
+from onebase.adapters.watch import FolderWatch, Scan, Signature, scan, signature
 from onebase.serve.api.store import AdapterStore
 
 log = structlog.get_logger("onebase.watch")
@@ -39,22 +39,22 @@ class Watcher:
         self._known: set[str] = set()  # names whose folder this process has compared with the registry
         self._retries: dict[str, float] = {}  # name -> when (monotonic)
         self._readable = True
+        self._look_seconds = 0.0
 
     async def run(self) -> None:
         while True:
-            start = time.monotonic()
             try:
                 await self.step()
             except Exception:
                 log.exception("a look at the watched folder failed", folder=str(self._root))
-            await asyncio.sleep(max(self._interval, _SHARE * (time.monotonic() - start)))
+            await asyncio.sleep(max(self._interval, _SHARE * self._look_seconds))
 
     async def step(self) -> None:
         """One look, and what follows from it."""
         if self._watch is None:
             self._watch = FolderWatch(await asyncio.to_thread(self._owned))
         try:
-            seen = await asyncio.to_thread(scan, self._root)
+            seen = await asyncio.to_thread(self._look)
         except OSError as error:
             self._cannot_read(error)
             return
@@ -109,6 +109,12 @@ class Watcher:
         for name in [name for name, when in self._retries.items() if when <= time.monotonic()]:
             del self._retries[name]
             watch.again(name)
+
+    def _look(self) -> Scan:
+        start = time.monotonic()
+        seen = scan(self._root)
+        self._look_seconds = time.monotonic() - start
+        return seen
 
     def _stage(self, name: str, seen: Signature) -> Blob | None:
         """None where the folder changed while it was copied."""

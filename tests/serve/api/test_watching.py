@@ -238,6 +238,33 @@ def test_a_root_that_went_takes_nothing_with_it(run: Any, bench: Any, root: Path
     run(body())
 
 
+def test_a_slow_engine_does_not_make_looks_rare(
+    run: Any, bench: Any, root: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest between looks follows from what a look costs, not from what came of it."""
+    real = engine.load_adapter
+
+    async def slow(use: Any) -> Any:
+        await asyncio.sleep(0.4)
+        return await real(use)
+
+    monkeypatch.setattr(engine, "load_adapter", slow)
+
+    async def body() -> None:
+        async with bench() as b:
+            task = asyncio.create_task(Watcher(b.store, root, interval=0.02).run())
+            async with asyncio.timeout(4):
+                while not versions(b, "a"):
+                    await asyncio.sleep(0.02)
+                shutil.rmtree(root / "a")
+                while versions(b, "a"):
+                    await asyncio.sleep(0.02)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    run(body())
+
+
 def test_a_server_watches_until_it_stops(
     run: Any, open_site: Any, root: Path, adapter_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
