@@ -80,6 +80,11 @@ class Arena:
         return self.limit * self.buffer.element_size()
 
     @property
+    def free_bytes(self) -> int:
+        """Bytes of all free ranges together."""
+        return self.capacity_bytes - self.used_bytes
+
+    @property
     def tail_bytes(self) -> int:
         """Bytes of the free range at the arena's end."""
         start, length = self._free[-1] if self._free else (0, 0)
