@@ -52,6 +52,7 @@ class AdapterCache:
         self.neighbour: Neighbour | None = None  # who may give the arena more room, and take some of it
         self._compile = compile
         self._entries: dict[str, Entry] = {}
+        self._pins: dict[str, str] = {}
         self._clock = 0
         self._installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
         self._loader = Loader(arena.buffer)
@@ -143,12 +144,24 @@ class AdapterCache:
             self._drop(entry)
         return True
 
+    def is_leaving(self, digest: str) -> bool:
+        """Whether an adapter that was unloaded is still here, for its last request or the end of a copy."""
+        entry = self._entries.get(digest)
+        return entry is not None and entry.doomed
+
+    def set_pins(self, paths: Mapping[str, str]) -> None:
+        """These adapters, digest -> blob folder, are loaded and not evicted; no others are."""
+        self._pins = dict(paths)
+
     def poll(self, reserved: Collection[str] = ()) -> list[Entry]:
         """Move loads on; the entries that are now known to be good (compiled, and small enough) or failed.
 
         ``reserved`` digests are not evicted for others. ``blocked`` says whether one of them found no room.
         """
         changed: list[Entry] = []
+        for digest, path in self._pins.items():
+            if digest not in self._entries:
+                self.fetch(digest, path)
         for entry in list(self._entries.values()):
             before = entry.state
             self._advance(entry, reserved)
@@ -285,6 +298,7 @@ class AdapterCache:
             entry
             for entry in self._entries.values()
             if entry.state is State.READY and entry.references == 0 and entry.digest not in reserved
+            and entry.digest not in self._pins
         ]
         if not free:
             return False

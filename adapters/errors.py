@@ -11,6 +11,7 @@ OneBaseError
 +-- EngineError
     +-- EngineDead           the engine process died; it is being restarted               503
     +-- RequestRejected      the engine cannot run this request                           400
+    +-- AdapterUnloaded      an adapter of the request was unloaded by force              409
 """
 
 from __future__ import annotations
@@ -63,3 +64,7 @@ class EngineDead(EngineError):
 
 class RequestRejected(EngineError):
     """The engine refuses the request, and would refuse it again."""
+
+
+class AdapterUnloaded(EngineError):
+    """An adapter of the request was unloaded by force; the request is lost, and would be refused if sent again."""

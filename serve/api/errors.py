@@ -68,6 +68,7 @@ _ANSWERS: Mapping[type[tree.OneBaseError], _Answer] = {
     tree.AdapterConflict: _Answer(409, "adapter_conflict"),
     tree.AdapterError: _Answer(400, "adapter_rejected"),
     tree.EngineDead: _Answer(503, "engine_dead"),
+    tree.AdapterUnloaded: _Answer(409, "adapter_unloaded"),
     tree.RequestRejected: _Answer(400, "request_rejected"),
     tree.ModelRejected: _Answer(503, "model_rejected"),
     tree.OneBaseError: _Answer(500, "internal_error"),

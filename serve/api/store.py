@@ -97,7 +97,7 @@ class AdapterStore:
             return entry
 
     async def unload(self, digest: str) -> bool:
-        return await self._engine.unload_adapter(digest)
+        return (await self._engine.unload_adapter(digest)).was_resident
 
     async def delete(self, name: str) -> list[AdapterEntry]:
         """Removes all versions. Content that no other name has is freed once no request in flight uses it."""

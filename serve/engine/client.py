@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Protocol
+from collections.abc import AsyncGenerator, Sequence
+from typing import Literal, Protocol
 
-from onebase.serve.engine.messages import AdapterReady, AdapterUse, EngineInfo, EngineStats, Request, TokenOutput
+from onebase.serve.engine.messages import (
+    AdapterGone,
+    AdapterReady,
+    AdapterUse,
+    EngineInfo,
+    EngineStats,
+    Request,
+    TokenOutput,
+)
+
+Tier = Literal["device", "host", "disk"]
 
 
 class EngineClient(Protocol):
@@ -39,5 +49,13 @@ class EngineClient(Protocol):
     async def load_adapter(self, use: AdapterUse) -> AdapterReady:
         """Compile against the base and make resident. Raises AdapterError."""
 
-    async def unload_adapter(self, digest: str) -> bool:
-        """Drop from the device once unused; False where it was not resident."""
+    async def unload_adapter(self, digest: str, *, force: bool = False) -> AdapterGone:
+        """Drop from device and host memory. Returns once the bytes are back, so after the last request that uses it;
+        with ``force`` such requests fail with AdapterUnloaded. Raises AdapterConflict where it was loaded meanwhile."""
+
+    def set_pins(self, uses: Sequence[AdapterUse]) -> None:
+        """All adapters that are to be on the device whatever the traffic. Does nothing while the engine is down: to be
+        said again after every start."""
+
+    def tier(self, digest: str) -> Tier:
+        """Where the adapter is, as far as the engine has said; never waits for it."""

@@ -25,3 +25,5 @@ class EngineConfig:
     device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
     kv_memory: float | None = None
     adapter_memory: float | None = None
+    compiled_dir: str | None = None  # where compiled adapters are kept, one folder per digest; None: nowhere
+    host_cache: float | None = None  # packed adapters in host memory; 0: none

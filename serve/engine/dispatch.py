@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from onebase.adapters import errors
 from onebase.adapters.errors import EngineDead, EngineError, OneBaseError
+from onebase.serve.engine.client import Tier
 from onebase.serve.engine.messages import (
     AdapterGone,
     AdapterReady,
     AdapterUse,
+    Command,
     EngineInfo,
     EngineStats,
     Failure,
+    HostChanges,
     LoadAdapter,
     Request,
+    SetPins,
     TokenOutput,
     UnloadAdapter,
 )
 
 Reply = TokenOutput | Failure | AdapterReady | AdapterGone
+Output = Reply | HostChanges
 _Queue = asyncio.Queue[Reply | OneBaseError]
 
 
@@ -34,6 +39,7 @@ class DispatchingClient(ABC):
         self._stats = EngineStats()
         self._ready = False
         self._restarts = 0
+        self._in_host: set[str] = set()
         self._waiting: dict[str, _Queue] = {}
         self._command_ids = (f"command-{i}" for i in itertools.count())
 
@@ -81,12 +87,23 @@ class DispatchingClient(ABC):
             raise EngineError(f"the engine answered a load with {type(reply).__name__}")
         return reply
 
-    async def unload_adapter(self, digest: str) -> bool:
+    async def unload_adapter(self, digest: str, *, force: bool = False) -> AdapterGone:
         """See EngineClient.unload_adapter."""
-        reply = await self._command(UnloadAdapter(next(self._command_ids), digest))
+        reply = await self._command(UnloadAdapter(next(self._command_ids), digest, force))
         if not isinstance(reply, AdapterGone):
             raise EngineError(f"the engine answered an unload with {type(reply).__name__}")
-        return reply.was_resident
+        return reply
+
+    def set_pins(self, uses: Sequence[AdapterUse]) -> None:
+        """See EngineClient.set_pins."""
+        if self._ready:
+            self._send(SetPins(tuple(uses)))
+
+    def tier(self, digest: str) -> Tier:
+        """See EngineClient.tier."""
+        if digest in self._stats.resident:
+            return "device"
+        return "host" if digest in self._in_host else "disk"
 
     async def _command(self, command: LoadAdapter | UnloadAdapter) -> Reply:
         queue = self._open(command.id)
@@ -104,18 +121,27 @@ class DispatchingClient(ABC):
         queue = self._waiting[key] = asyncio.Queue()
         return queue
 
-    def _deliver(self, output: Reply) -> None:
+    def _deliver(self, output: Output) -> None:
         """Hand an output to its waiter; outputs of requests that were aborted have none."""
+        if isinstance(output, HostChanges):
+            self._in_host.update(output.added)
+            self._in_host.difference_update(output.removed)
+            return
         queue = self._waiting.get(output.id)
         if queue is not None:
             queue.put_nowait(output)
+
+    def _forget(self) -> None:
+        """The engine is gone, and with it what it held."""
+        self._stats = EngineStats()
+        self._in_host.clear()
 
     def _fail_all(self, error: OneBaseError) -> None:
         for queue in self._waiting.values():
             queue.put_nowait(error)
 
     @abstractmethod
-    def _send(self, message: Request | LoadAdapter | UnloadAdapter | str) -> None:
+    def _send(self, message: Command) -> None:
         """Pass a message (a str: abort this request) to the engine without waiting."""
 
 

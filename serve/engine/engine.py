@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from onebase.adapters.entry import Entry, State
-from onebase.adapters.errors import AdapterConflict, EngineError, OneBaseError, RequestRejected
+from onebase.adapters.errors import AdapterConflict, AdapterUnloaded, EngineError, OneBaseError, RequestRejected
 from onebase.kernels.instructions import InstructionTable
 from onebase.serve.engine.classes import NO_HEAD
 from onebase.serve.engine.combine import without_idle
@@ -20,9 +20,11 @@ from onebase.serve.engine.messages import (
     EngineInfo,
     EngineStats,
     Failure,
+    HostChanges,
     LoadAdapter,
     Logprobs,
     Request,
+    SetPins,
     TokenOutput,
     UnloadAdapter,
 )
@@ -78,6 +80,7 @@ class Engine:
         )
         self._eos = frozenset(base.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
+        self._leaving: list[AdapterGone] = []  # said once the adapter has left
         self._commands: dict[str, list[str]] = {}  # digest -> ids of LoadAdapter commands that wait for it
         self._order = 0
         self._steps = self._prompt_tokens = self._generated_tokens = 0
@@ -109,17 +112,44 @@ class Engine:
         It goes to the device right after, if there is room; if not, with the first request that needs it.
         """
         entry = self.adapters.fetch(command.use.digest, command.use.path)
-        entry.doomed = False
+        outputs = self._kept(entry)
         if entry.state is not State.COMPILING:
-            return [_ready(command.id, entry)]
+            return [*outputs, _ready(command.id, entry)]
         self._commands.setdefault(entry.digest, []).append(command.id)
-        return []
+        return outputs
+
+    def _kept(self, entry: Entry) -> list[Output]:
+        """An adapter that was to leave stays; whoever waits to see it go is told so."""
+        entry.doomed = False
+        lost = AdapterConflict("the adapter was loaded while it was being unloaded")
+        answers = [answer.id for answer in self._leaving if answer.digest == entry.digest]
+        self._leaving = [answer for answer in self._leaving if answer.digest != entry.digest]
+        return [_failure(answer, lost) for answer in answers]
 
     def unload(self, command: UnloadAdapter) -> list[Output]:
-        """Drop an adapter from the device, now or with its last running request."""
+        """Drop an adapter now, or with its last running request; answered, at once or by a later step(), once it is
+        gone. With force no request over it goes on."""
         lost = AdapterConflict("the adapter was unloaded while it was being loaded")
         outputs: list[Output] = [_failure(waiting, lost) for waiting in self._commands.pop(command.digest, [])]
-        return [*outputs, AdapterGone(command.id, command.digest, self.adapters.unload(command.digest))]
+        over = [s for s in self._sequences.values() if command.force and command.digest in s.digests]
+        unloaded = AdapterUnloaded("an adapter of this request was unloaded by force", param="model")
+        outputs += self._refuse([(sequence, unloaded) for sequence in over])
+        was_resident = self.adapters.unload(command.digest)
+        self._leaving.append(AdapterGone(command.id, command.digest, was_resident, len(over)))
+        return outputs + self._gone()
+
+    def _gone(self) -> list[Output]:
+        """Answers to unloads that have come to their end, one way or the other."""
+        outputs: list[Output] = []
+        leaving, self._leaving = self._leaving, []
+        for answer in leaving:
+            still = self.adapters.is_leaving(answer.digest)
+            (self._leaving if still else outputs).append(answer)
+        return outputs
+
+    def set_pins(self, command: SetPins) -> None:
+        """These adapters are to be on the device whatever the traffic, and no others."""
+        self.adapters.set_pins({use.digest: use.path for use in command.uses})
 
     def _validate(self, request: Request) -> None:
         room = self.max_model_len - len(request.prompt)
@@ -143,7 +173,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self._commands)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._commands or self._leaving)
 
     def step(self) -> list[Output]:
         """Move adapter loads on and run one forward, if there is anything to run."""
@@ -228,7 +258,7 @@ class Engine:
             if entry.error is not None:
                 outputs += self._refuse([(sequence, entry.error) for sequence in self.waiting.over(entry.digest)])
         outputs += self._refuse(self.waiting.lay_out())
-        return outputs + self._refuse(self.waiting.oversized())
+        return outputs + self._refuse(self.waiting.oversized()) + self._gone()
 
     def _refuse(self, refused: Refused) -> list[Output]:
         for sequence, _ in refused:
@@ -260,6 +290,10 @@ class Engine:
             running_adapters=_distinct(self.scheduler.running),
             waiting_adapters=_distinct(waiting),
         )
+
+    def host_changes(self) -> HostChanges | None:
+        """What came to host memory and left it since this was asked last; None where nothing did."""
+        return None
 
     def check(self) -> None:
         """Prove that pages, arena bytes and references add up. Raises RuntimeError where they do not."""

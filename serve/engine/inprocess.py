@@ -11,11 +11,10 @@ from collections.abc import Sequence as Many
 from onebase.adapters.errors import EngineDead
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.dispatch import DispatchingClient
-from onebase.serve.engine.engine import Engine, Output
-from onebase.serve.engine.loop import Stop, run
-from onebase.serve.engine.messages import EngineStats, LoadAdapter, Request, UnloadAdapter
+from onebase.serve.engine.engine import Engine
+from onebase.serve.engine.loop import Output, Stop, run
+from onebase.serve.engine.messages import Command, EngineStats
 
-_Message = Request | LoadAdapter | UnloadAdapter | str
 _Post = Callable[[Many[Output], EngineStats | None], None]
 
 
@@ -26,7 +25,7 @@ class InProcessEngine(DispatchingClient):
         super().__init__()
         self.engine = engine
         self._config = config
-        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -48,7 +47,7 @@ class InProcessEngine(DispatchingClient):
             await asyncio.to_thread(self._thread.join)
         self._fail_all(EngineDead("the engine was stopped"))
 
-    def _send(self, message: _Message) -> None:
+    def _send(self, message: Command) -> None:
         self._inbox.put(message)
 
     def _run(self, engine: Engine) -> None:
@@ -78,12 +77,12 @@ class InProcessEngine(DispatchingClient):
 class _ThreadLink:
     """Link over queues."""
 
-    def __init__(self, inbox: queue.SimpleQueue[_Message | None], post: _Post) -> None:
+    def __init__(self, inbox: queue.SimpleQueue[Command | None], post: _Post) -> None:
         self._inbox = inbox
         self._post = post
 
-    def receive(self, timeout: float | None) -> list[_Message]:
-        messages: list[_Message] = []
+    def receive(self, timeout: float | None) -> list[Command]:
+        messages: list[Command] = []
         try:
             messages.append(_checked(self._inbox.get(timeout is None or timeout > 0, timeout or None)))
             while True:
@@ -95,7 +94,7 @@ class _ThreadLink:
         self._post(outputs, stats)
 
 
-def _checked(message: _Message | None) -> _Message:
+def _checked(message: Command | None) -> Command:
     if message is None:
         raise Stop
     return message

@@ -6,9 +6,19 @@ import time
 from collections.abc import Sequence as Many
 from typing import Protocol
 
-from onebase.serve.engine.engine import Engine, Output
-from onebase.serve.engine.messages import EngineStats, LoadAdapter, Request, UnloadAdapter
+from onebase.serve.engine.engine import Engine
+from onebase.serve.engine.engine import Output as StepOutput
+from onebase.serve.engine.messages import (
+    Command,
+    EngineStats,
+    HostChanges,
+    LoadAdapter,
+    Request,
+    SetPins,
+    UnloadAdapter,
+)
 
+Output = StepOutput | HostChanges
 _STATS_EVERY = 0.05  # seconds between two EngineStats while the loop is busy
 _LOADING_WAIT = 0.002  # seconds to wait for messages while an adapter is on its way and nothing runs
 
@@ -20,7 +30,7 @@ class Stop(Exception):
 class Link(Protocol):
     """The engine's end of the connection to the API side."""
 
-    def receive(self, timeout: float | None) -> Many[Request | LoadAdapter | UnloadAdapter | str]:
+    def receive(self, timeout: float | None) -> Many[Command]:
         """What has come in; waits up to ``timeout`` seconds (None: for ever) for a first message.
 
         A str is the id of a request to abort. Raises Stop when the loop has to end.
@@ -42,13 +52,15 @@ def run(engine: Engine, link: Link) -> None:
             now = time.monotonic()
             due = not (engine.has_work or engine.adapters.busy) or now - last_stats >= _STATS_EVERY
             last_stats = now if due else last_stats
+            if due and (changes := engine.host_changes()) is not None:
+                outputs.append(changes)
             if outputs or due:
                 link.send(outputs, engine.stats() if due else None)
     except Stop:
         engine.close()
 
 
-def apply(engine: Engine, message: Request | LoadAdapter | UnloadAdapter | str) -> list[Output]:
+def apply(engine: Engine, message: Command) -> Many[Output]:
     """Hand one message to the engine."""
     match message:
         case Request():
@@ -57,6 +69,9 @@ def apply(engine: Engine, message: Request | LoadAdapter | UnloadAdapter | str) 
             return engine.load(message)
         case UnloadAdapter():
             return engine.unload(message)
+        case SetPins():
+            engine.set_pins(message)
+            return []
         case str():
             engine.abort(message)
             return []

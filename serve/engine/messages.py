@@ -120,10 +120,27 @@ class LoadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class UnloadAdapter:
-    """Drop the adapter from the device once no running request uses it. Answered by AdapterGone."""
+    """Drop the adapter from device and host memory, once no running request uses it. Answered by AdapterGone.
+
+    force: requests over it, running and waiting, fail with AdapterUnloaded; so it goes at once.
+    """
 
     id: str
     digest: str
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SetPins:
+    """All adapters that are to be on the device whatever the traffic: loaded, and never evicted. Replaces the last one.
+
+    Not answered: what could not be loaded or has no room is told in EngineStats.
+    """
+
+    uses: tuple[AdapterUse, ...]
+
+
+Command = Request | LoadAdapter | UnloadAdapter | SetPins | str  # a str: abort this request
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +157,24 @@ class AdapterReady:
 
 @dataclass(frozen=True, slots=True)
 class AdapterGone:
-    """``was_resident`` is False where there was nothing to drop."""
+    """Sent once the bytes are back. ``was_resident`` is False where there was nothing to drop.
+
+    aborted: how many requests failed for it.
+    """
 
     id: str
     digest: str
     was_resident: bool
+    aborted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostChanges:
+    """Adapters that came to host memory, and that left it, since the last one: there may be thousands, so they are not
+    in every EngineStats."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +194,40 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TierStats:
+    """One tier of adapters. bytes, adapters: that are there now; capacity: bytes, 0 where it has no limit.
+
+    hits, misses: of what was looked for there: on the device by each request, in host memory where it was not on the
+    device, on disk (its compiled form) where it was in neither. evictions: for want of room.
+    """
+
+    bytes: int = 0
+    capacity: int = 0
+    adapters: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A histogram of durations: counts[i] took no longer than LOAD_BUCKETS[i] (adapters/meters.py), and longer than the
+    one before; the last count is of all that took longer."""
+
+    counts: tuple[int, ...] = ()
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Gauges after a step; counters are totals since the engine started. resident: digest -> bytes on the device.
 
     free_pages: nobody holds them; cached_pages: those of them that the prefix cache can still give. prompt_tokens: of
     prompts, computed; queried_tokens: of prompts, looked for in the prefix cache; cached_tokens: of these, found there
-    and not computed.
+    and not computed. load_seconds: by step of a load: ``read`` (compiled form -> host), ``compile`` (files -> host),
+    ``copy`` (host -> device), ``wait`` (asked for -> ready). pinned: digests that are on the device to stay;
+    pinned_bytes: what they take; pins_waiting: those that could not be loaded, or have no room. compiled_failures:
+    compiled forms that could not be read or written.
     """
 
     running: int = 0
@@ -190,3 +248,11 @@ class EngineStats:
     resident: dict[str, int] = field(default_factory=dict)
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
+    device: TierStats = TierStats()
+    host: TierStats = TierStats()
+    disk: TierStats = TierStats()
+    load_seconds: dict[str, Seconds] = field(default_factory=dict)
+    pinned: tuple[str, ...] = ()
+    pinned_bytes: int = 0
+    pins_waiting: tuple[str, ...] = ()
+    compiled_failures: int = 0

@@ -16,9 +16,9 @@ import zmq
 
 from onebase.adapters.errors import ModelRejected
 from onebase.serve.engine.config import EngineConfig
-from onebase.serve.engine.engine import Engine, Output
-from onebase.serve.engine.loop import Stop, run
-from onebase.serve.engine.messages import EngineStats, Failure, LoadAdapter, Request, UnloadAdapter
+from onebase.serve.engine.engine import Engine
+from onebase.serve.engine.loop import Output, Stop, run
+from onebase.serve.engine.messages import Command, EngineStats, Failure, LoadAdapter, Request, SetPins, UnloadAdapter
 from onebase.serve.engine.wire import EXIT_REJECTED, Abort, Message, Shutdown, decode, encode
 
 
@@ -28,8 +28,8 @@ class SocketLink:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
 
-    def receive(self, timeout: float | None) -> list[Request | LoadAdapter | UnloadAdapter | str]:
-        messages: list[Request | LoadAdapter | UnloadAdapter | str] = []
+    def receive(self, timeout: float | None) -> list[Command]:
+        messages: list[Command] = []
         wait = None if timeout is None else int(timeout * 1000)
         while self._socket.poll(wait):
             messages.extend(_accepted(message) for message in decode(self._socket.recv()))
@@ -40,13 +40,13 @@ class SocketLink:
         self._socket.send(encode([*outputs, stats] if stats is not None else outputs))
 
 
-def _accepted(message: Message) -> Request | LoadAdapter | UnloadAdapter | str:
+def _accepted(message: Message) -> Command:
     match message:
         case Shutdown():
             raise Stop
         case Abort():
             return message.id
-        case Request() | LoadAdapter() | UnloadAdapter():
+        case Request() | LoadAdapter() | UnloadAdapter() | SetPins():
             return message
         case _:
             raise TypeError(f"not a message for the engine: {type(message).__name__}")

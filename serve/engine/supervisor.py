@@ -26,13 +26,13 @@ from onebase.serve.engine.dispatch import DispatchingClient, error_of
 from onebase.serve.engine.messages import (
     AdapterGone,
     AdapterReady,
+    Command,
     EngineInfo,
     EngineStats,
     Failure,
-    LoadAdapter,
+    HostChanges,
     Request,
     TokenOutput,
-    UnloadAdapter,
 )
 from onebase.serve.engine.quarantine import Quarantine
 from onebase.serve.engine.wire import EXIT_REJECTED, Abort, Message, Shutdown, decode, encode
@@ -97,7 +97,7 @@ class SupervisedEngine(DispatchingClient):
             self._in_flight.pop(request.id, None)
             await tokens.aclose()
 
-    def _send(self, message: Request | LoadAdapter | UnloadAdapter | str) -> None:
+    def _send(self, message: Command) -> None:
         if self._socket is None:
             raise EngineDead("the engine is not running; it is being started")
         self._socket.send(encode([Abort(message) if isinstance(message, str) else message]))
@@ -165,7 +165,7 @@ class SupervisedEngine(DispatchingClient):
                 self._resolve_start(None)
             case Failure(id=""):
                 self._resolve_start(error_of(message))
-            case TokenOutput() | Failure() | AdapterReady() | AdapterGone():
+            case TokenOutput() | Failure() | AdapterReady() | AdapterGone() | HostChanges():
                 self._deliver(message)
 
     def _mourn(self, code: int) -> None:
@@ -173,7 +173,7 @@ class SupervisedEngine(DispatchingClient):
         if self._stopping:
             return
         _log.error("engine died", exit_status=code, requests_in_flight=len(self._in_flight))
-        self._stats = EngineStats()
+        self._forget()
         self._quarantine.crashed(self._in_flight.values())
         self._fail_all(EngineDead(f"the engine process ended (exit status {code}) while it served this request"))
         if self._started is not None and not self._started.done():

@@ -13,8 +13,10 @@ from onebase.serve.engine.messages import (
     EngineInfo,
     EngineStats,
     Failure,
+    HostChanges,
     LoadAdapter,
     Request,
+    SetPins,
     TokenOutput,
     UnloadAdapter,
 )
@@ -46,6 +48,8 @@ Message = (
     | Failure
     | AdapterReady
     | AdapterGone
+    | SetPins
+    | HostChanges
 )
 _KINDS: tuple[type[Message], ...] = (
     Request,
@@ -59,6 +63,8 @@ _KINDS: tuple[type[Message], ...] = (
     Failure,
     AdapterReady,
     AdapterGone,
+    SetPins,
+    HostChanges,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 _DECODERS = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]

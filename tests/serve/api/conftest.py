@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,15 @@ from onebase.adapters.errors import EngineDead
 from onebase.serve.api.app import create_app
 from onebase.serve.config import Settings
 from onebase.serve.engine.inprocess import InProcessEngine
-from onebase.serve.engine.messages import AdapterReady, AdapterUse, EngineInfo, EngineStats, Request, TokenOutput
+from onebase.serve.engine.messages import (
+    AdapterGone,
+    AdapterReady,
+    AdapterUse,
+    EngineInfo,
+    EngineStats,
+    Request,
+    TokenOutput,
+)
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'boom' %}{{ raise_exception('no boom') }}{% endif %}"
@@ -63,6 +71,7 @@ class FakeEngine:
         self.gate: asyncio.Event | None = None
         self.pause: asyncio.Event | None = None
         self.stopped = False
+        self.pins: tuple[AdapterUse, ...] = ()
 
     async def start(self) -> None:
         if self.gate is not None:
@@ -100,11 +109,17 @@ class FakeEngine:
         self.stats = replace(self.stats, resident={**self.stats.resident, use.digest: 64})
         return AdapterReady("1", use.digest, "LORA", 2, 64, 1)
 
-    async def unload_adapter(self, digest: str) -> bool:
+    async def unload_adapter(self, digest: str, *, force: bool = False) -> AdapterGone:
         resident = dict(self.stats.resident)
         gone = resident.pop(digest, None) is not None
         self.stats = replace(self.stats, resident=resident)
-        return gone
+        return AdapterGone("1", digest, gone)
+
+    def set_pins(self, uses: Sequence[AdapterUse]) -> None:
+        self.pins = tuple(uses)
+
+    def tier(self, digest: str) -> str:
+        return "device" if digest in self.stats.resident else "disk"
 
 
 def echo(request: Request) -> list[TokenOutput]:

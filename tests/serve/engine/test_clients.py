@@ -74,8 +74,8 @@ async def _contract(client: EngineClient, adapter: AdapterUse) -> None:
     assert (ready.family, ready.rank, ready.sites) == ("LORA", 2, 1)
     await _tokens(client, _request("c", 6, adapter))
     await _until(lambda: adapter.digest in client.stats.resident)
-    assert await client.unload_adapter(adapter.digest)
-    assert not await client.unload_adapter(adapter.digest)
+    assert (await client.unload_adapter(adapter.digest)).was_resident
+    assert not (await client.unload_adapter(adapter.digest)).was_resident
     with pytest.raises(AdapterRejected):
         await client.load_adapter(AdapterUse("e" * 64, "/nowhere"))
     with pytest.raises(AdapterRejected):

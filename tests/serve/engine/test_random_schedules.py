@@ -20,7 +20,7 @@ from onebase.kernels.ops.reft import Intervention
 from onebase.kernels.ops.tokens import SoftPrompt, TokenRows
 from onebase.kernels.ops.vector import ScaleIn, ScaleOut
 from onebase.serve.engine.logprobs import unpack
-from onebase.serve.engine.messages import Failure, Request, SamplingParams, TokenOutput, UnloadAdapter
+from onebase.serve.engine.messages import AdapterGone, Failure, Request, SamplingParams, TokenOutput, UnloadAdapter
 
 from .programs import Programs
 
@@ -141,6 +141,8 @@ class Client:
             del self.left[request_id]
         self.left = {name: steps - 1 for name, steps in self.left.items()}
         for output in self.engine.step():
+            if isinstance(output, AdapterGone):
+                continue
             assert not isinstance(output, Failure), output.message
             assert isinstance(output, TokenOutput)
             answer = self.answers[output.id]
