@@ -42,7 +42,7 @@ class WaitingRoom:
         adapters than fit are served in turns, without thrash.
         """
         self.kept, self.wanted = set(), set()
-        room, planned = self._adapters.arena.capacity_bytes, set[str]()
+        room, planned = self._adapters.reach_bytes, set[str]()
         for sequence in self._scheduler.waiting[: self._lookahead]:
             new = {use.digest: use for use in sequence.request.adapters if use.digest not in self.kept}
             if room < 0 or (new and self._adapters.num_compiling > _MOST_COMPILING):
@@ -97,7 +97,7 @@ class WaitingRoom:
 
     def oversized(self) -> Refused:
         """Those whose adapters do not fit the device together, though each one does."""
-        capacity = self._adapters.arena.capacity_bytes
+        capacity = self._adapters.arena.limit_bytes
         refused: Refused = []
         for sequence in [s for s in self._scheduler.waiting if len(s.request.adapters) > 1]:
             parts = [self._adapters.parts(digest) for digest in sequence.digests]
