@@ -234,9 +234,9 @@ class AdapterCache:
         entry.operands, entry.extra, entry.num_elements = packed.operands, packed.extra, packed.data.numel()
         entry.packed_head = packed.head
         entry.shared = {key: part.numel() for key, part in packed.shared.items()}
-        entry.traits = Traits.of(packed.program)
-        entry.family, entry.rank = packed.program.family, packed.program.rank
-        entry.nbytes, entry.sites = packed.nbytes, len(packed.program.ops)
+        entry.traits = packed.traits
+        entry.family, entry.rank = packed.family, packed.rank
+        entry.nbytes, entry.sites = packed.nbytes, packed.sites
         return None
 
     def _place(self, entry: Entry, reserved: Collection[str]) -> None:
