@@ -263,6 +263,11 @@ class AdapterCache:
         lacking = self.placement.needed(packed) - self.arena.free_bytes
         return self.neighbour is not None and lacking > 0 and self.neighbour.give(lacking, cached=cached)
 
+    def spare_bytes(self, reserved: Collection[str]) -> int:
+        """What give_room could free: the arena's free room, and the blocks of those that may be evicted."""
+        spare = (entry.num_elements for entry in self._entries.values() if self._may_leave(entry, reserved))
+        return self.arena.free_bytes + sum(map(self.arena.block_bytes, spare))
+
     def give_room(self, nbytes: int, reserved: Collection[str] = ()) -> int:
         """Make the arena's free end ``nbytes`` long, or as long as can be: adapters that nobody references leave, but
         not ``reserved`` ones, and blocks move down. Its length in bytes now; the arena's capacity is the caller's."""
@@ -294,17 +299,16 @@ class AdapterCache:
         _fail(entry, AdapterError(f"the adapter could not be copied to the device: {reason}"))
 
     def _evict_one(self, reserved: Collection[str]) -> bool:
-        free = [
-            entry
-            for entry in self._entries.values()
-            if entry.state is State.READY and entry.references == 0 and entry.digest not in reserved
-            and entry.digest not in self._pins
-        ]
+        free = [entry for entry in self._entries.values() if self._may_leave(entry, reserved)]
         if not free:
             return False
         self._drop(min(free, key=lambda entry: entry.last_used))
         self.evictions += 1
         return True
+
+    def _may_leave(self, entry: Entry, reserved: Collection[str]) -> bool:
+        kept = entry.references > 0 or entry.digest in reserved or entry.digest in self._pins
+        return entry.state is State.READY and not kept
 
     def _drop(self, entry: Entry) -> None:
         if entry.handle >= 0:

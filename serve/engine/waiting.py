@@ -53,8 +53,15 @@ class WaitingRoom:
                 room -= sum(size for part, size in parts.items() if part not in planned)
                 planned.update(parts)
             self.wanted.update(new)
-            if room >= 0:
+            if room >= 0 or not self.kept:  # the oldest's are: room is made for them
                 self.kept.update(new)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the adapters of the oldest request that has any take together, as far as it is known."""
+        oldest = next((s for s in self._scheduler.waiting if s.request.adapters), None)
+        parts = [] if oldest is None else [self._adapters.parts(digest) for digest in oldest.digests]
+        return sum({part: size for one in parts for part, size in one.items()}.values())
 
     def may_start(self, sequence: Sequence) -> bool:
         """Whether all its adapters are resident, and new references on them hold nobody back."""
