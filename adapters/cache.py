@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from onebase.adapters.arena import Arena
+from onebase.adapters.arena import Arena, Neighbour
 from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
 from onebase.adapters.installer import Installer
 from onebase.adapters.loader import Loader
 from onebase.adapters.packing import PackedProgram, pack
+from onebase.adapters.placement import Placement
 from onebase.adapters.program import AdapterProgram
-from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
+from onebase.adapters.shared_blocks import SharedBlocks
 from onebase.adapters.traits import Traits
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
@@ -48,12 +49,14 @@ class AdapterCache:
         self.loads = 0
         self.evictions = 0
         self.blocked = False
+        self.neighbour: Neighbour | None = None  # who may give the arena more room, and take some of it
         self._compile = compile
         self._entries: dict[str, Entry] = {}
         self._pins: dict[str, str] = {}
         self._clock = 0
         self._installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
         self._loader = Loader(arena.buffer)
+        self.placement = Placement(arena, self.shared, self._installer)
 
     @property
     def busy(self) -> bool:
@@ -69,6 +72,11 @@ class AdapterCache:
     def num_references(self) -> int:
         """References held by running sequences."""
         return sum(entry.references for entry in self._entries.values())
+
+    @property
+    def reach_bytes(self) -> int:
+        """What the arena can have now: what it has, and what its neighbour could give."""
+        return self.arena.capacity_bytes + (0 if self.neighbour is None else self.neighbour.spare_bytes)
 
     def resident(self) -> dict[str, int]:
         """digest -> bytes on the device."""
@@ -219,77 +227,55 @@ class AdapterCache:
         assert packed is not None
         parts = (packed.data, *packed.shared.values())
         needed = sum(self.arena.block_bytes(part.numel()) for part in parts)
-        if needed > self.arena.capacity_bytes:
-            message = f"the adapter takes {needed} bytes, the device budget for adapters is {self.arena.capacity_bytes}"
+        if needed > self.arena.limit_bytes:
+            message = f"the adapter takes {needed} bytes, the device budget for adapters is {self.arena.limit_bytes}"
             return _fail(entry, AdapterTooLarge(message))
         entry.packed, entry.state = packed, State.PLACING
         entry.operands, entry.extra, entry.num_elements = packed.operands, packed.extra, packed.data.numel()
         entry.packed_head = packed.head
         entry.shared = {key: part.numel() for key, part in packed.shared.items()}
-        entry.traits = Traits.of(packed.program)
-        entry.family, entry.rank = packed.program.family, packed.program.rank
-        entry.nbytes, entry.sites = packed.nbytes, len(packed.program.ops)
+        entry.traits = packed.traits
+        entry.family, entry.rank = packed.family, packed.rank
+        entry.nbytes, entry.sites = packed.nbytes, packed.sites
         return None
 
     def _place(self, entry: Entry, reserved: Collection[str]) -> None:
         assert entry.packed is not None
-        found = self._allocate(entry.packed)
+        placement = self.placement
+        found, awaited = placement.allocate(entry.packed), entry.digest in reserved
+        if found is None and awaited and self._ask_neighbour(entry.packed, cached=False):
+            found = placement.allocate(entry.packed)
         while found is None and self._evict_one(reserved):
-            found = self._allocate(entry.packed)
-        if found is None and self._has_room(entry.packed) and self._compact():
-            found = self._allocate(entry.packed)
+            found = placement.allocate(entry.packed)
+        if found is None and awaited and self._ask_neighbour(entry.packed, cached=True):
+            found = placement.allocate(entry.packed)
+        if found is None and placement.has_room(entry.packed) and placement.compact(self._entries.values()):
+            found = placement.allocate(entry.packed)
         if found is not None:
-            entry.block, new = found
-            entry.state, entry.filling = State.COPYING, tuple(new)
-            targets = {entry.block: entry.packed.data, **{new[key]: entry.packed.shared[key] for key in new}}
+            entry.block, entry.filling = found.start, tuple(found.new)
+            entry.state = State.COPYING
+            targets = {found.start: entry.packed.data}
+            targets |= {start: entry.packed.shared[key] for key, start in found.new.items()}
             entry.work = self._loader.copy(targets)
 
-    def _allocate(self, packed: PackedProgram) -> tuple[int, dict[str, int]] | None:
-        """The program's own block, and its shared blocks that are new: key -> start."""
-        block = self.arena.allocate(packed.data.numel())
-        if block is None:
-            return None
-        new = self.shared.acquire(packed.shared)
-        if new is None:
-            self.arena.free(block)
-            return None
-        return block, new
+    def _ask_neighbour(self, packed: PackedProgram, *, cached: bool) -> bool:
+        """Have the arena made longer by what its free room, in however many pieces, is short of. Whether it was."""
+        lacking = self.placement.needed(packed) - self.arena.free_bytes
+        return self.neighbour is not None and lacking > 0 and self.neighbour.give(lacking, cached=cached)
 
-    def _has_room(self, packed: PackedProgram) -> bool:
-        parts = [packed.data, *(packed.shared[key] for key in self.shared.missing(packed.shared))]
-        needed = sum(self.arena.block_bytes(part.numel()) for part in parts)
-        return self.arena.capacity_bytes - self.arena.used_bytes >= needed
+    def spare_bytes(self, reserved: Collection[str]) -> int:
+        """What give_room could free: the arena's free room, and the blocks of those that may be evicted."""
+        spare = (entry.num_elements for entry in self._entries.values() if self._may_leave(entry, reserved))
+        return self.arena.free_bytes + sum(map(self.arena.block_bytes, spare))
 
-    def _compact(self) -> bool:
-        """Move every block to the front, so that the free room is one range. False while a copy is in flight.
-
-        Runs between two steps, on the stream of the kernels: they see a block either before or after its move.
-        """
-        placed = sorted((e for e in self._entries.values() if e.block >= 0), key=lambda e: e.block)
-        if any(entry.state is not State.READY for entry in placed):
-            return False
-        blocks: list[Entry | SharedBlock] = [*placed, *self.shared]
-        blocks.sort(key=_start)
-        for block in blocks:
-            self.arena.free(_start(block))
-        if sum(self._move(block) for block in blocks):
-            for entry in placed:
-                self._installer.uninstall(entry)
-                self._installer.install(entry)
-        return True
-
-    def _move(self, block: Entry | SharedBlock) -> bool:
-        """Move one block to the lowest place with room; False where it is there already."""
-        old, size = _start(block), block.num_elements
-        new = self.arena.allocate_lowest(size)
-        if new == old:
-            return False
-        self.arena.buffer[new : new + size].copy_(self.arena.buffer[old : old + size].clone())
-        if isinstance(block, SharedBlock):
-            block.start = new
-        else:
-            block.block = new
-        return True
+    def give_room(self, nbytes: int, reserved: Collection[str] = ()) -> int:
+        """Make the arena's free end ``nbytes`` long, or as long as can be: adapters that nobody references leave, but
+        not ``reserved`` ones, and blocks move down. Its length in bytes now; the arena's capacity is the caller's."""
+        while self.arena.free_bytes < nbytes and self._evict_one(reserved):
+            pass
+        if self.arena.tail_bytes < min(nbytes, self.arena.free_bytes):
+            self.placement.compact(self._entries.values())
+        return self.arena.tail_bytes
 
     def _copied(self, entry: Entry) -> None:
         future, entry.work, entry.packed = entry.work, None, None
@@ -309,39 +295,26 @@ class AdapterCache:
         return None
 
     def _give_up(self, entry: Entry, reason: object) -> None:
-        self._free(entry)
+        self.placement.free(entry)
         _fail(entry, AdapterError(f"the adapter could not be copied to the device: {reason}"))
 
-    def _free(self, entry: Entry) -> None:
-        if entry.block >= 0:
-            self.arena.free(entry.block)
-            self.shared.release(entry.shared)
-            entry.block = -1
-
     def _evict_one(self, reserved: Collection[str]) -> bool:
-        free = [
-            entry
-            for entry in self._entries.values()
-            if entry.state is State.READY
-            and entry.references == 0
-            and entry.digest not in reserved
-            and entry.digest not in self._pins
-        ]
+        free = [entry for entry in self._entries.values() if self._may_leave(entry, reserved)]
         if not free:
             return False
         self._drop(min(free, key=lambda entry: entry.last_used))
         self.evictions += 1
         return True
 
+    def _may_leave(self, entry: Entry, reserved: Collection[str]) -> bool:
+        kept = entry.references > 0 or entry.digest in reserved or entry.digest in self._pins
+        return entry.state is State.READY and not kept
+
     def _drop(self, entry: Entry) -> None:
         if entry.handle >= 0:
             self._installer.uninstall(entry)
-        self._free(entry)
+        self.placement.free(entry)
         del self._entries[entry.digest]
-
-
-def _start(block: Entry | SharedBlock) -> int:
-    return block.start if isinstance(block, SharedBlock) else block.block
 
 
 def _fail(entry: Entry, error: AdapterError) -> None:

@@ -9,7 +9,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """All that the engine process needs to start. Memory budgets are in GiB; None means: decide from the machine."""
+    """All that the engine process needs to start. Memory budgets are in GiB; None means: decide from the machine.
+
+    kv_memory and adapter_memory alone are fixed sizes. With their ``_max`` they are ranges, inside which the sizes move
+    with demand: each side keeps its lower bound and takes no more than the upper one.
+    """
 
     model: str
     revision: str | None = None
@@ -24,6 +28,8 @@ class EngineConfig:
     deterministic: bool = False  # the bits of a request depend on nothing but the request
     device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
     kv_memory: float | None = None
+    kv_memory_max: float | None = None
     adapter_memory: float | None = None
+    adapter_memory_max: float | None = None
     compiled_dir: str | None = None  # where compiled adapters are kept, one folder per digest; None: nowhere
     host_cache: float | None = None  # packed adapters in host memory; 0: none

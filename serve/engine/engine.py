@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterConflict, AdapterUnloaded, EngineError, OneBaseError, RequestRejected
 from onebase.kernels.instructions import InstructionTable
+from onebase.serve.engine.budget import DeviceBudget
 from onebase.serve.engine.classes import NO_HEAD
 from onebase.serve.engine.combine import without_idle
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
 from onebase.serve.engine.draw import draw, draw_apart
-from onebase.serve.engine.memory import plan_memory
+from onebase.serve.engine.memory import allocate, arena_in, plan_memory
 from onebase.serve.engine.messages import (
     AdapterGone,
     AdapterReady,
@@ -48,20 +49,21 @@ class Engine:
     def __init__(self, config: EngineConfig, base: LoadedModel | None = None) -> None:
         base = base or load_model(config)
         memory = plan_memory(config, base)
-        base.context.allocate(memory.num_pages + (SCRATCH_PAGES if config.deterministic else 0))
+        scratch = SCRATCH_PAGES if config.deterministic else 0
+        buffer = allocate(memory, base.device, scratch)
+        base.context.lie_in(buffer, memory.num_slots + scratch)
         base.context.warm_up()
         self.max_model_len = memory.max_model_len
-        self.scheduler = Scheduler(
-            PageAllocator(memory.num_pages, config.page_size, PrefixCache() if config.prefix_caching else None),
-            config.max_batch_tokens,
-            config.max_num_seqs,
-        )
+        cache = PrefixCache() if config.prefix_caching else None
+        pages = PageAllocator(memory.pages.start, config.page_size, cache, first=memory.first_page)
+        self.scheduler = Scheduler(pages, config.max_batch_tokens, config.max_num_seqs)
         plans, instructions = StepPlans(), InstructionTable()
-        self.adapters = adapter_tier(config, base, memory.adapter_bytes, plans, instructions)
+        self.adapters = adapter_tier(config, base, arena_in(buffer, memory, base.dtype), plans, instructions)
         pad, lookahead = base.config.get("pad_token_id"), 2 * config.max_num_seqs
         self.waiting = WaitingRoom(self.scheduler, self.adapters, memory.max_model_len, pad, lookahead)
+        self.budget = DeviceBudget(memory, self.scheduler, self.adapters, base.context.move_pages, self.waiting)
         self.runner = (
-            DeterministicRunner(base, plans, instructions, memory.num_pages, memory.max_model_len)
+            DeterministicRunner(base, plans, instructions, memory.num_slots, memory.max_model_len)
             if config.deterministic
             else ModelRunner(base, plans, instructions)
         )
@@ -74,9 +76,12 @@ class Engine:
             vocab_size=base.vocab_size,
             max_model_len=memory.max_model_len,
             page_size=config.page_size,
-            num_pages=memory.num_pages,
+            num_pages=memory.pages.start,
             adapter_bytes=self.adapters.arena.capacity_bytes,
             eos_token_ids=base.eos_token_ids,
+            page_bounds=(memory.pages.least, memory.pages.most),
+            adapter_byte_bounds=(memory.adapters.least, memory.adapters.most),
+            memory=str(memory),
         )
         self._eos = frozenset(base.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
@@ -250,6 +255,7 @@ class Engine:
 
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []
+        self.budget.step()
         self.waiting.prefetch()
         self.adapters.forget_unplaced(self.waiting.wanted)
         for entry in self.adapters.poll(self.waiting.kept):
@@ -283,6 +289,9 @@ class Engine:
             cached_tokens=self.scheduler.cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
+            num_pages=self.scheduler.pages.num_pages,
+            adapter_bytes=self.adapters.arena.capacity_bytes,
+            budget_moves=self.budget.moves,
             adapter_bytes_used=self.adapters.arena.used_bytes,
             adapter_loads=self.adapters.loads,
             adapter_evictions=self.adapters.evictions,
@@ -299,6 +308,7 @@ class Engine:
         """Prove that pages, arena bytes and references add up. Raises RuntimeError where they do not."""
         self.scheduler.check()
         self.adapters.check()
+        self.budget.check()
         held = sum(len(sequence.digests) for sequence in self.scheduler.running)
         if held != self.adapters.num_references:
             raise RuntimeError(

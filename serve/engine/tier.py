@@ -18,10 +18,9 @@ from onebase.serve.model.sites import SiteContext, StepPlans, wrap_sites
 
 
 def adapter_tier(
-    config: EngineConfig, base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable
+    config: EngineConfig, base: LoadedModel, arena: Arena, plans: StepPlans, instructions: InstructionTable
 ) -> AdapterCache:
-    """The device tier over an arena of ``num_bytes``. Once for a base: its modules' forwards are replaced."""
-    arena = Arena(num_bytes // base.dtype.itemsize, base.dtype, base.device)
+    """The device tier over an arena. Once for a base: its modules' forwards are replaced."""
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
     kernels = select_kernels(tables, "reference") if config.deterministic else select_kernels(tables)

@@ -42,7 +42,7 @@ class WaitingRoom:
         adapters than fit are served in turns, without thrash.
         """
         self.kept, self.wanted = set(), set()
-        room, planned = self._adapters.arena.capacity_bytes, set[str]()
+        room, planned = self._adapters.reach_bytes, set[str]()
         for sequence in self._scheduler.waiting[: self._lookahead]:
             new = {use.digest: use for use in sequence.request.adapters if use.digest not in self.kept}
             if room < 0 or (new and self._adapters.num_compiling > _MOST_COMPILING):
@@ -53,8 +53,15 @@ class WaitingRoom:
                 room -= sum(size for part, size in parts.items() if part not in planned)
                 planned.update(parts)
             self.wanted.update(new)
-            if room >= 0:
+            if room >= 0 or not self.kept:  # the oldest's are: room is made for them
                 self.kept.update(new)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the adapters of the oldest request that has any take together, as far as it is known."""
+        oldest = next((s for s in self._scheduler.waiting if s.request.adapters), None)
+        parts = [] if oldest is None else [self._adapters.parts(digest) for digest in oldest.digests]
+        return sum({part: size for one in parts for part, size in one.items()}.values())
 
     def may_start(self, sequence: Sequence) -> bool:
         """Whether all its adapters are resident, and new references on them hold nobody back."""
@@ -97,7 +104,7 @@ class WaitingRoom:
 
     def oversized(self) -> Refused:
         """Those whose adapters do not fit the device together, though each one does."""
-        capacity = self._adapters.arena.capacity_bytes
+        capacity = self._adapters.arena.limit_bytes
         refused: Refused = []
         for sequence in [s for s in self._scheduler.waiting if len(s.request.adapters) > 1]:
             parts = [self._adapters.parts(digest) for digest in sequence.digests]

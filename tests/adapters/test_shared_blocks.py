@@ -290,7 +290,7 @@ def test_compaction_moves_shared_blocks_and_keeps_their_content(cache_of: Callab
     cache.acquire("z1")
     before = {block.start for block in cache.shared}
     cache.load("y3")
-    assert cache._compact()
+    assert cache.placement.compact(cache._entries.values())
     cache.check()
     assert {block.start for block in cache.shared} != before
     for name in ("y1", "y2", "y3", "z1"):
