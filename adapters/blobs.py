@@ -60,7 +60,6 @@ class BlobStore:
         self._held: dict[str, str] = {}  # ticket -> digest
         self._open: set[Path] = set()  # stages that are being filled
         self._lock = threading.RLock()
-        self.is_new = not self._blobs.exists()
         with storage_errors("Making folders"):
             for folder in (self._blobs, self._compiled, self._staging):
                 make_folder(folder)

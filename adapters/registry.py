@@ -306,8 +306,11 @@ class Registry:
     def _collect(self, digests: Iterable[str]) -> Digests:
         """Those that this base has no use for. Blobs that no version of any base refers to are removed.
 
-        The change that led here holds, so nothing is raised: what the disk refuses goes with the next gc or start.
+        The change that led here holds, so nothing is raised: what the disk refuses goes with the next gc or start. So
+        do blobs whose version may turn out to hold.
         """
+        if self._db.uncertain:
+            return []
         try:
             return [digest for digest in digests if self._is_unused(digest)]
         except StorageFailed as error:

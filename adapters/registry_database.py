@@ -5,7 +5,7 @@ forgets the frames, but they lie in the log's file behind the last frame that it
 database after a crash finds them whole: a change that was answered with an error would hold. So a failed commit is
 followed by a fence, a transaction that overwrites the place behind the last good frame; each frame's checksum
 continues that of the one before, so that nothing behind it counts any more. Where the fence fails too, no change is
-taken until one succeeds.
+taken until one succeeds, and the failure is called uncertain if it came after the last frame was written.
 
 The log's index lies in memory (locking_mode=EXCLUSIVE), not in a mapped file that a full disk could tear.
 """
@@ -24,14 +24,20 @@ from onebase.adapters.registry_schema import upgrade
 from onebase.adapters.storage import storage_errors
 
 _FENCE_TRIES = 3
+# The failures of a commit after which its last frame, the one that counts, is not whole.
+_NOT_WHOLE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE})
 
 
 class Database:
-    """See the module. ``lock`` is held for the length of a transaction, and by whoever needs a state to stand still."""
+    """See the module. ``lock`` is held for the length of a transaction, and by whoever needs a state to stand still.
+
+    uncertain: whether the last change, answered with StorageUncertain, may still turn out to hold.
+    """
 
     def __init__(self, path: Path) -> None:
         self.lock = threading.RLock()
-        self._fenced = True
+        self.uncertain = False
+        self._fenced = False
         with storage_errors("Opening the registry"):
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             try:
@@ -40,7 +46,6 @@ class Database:
             except BaseException:
                 self._db.close()
                 raise
-        self._fenced = False
 
     def rows(self, sql: str, *values: object) -> list[Any]:
         """All rows of a query. Raises StorageFailed."""
@@ -76,27 +81,30 @@ class Database:
         except sqlite3.Error as error:
             self._roll_back()
             self._fenced = True
-            self._raise_fence(error)
-            raise
-
-    def _raise_fence(self, cause: sqlite3.Error | None = None) -> None:
-        """See the module. Raises StorageFailed."""
-        for _ in range(_FENCE_TRIES):
             with suppress(sqlite3.Error):
+                self._raise_fence()
+            self.uncertain = self._fenced and error.sqlite_errorcode not in _NOT_WHOLE
+            if not self.uncertain:
+                raise
+            raise StorageUncertain(
+                "Writing the registry failed, and so did undoing it: the change does not hold now, and may hold after "
+                f"a restart ({error}). No change is taken until the disk of the data folder works again."
+            ) from error
+
+    def _raise_fence(self) -> None:
+        """See the module. Raises sqlite3.Error."""
+        for left in reversed(range(_FENCE_TRIES)):
+            try:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.execute("UPDATE fence SET turn = turn + 1")
                 self._db.execute("COMMIT")
-                self._fenced = False
+            except sqlite3.Error:
+                self._roll_back()
+                if not left:
+                    raise
+            else:
+                self._fenced = self.uncertain = False
                 return
-            self._roll_back()
-        if cause is not None:
-            raise StorageUncertain(
-                "Writing the registry failed, and so did undoing it: the change does not hold now, and may hold after "
-                f"a restart ({cause}). No change is taken until the disk of the data folder works again."
-            ) from cause
-        raise StorageFailed(
-            "The registry takes no change until the disk of the data folder works again: an earlier change failed."
-        )
 
     def _roll_back(self) -> None:
         if self._db.in_transaction:  # SQLite ends it by itself where the disk failed

@@ -17,9 +17,9 @@ def reconcile(db: Database, blobs: BlobStore) -> list[str]:
     were under way begin again.
     """
     digests = {row[0] for row in db.rows("SELECT DISTINCT digest FROM versions")}
-    if digests and blobs.is_new:
+    if digests and not blobs.digests():
         raise StorageFailed(
-            "The data folder has no blobs/, and its registry.sqlite names adapters: is its disk mounted? To begin "
+            "The data folder's registry.sqlite names adapters, and blobs/ has none: is its disk mounted? To begin "
             "anew, remove registry.sqlite too."
         )
     with storage_errors("Looking for the blobs"):

@@ -76,8 +76,8 @@ def serve(
         bool | None, typer.Option(help="Keep pages of earlier requests for those that begin alike.")
     ] = None,
     device_memory: Annotated[float | None, typer.Option(help="Share of the device to use, 0 to 1.")] = None,
-    kv_memory: Annotated[float | None, typer.Option(help="GiB for KV pages.")] = None,
-    adapter_memory: Annotated[float | None, typer.Option(help="GiB for adapters on the device.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="GiB for KV pages, or MIN:MAX.")] = None,
+    adapter_memory: Annotated[str | None, typer.Option(help="GiB for adapters on the device, or MIN:MAX.")] = None,
     host_cache: Annotated[float | None, typer.Option(help="GiB for adapters in host memory; 0 for none.")] = None,
     data_dir: DataDir = None,
     allow_path: Annotated[

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, PlainValidator, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -22,6 +23,38 @@ from onebase.adapters.sources import SourceOptions
 from onebase.serve.engine.config import GIB, EngineConfig
 
 MAX_GIB = 1 << 20
+COMPILED = "compiled"  # below the data folder: the registry removes what is there with its blob
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRange:
+    """A budget in GiB. most: None where it is a fixed size."""
+
+    least: float
+    most: float | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> MemoryRange:
+        """A number, or ``MIN:MAX``. Raises ValueError."""
+        if isinstance(value, cls):
+            return value
+        numbers = [_gib(part) for part in str(value).split(":")]
+        if len(numbers) > 2 or numbers[0] > numbers[-1]:
+            raise ValueError(f"{value!r} is neither a number of GiB nor MIN:MAX")
+        return cls(*numbers)
+
+
+def _gib(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= MAX_GIB:
+        raise ValueError(f"{text!r} is not a number of GiB above 0 and up to {MAX_GIB}")
+    return number
+
+
+Memory = Annotated[MemoryRange, PlainValidator(MemoryRange.parse)]
 
 
 def default_data_dir() -> Path:
@@ -51,8 +84,8 @@ class Settings(BaseSettings):
     prefix_caching: bool = True
     deterministic: bool = False
     device_memory: float = Field(default=0.9, gt=0, le=1)
-    kv_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
-    adapter_memory: float | None = Field(default=None, gt=0, le=MAX_GIB)
+    kv_memory: Memory | None = None
+    adapter_memory: Memory | None = None
     host_cache: float | None = Field(default=None, ge=0, le=MAX_GIB)
     data_dir: Path = Field(default_factory=default_data_dir)
     allow_path: Annotated[tuple[Path, ...], NoDecode] = ()
@@ -162,8 +195,12 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
             device_memory=self.device_memory,
-            kv_memory=self.kv_memory,
-            adapter_memory=self.adapter_memory,
+            kv_memory=_least(self.kv_memory),
+            kv_memory_max=_most(self.kv_memory),
+            adapter_memory=_least(self.adapter_memory),
+            adapter_memory_max=_most(self.adapter_memory),
+            host_cache=self.host_cache,
+            compiled_dir=str(self.data_dir / COMPILED),
         )
 
 
@@ -205,6 +242,14 @@ def _folder(path: Path, option: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"{option}: {path} is not a folder")
     return path.resolve()
+
+
+def _least(memory: MemoryRange | None) -> float | None:
+    return None if memory is None else memory.least
+
+
+def _most(memory: MemoryRange | None) -> float | None:
+    return None if memory is None else memory.most
 
 
 def _split_adapter(item: str) -> tuple[str, Path]:

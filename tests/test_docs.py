@@ -143,7 +143,12 @@ def test_the_readmes_lines_work_as_they_stand(demo: str) -> None:
     for block in blocks:
         script = block.replace(DEMO, demo).replace(".venv/bin/python", sys.executable)
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script], check=False, capture_output=True, text=True, cwd=ROOT
+            ["bash", "-euo", "pipefail", "-c", script],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "ONEBASE_URL": demo},
         )
         assert done.returncode == 0, block + done.stderr
         assert done.stdout.strip(), block

@@ -13,7 +13,7 @@ _LENGTH = re.compile(r"[0-9]{1,15}")
 def check_status(status: int, what: str) -> None:
     """Nothing but 200 is an answer with a file. Raises AdapterNotFound, AdapterRejected, SourceFailed."""
     if status in {404, 410}:
-        raise AdapterNotFound(f"{what}: the source has no such file.", param="source")
+        raise AdapterNotFound(f"{what}: there is no such thing at the source.", param="source")
     if status in {401, 403}:
         raise AdapterRejected(f"{what}: the source refuses access ({status}) to this server.", param="source")
     if 300 <= status < 400:

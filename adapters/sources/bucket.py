@@ -7,6 +7,7 @@ in ranges, each on the condition that the object is still the one that was liste
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,18 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from onebase.adapters.errors import AdapterNotFound, AdapterRejected, SourceFailed
+from onebase.adapters.sources.answers import check_status
 from onebase.adapters.sources.intake import Intake, Limits, wanted_files
 from onebase.adapters.sources.location import Bucket
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
-    from obstore.store import ObjectStore
+    from obstore.store import ObjectStore, RetryConfig
 
 RANGE_BYTES = 8 << 20
 MAX_LISTED = 1000  # objects below the folder, subfolders included
+
+_STATUS = re.compile(r"status code: ([1-5][0-9]{2})")
 
 OpenStore = Callable[[Bucket, Limits], "ObjectStore"]
 
@@ -73,16 +77,13 @@ class BucketSource:
 
 def open_by_environment(where: Bucket, limits: Limits) -> ObjectStore:
     """A client whose every request is bounded in time; a failed one is tried twice again."""
-    from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
+    from obstore.store import AzureStore, GCSStore, S3Store
 
-    kinds: dict[str, type[S3Store | GCSStore | AzureStore]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
-    client: ClientConfig = {
-        "timeout": timedelta(seconds=limits.grace),
-        "connect_timeout": timedelta(seconds=limits.idle),
-        "read_timeout": timedelta(seconds=limits.idle),
-    }
+    kinds: dict[str, Callable[..., ObjectStore]] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
+    # As settings beside the environment's: client_options would take the place of AWS_ALLOW_HTTP and its like.
+    client = {"timeout": f"{limits.grace}s", "connect_timeout": f"{limits.idle}s", "read_timeout": f"{limits.idle}s"}
     retry: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=limits.grace)}
-    return kinds[where.scheme](where.bucket, client_options=client, retry_config=retry)
+    return kinds[where.scheme](where.bucket, config=client, retry_config=retry)
 
 
 def _list(store: ObjectStore, where: Bucket, intake: Intake) -> tuple[_Object, ...]:
@@ -136,6 +137,8 @@ def _readable(where: Bucket) -> Iterator[None]:
     except exceptions.PreconditionError as error:
         raise SourceFailed("An object changed while it was read.", param="source") from error
     except (exceptions.BaseError, ValueError) as error:
+        if (status := _STATUS.search(str(error))) is not None:  # a listing's errors have no classes of their own
+            check_status(int(status[1]), f"{where.scheme}://{where.bucket}")
         raise SourceFailed(
             f"The {where.scheme} store failed ({type(error).__name__}): is it up, and the environment set for it?",
             param="source",

@@ -16,6 +16,7 @@ from onebase.serve.api.imports import Importer
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.api.store import AdapterStore
 from onebase.serve.api.tokenizer import TextCodec
+from onebase.serve.api.watching import Watcher
 from onebase.serve.config import Settings
 
 log = structlog.get_logger("onebase.serve")
@@ -23,21 +24,28 @@ log = structlog.get_logger("onebase.serve")
 
 @asynccontextmanager
 async def running(server: Server) -> AsyncGenerator[None, None]:
-    """Boots in a task, and stops the engine at the end whatever happened."""
-    task = asyncio.create_task(_boot_or_fail(server))
+    """Boots and then watches in a task, and stops the engine at the end whatever happened."""
+    task = asyncio.create_task(_boot_and_watch(server))
     try:
         yield
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+        if server.loaded is not None:
+            await server.loaded.imports.close()  # before the engine: an import that is cut short goes on at next start
         await server.engine.stop()
         server.parsers.shutdown(wait=False, cancel_futures=True)
         if server.loaded is not None:
             server.loaded.codec.close()
-            await server.loaded.imports.close()
             await server.loaded.store.close()
             server.loaded.store.registry.close()
+
+
+async def _boot_and_watch(server: Server) -> None:
+    await _boot_or_fail(server)
+    if server.loaded is not None and server.settings.watch is not None:
+        await Watcher(server.loaded.store, server.settings.watch).run()
 
 
 async def _boot_or_fail(server: Server) -> None:

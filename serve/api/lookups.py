@@ -112,8 +112,9 @@ class Lookups:
             return None
         except AdapterError as error:
             seconds = FAILURE_SECONDS if isinstance(error, SourceFailed) else MISS_SECONDS
-            self.misses.add(name, error, seconds)
-            raise
+            told = type(error)(error.message, param="model")  # what was asked for; nobody here named a source
+            self.misses.add(name, told, seconds)
+            raise told from error
 
     async def _fetch(self, name: str, source: str) -> AdapterEntry:
         try:

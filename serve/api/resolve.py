@@ -41,42 +41,46 @@ async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[
     nor a version or alias of one.
     """
     server = server_of(request)
-    target = await _target(loaded.store, server.settings.base_name, model, extra, request.state.held)
-    request.state.model = target.metric
-    server.metrics.request(target.metric)
-    return target
-
-
-async def _target(
-    store: AdapterStore, base_name: str, model: str, extra: Sequence[AdapterScale], until: AsyncExitStack
-) -> Target:
-    found: list[tuple[AdapterEntry, float]] = []
-    if model != base_name:
-        found.append((await find_model(store, model, "model", until), 1.0))
-    for index, item in enumerate(extra):
-        found.append((await find_model(store, item.name, f"adapters.{index}.name", until), item.scale))
-    for entry, _ in found:
-        store.uses.add(entry.name, entry.version)
-    asked = [model, *(item.name for item in extra)][-len(found) or None :]
-    if len({entry.digest for entry, _ in found}) < len(found):
+    named = [(model, "model", 1.0)] if model != server.settings.base_name else []
+    named += [(item.name, f"adapters.{index}.name", item.scale) for index, item in enumerate(extra)]
+    found = [(await _held(loaded, name, param, request.state.held), name, scale) for name, param, scale in named]
+    if len({entry.digest for entry, _, _ in found}) < len(found):
         raise bad_request("The same adapter is named twice: give it once, with the scale you want.", "adapters")
+    for entry, _, _ in found:
+        loaded.store.uses.add(entry.name, entry.version)
+    request.state.model = "+".join(entry.name for entry, _, _ in found) or server.settings.base_name
+    server.metrics.request(request.state.model)
     return Target(
         label="+".join([model, *(item.name for item in extra)]),
-        metric="+".join(entry.name for entry, _ in found) or base_name,
-        exact=", ".join(f"{entry.name}@{entry.version};scale={scale:g}" for entry, scale in found) or BASE_HEADER,
-        uses=tuple(
-            AdapterUse(entry.digest, str(entry.path), scale, name)
-            for name, (entry, scale) in zip(asked, found, strict=False)
-        ),
+        metric=request.state.model,
+        exact=", ".join(f"{entry.name}@{entry.version};scale={scale:g}" for entry, _, scale in found) or BASE_HEADER,
+        uses=tuple(AdapterUse(entry.digest, str(entry.path), scale, name) for entry, name, scale in found),
     )
 
 
-async def find_model(
-    store: AdapterStore, reference: str, param: str, until: AsyncExitStack | None = None
-) -> AdapterEntry:
-    """The adapter, held if ``until`` is given. Raises ApiError 404."""
+async def find_model(store: AdapterStore, reference: str, param: str) -> AdapterEntry:
+    """Raises ApiError 404."""
     try:
-        return await (store.get(reference) if until is None else store.hold(reference, until))
+        return await store.get(reference)
     except (AdapterNotFound, AdapterNameInvalid) as error:
-        message = f"The model {reference!r} does not exist: /v1/models lists what does."
-        raise ApiError(404, message, param=param, code="model_not_found") from error
+        raise _no_model(reference, param) from error
+
+
+async def _held(loaded: Loaded, reference: str, param: str, until: AsyncExitStack) -> AdapterEntry:
+    """The adapter, its files held; one that is not registered comes from the resolver first. Raises ApiError 404."""
+    try:
+        return await loaded.store.hold(reference, until)
+    except AdapterNameInvalid as error:
+        raise _no_model(reference, param) from error
+    except AdapterNotFound:
+        if await loaded.imports.resolve(reference) is None:
+            raise _no_model(reference, param) from None
+    try:
+        return await loaded.store.hold(reference, until)
+    except AdapterNotFound as error:  # deleted again at once
+        raise _no_model(reference, param) from error
+
+
+def _no_model(reference: str, param: str) -> ApiError:
+    message = f"The model {reference!r} does not exist: /v1/models lists what does."
+    return ApiError(404, message, param=param, code="model_not_found")

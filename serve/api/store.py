@@ -209,7 +209,7 @@ class AdapterStore:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _changed(self, name: str, digests: Collection[str], *, pinned: bool) -> None:
-        """A name means something else. Requests finish on what they have, and with the last one it leaves the device."""
+        """A name means something else. Requests finish on what they have; with the last one that leaves the device."""
         self._holds.revive(digests)
         orphans = await self._names.changed(name, digests)
         if pinned:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onebase.adapters.base import Experts, Site, SiteKind
 from onebase.adapters.program import AdapterProgram
+from onebase.adapters.registry import Registry
 
 torch.set_num_threads(1)
 VOCABULARY = 64
@@ -190,3 +193,35 @@ def adapter(tmp_path: Path, llama: nn.Module) -> Path:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture
+def other(adapter: Path, tmp_path: Path) -> Path:
+    """Another sound adapter."""
+    path = tmp_path / "other"
+    shutil.copytree(adapter, path)
+    edit_tensors(path, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A data folder to be."""
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def registry(root: Path) -> Iterator[Registry]:
+    registry = Registry(root, "base")
+    yield registry
+    registry.close()
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library for LD_PRELOAD that makes the disk fail: see faults.c."""
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = Path(__file__).parent / "faults.c"
+    command = ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    return library

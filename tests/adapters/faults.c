@@ -1,4 +1,5 @@
-/* A disk that fails, for one process: LD_PRELOAD this and call faults_configure(root, seed, per_million).
+/* A disk that fails, for one process: LD_PRELOAD this and call faults_configure(root, seed, per_million), or one of the
+ * functions beside it.
  *
  * Calls that change something below root then fail by a schedule that the seed fixes: ENOSPC, EIO, writes that are
  * short, writes that are torn (half of it lands, and the call fails). Some faults begin an episode, in which every
@@ -25,7 +26,7 @@ static uint64_t state;
 static uint64_t per_million;
 static int episode_left;
 static int episode_errno;
-static uint64_t injected;
+static int syncs_to_fail;
 
 void faults_configure(const char *folder, uint64_t seed, uint64_t rate)
 {
@@ -33,10 +34,22 @@ void faults_configure(const char *folder, uint64_t seed, uint64_t rate)
     state = seed;
     per_million = rate;
     episode_left = 0;
-    injected = 0;
 }
 
-uint64_t faults_injected(void) { return injected; }
+/* The next so many fsync and fdatasync calls below the folder fail with EIO, and nothing else does. */
+void faults_fail_syncs(const char *folder, int calls)
+{
+    faults_configure(folder, 0, 0);
+    syncs_to_fail = calls;
+}
+
+/* Every change below the folder fails until the next call of a function like this. */
+void faults_fail_all(const char *folder, int error)
+{
+    faults_configure(folder, 0, 1000000);
+    episode_left = INT_MAX;
+    episode_errno = error;
+}
 
 static uint64_t draw(void) /* splitmix64 */
 {
@@ -79,12 +92,10 @@ static int fate(int here, int writes)
         return 0;
     if (episode_left > 0) {
         episode_left--;
-        injected++;
         return episode_errno;
     }
     if (draw() % 1000000 >= per_million)
         return 0;
-    injected++;
     uint64_t kind = draw();
     int error = kind % 2 ? ENOSPC : EIO;
     if ((kind >> 8) % 6 == 0) {
@@ -147,8 +158,18 @@ ssize_t pwrite64(int fd, const void *data, size_t size, off64_t at)
 ssize_t pwrite(int fd, const void *data, size_t size, off_t at) { return pwrite64(fd, data, size, at); }
 
 /* What was written is seen after a kill -9 though its sync failed, as it may be after a power cut. */
-int fsync(int fd) { return fails(fd_below_root(fd)) ? -1 : REAL(fsync)(fd); }
-int fdatasync(int fd) { return fails(fd_below_root(fd)) ? -1 : REAL(fdatasync)(fd); }
+static int sync_fails(int here)
+{
+    if (here && syncs_to_fail > 0) {
+        syncs_to_fail--;
+        errno = EIO;
+        return 1;
+    }
+    return fails(here);
+}
+
+int fsync(int fd) { return sync_fails(fd_below_root(fd)) ? -1 : REAL(fsync)(fd); }
+int fdatasync(int fd) { return sync_fails(fd_below_root(fd)) ? -1 : REAL(fdatasync)(fd); }
 int ftruncate64(int fd, off64_t size) { return fails(fd_below_root(fd)) ? -1 : REAL(ftruncate64)(fd, size); }
 int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 int rename(const char *from, const char *to) { return fails(below_root(to)) ? -1 : REAL(rename)(from, to); }

@@ -120,14 +120,6 @@ def _parsed(line: bytes) -> dict[str, Any]:
         return {}
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    command = ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", str(library), str(HERE / "faults.c"), "-ldl"]
-    subprocess.run(command, check=True)
-    return library
-
-
 @contextmanager
 def children(faults: Path, contents: Path) -> Iterator[Children]:
     environment = {**os.environ, "LD_PRELOAD": str(faults), "OMP_NUM_THREADS": "1"}

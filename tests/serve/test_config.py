@@ -49,6 +49,12 @@ def test_sources_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sources.resolver == "hf://org/{name}"
 
 
+def test_memory_is_a_size_or_a_range() -> None:
+    config = load_settings({"model": "m", "kv_memory": "1.5", "adapter_memory": "0.5:4"}).engine_config()
+    assert (config.kv_memory, config.kv_memory_max) == (1.5, None)
+    assert (config.adapter_memory, config.adapter_memory_max) == (0.5, 4.0)
+
+
 def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
     file = tmp_path / "onebase.toml"
     file.write_text('model = "m"\nmax_loras = 4\n')
@@ -73,6 +79,11 @@ def test_unknown_keys_of_the_file_are_errors(tmp_path: Path) -> None:
         {"model": "m", "device_memory": 1.1},
         {"model": "m", "max_model_len": 0},
         {"model": "m", "kv_memory": -1},
+        {"model": "m", "kv_memory": "nan"},
+        {"model": "m", "kv_memory": "2:1"},
+        {"model": "m", "adapter_memory": "1:2:3"},
+        {"model": "m", "adapter_memory": ":2"},
+        {"model": "m", "adapter_memory": True},
         {"model": "m", "max_inflight_seqs": 0},
         {"model": "m", "max_inflight_tokens": 0},
         {"model": "m", "max_num_seqs": 8, "max_inflight_seqs": 7},
@@ -150,6 +161,7 @@ def test_engine_config_carries_every_option_that_the_engine_has() -> None:
     options: dict[str, Any] = {
         "model": "m", "revision": "r", "trust_remote_code": True, "dtype": "float32", "device": "cpu",
         "max_model_len": 1, "max_batch_tokens": 2, "max_num_seqs": 3, "device_memory": 0.5, "kv_memory": 4.0,
-        "adapter_memory": 5.0, "prefix_caching": False,
+        "adapter_memory": 5.0, "prefix_caching": False, "host_cache": 6.0,
     }  # fmt: skip
-    assert load_settings(options).engine_config() == EngineConfig(**options)
+    settings = load_settings({**options, "data_dir": "/d"})
+    assert settings.engine_config() == EngineConfig(**options, compiled_dir="/d/compiled")

@@ -130,7 +130,7 @@ HOSTILE: dict[str, tuple[Answer, type[AdapterError], str]] = {
     "permanent redirect": (send(b"", 308, Location="/team/b"), AdapterRejected, "redirects are not followed"),
     "unauthorised": (send(b"", 401), AdapterRejected, "refuses access"),
     "forbidden": (send(b"", 403), AdapterRejected, "refuses access"),
-    "missing": (send(b"", 404), AdapterNotFound, "no such file"),
+    "missing": (send(b"", 404), AdapterNotFound, "no such thing"),
     "broken": (send(b"secret", 500), SourceFailed, "answered 500"),
     "partial": (send(b"{}", 206), SourceFailed, "answered 206"),
     "no content": (_raw("HTTP/1.1 204 No Content\n\n"), SourceFailed, "answered 204"),

@@ -136,6 +136,10 @@ def reply_with(tokens: list[int], reason: Any = "stop") -> Callable[[Request], l
     return lambda request: [TokenOutput(request.id, (t,), reason if i == last else None) for i, t in enumerate(tokens)]
 
 
+def _files_of(folder: Path) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("files", (file.name, file.read_bytes())) for file in sorted(folder.iterdir())]
+
+
 class Site:
     """A running application: httpx client, fake engine, settings, tokenizer."""
 
@@ -164,6 +168,10 @@ class Site:
     async def chat(self, **body: Any) -> httpx.Response:
         messages = [{"role": "user", "content": "hello"}]
         return await self.post("/v1/chat/completions", **{"model": "base", "messages": messages, **body})
+
+    async def upload(self, name: str, folder: Path, **headers: str) -> httpx.Response:
+        """The folder's files as one form."""
+        return await self.http.post("/v1/adapters", data={"name": name}, files=_files_of(folder), headers=headers)
 
     def encode(self, text: str) -> list[int]:
         return list(self.server.loaded.codec.backend.encode(text).ids)

@@ -1,0 +1,150 @@
+"""--watch: a folder appears and becomes an adapter, changes and becomes its next version, goes and the name is deleted.
+
+The folder is the truth for the names whose current version came from it, and for no others: a name that somebody
+uploaded, imported or rolled back to such a version is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from onebase.adapters.blobs import Blob, copy_folder
+from onebase.adapters.errors import AdapterNotFound, EngineError, OneBaseError, StorageFailed
+from onebase.adapters.registry import AdapterEntry
+from onebase.adapters.watch import FolderWatch, Signature, scan, signature
+from onebase.serve.api.store import AdapterStore
+
+log = structlog.get_logger("onebase.watch")
+
+INTERVAL_SECONDS = 2.0
+RETRY_SECONDS = 30.0
+_SHARE = 20  # a look that takes a second is followed by this many of rest
+_PAGE = 1000
+
+
+class Watcher:
+    """Looks at ``root`` until its task is cancelled. Folders are taken one at a time; an error in one stops nothing."""
+
+    def __init__(self, store: AdapterStore, root: Path, *, interval: float = INTERVAL_SECONDS) -> None:
+        self._store = store
+        self._root = root
+        self._interval = interval
+        self._watch: FolderWatch | None = None
+        self._known: set[str] = set()  # names whose folder this process has compared with the registry
+        self._retries: dict[str, float] = {}  # name -> when (monotonic)
+        self._readable = True
+
+    async def run(self) -> None:
+        while True:
+            start = time.monotonic()
+            try:
+                await self.step()
+            except Exception:
+                log.exception("a look at the watched folder failed", folder=str(self._root))
+            await asyncio.sleep(max(self._interval, _SHARE * (time.monotonic() - start)))
+
+    async def step(self) -> None:
+        """One look, and what follows from it."""
+        if self._watch is None:
+            self._watch = FolderWatch(await asyncio.to_thread(self._owned))
+        try:
+            seen = await asyncio.to_thread(scan, self._root)
+        except OSError as error:
+            self._cannot_read(error)
+            return
+        self._readable = True
+        self._retry(self._watch)
+        changes = self._watch.step(seen)
+        for name in changes.odd:
+            log.warning("the folder's name is no adapter name", folder=name[:200])
+        for name in changes.settled:
+            await self._guarded(name, self._take(self._watch, name, seen.folders[name]))
+        for name in changes.gone:
+            await self._guarded(name, self._drop(name))
+
+    async def _take(self, watch: FolderWatch, name: str, seen: Signature) -> None:
+        """A folder as it was seen becomes the name's current version.
+
+        The first time in this process it may be the one that the last process took, so that a restart changes nothing,
+        a rollback included.
+        """
+        versions = await self._versions(self._store.check_new_name(name))
+        if versions and not await self._is_mine(name):
+            log.warning("the name is not from this folder: it is left alone", name=name)
+            return
+        same = any((entry.source, entry.revision) == (self._source(name), seen.digest) for entry in versions)
+        if name in self._known or not same:
+            blob = await asyncio.to_thread(self._stage, name, seen)
+            if blob is None:
+                watch.again(name)
+                return
+            entry = await self._store.add(name, blob, source=self._source(name), revision=seen.digest, by="watch")
+            log.info("taken from the watched folder", name=name, version=entry.version)
+        self._known.add(name)
+
+    async def _drop(self, name: str) -> None:
+        self._known.discard(name)
+        if await self._is_mine(name):
+            await self._store.delete(name)
+            log.info("gone from the watched folder, and deleted", name=name)
+
+    async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """What an engine or a disk refused is tried again after a while, what a check refused once the files change."""
+        try:
+            await work
+        except OneBaseError as error:
+            log.warning("the watched folder is refused", name=name, reason=error.message)
+            if isinstance(error, EngineError | StorageFailed):
+                self._retries[name] = time.monotonic() + RETRY_SECONDS
+        except Exception:
+            log.exception("the watched folder failed", name=name)
+
+    def _retry(self, watch: FolderWatch) -> None:
+        for name in [name for name, when in self._retries.items() if when <= time.monotonic()]:
+            del self._retries[name]
+            watch.again(name)
+
+    def _stage(self, name: str, seen: Signature) -> Blob | None:
+        """None where the folder changed while it was copied."""
+        with self._store.registry.stage() as stage:
+            copy_folder(self._root / name, stage)
+            return stage.finish() if signature(self._root / name) == seen else None
+
+    async def _versions(self, name: str) -> Sequence[AdapterEntry]:
+        try:
+            return await self._store.versions(name)
+        except AdapterNotFound:
+            return ()
+
+    async def _is_mine(self, name: str) -> bool:
+        """Whether what the name means now came from its folder here."""
+        try:
+            current = await self._store.get(name)
+        except AdapterNotFound:
+            return False
+        return (current.name, current.source) == (name, self._source(name))
+
+    def _owned(self) -> list[str]:
+        """Names that were taken from this folder; their folders may have gone while nobody looked."""
+        found: list[str] = []
+        page = self._store.registry.list(limit=_PAGE)
+        while True:
+            found += [entry.name for entry in page.entries if entry.source == self._source(entry.name)]
+            if page.next is None:
+                return found
+            page = self._store.registry.list(after=page.next, limit=_PAGE)
+
+    def _source(self, name: str) -> str:
+        return f"watch:{self._root / name}"
+
+    def _cannot_read(self, error: OSError) -> None:
+        """Once, until it can be read again. What is registered stays."""
+        if self._readable:
+            log.error("the watched folder cannot be read", folder=str(self._root), reason=error.strerror)
+        self._readable = False
