@@ -144,7 +144,7 @@ def _size(path: Path) -> int:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """A tensor's memory."""
-    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _parts(packed: PackedProgram) -> dict[str, Tensor]:

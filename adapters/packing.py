@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ class PackedProgram:
 
 def shifted(op: Operands, block: int) -> Operands:
     """Operands relative to a block's start -> offsets into the arena's buffer."""
-    return replace(op, a=op.a + block, b=op.b + block, add_out=op.add_out + block if op.add_out >= 0 else -1)
+    add_out = op.add_out + block if op.add_out >= 0 else -1
+    return Operands(op.rank, op.scale, op.a + block, op.b + block, add_out, op.token)
 
 
 def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -> PackedProgram:

@@ -1,11 +1,13 @@
 """Where adapters lie in the arena: blocks of their own, blocks that they share, compaction between them.
 
-Knows nothing of loads, references or eviction: the caller frees what may go, and moves nothing while a copy fills it.
+Knows nothing of loads, references or eviction. All runs between two steps, on the stream of the kernels: they see a
+block either before or after its move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from onebase.adapters.arena import Arena
@@ -13,6 +15,10 @@ from onebase.adapters.entry import Entry, State
 from onebase.adapters.installer import Installer
 from onebase.adapters.packing import PackedProgram
 from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
+
+# Moved between two steps: some milliseconds of a host's memory, one of a GPU's. A block that is larger moves alone.
+_MOVED_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+_MOVED_BLOCKS = 16  # each of their users is installed anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class Placement:
     def __init__(self, arena: Arena, shared: SharedBlocks, installer: Installer) -> None:
         self.arena = arena
         self.shared = shared
+        self.most_moved = _MOVED_BYTES.get(arena.buffer.device.type, _MOVED_BYTES["cuda"])
         self._installer = installer
 
     def allocate(self, packed: PackedProgram) -> Placed | None:
@@ -47,9 +54,15 @@ class Placement:
         parts = [packed.data, *(packed.shared[key] for key in self.shared.missing(packed.shared))]
         return sum(self.arena.block_bytes(part.numel()) for part in parts)
 
-    def has_room(self, packed: PackedProgram) -> bool:
-        """Whether the free ranges together are enough."""
-        return self.arena.capacity_bytes - self.arena.used_bytes >= self.needed(packed)
+    def freed_by(self, entries: Collection[Entry]) -> int:
+        """Bytes that come free when all these entries go: with the blocks that nobody else shares."""
+        own = sum(self.arena.block_bytes(entry.num_elements) for entry in entries)
+        users = Counter(key for entry in entries for key in entry.shared)
+        return own + sum(
+            self.arena.block_bytes(block.num_elements)
+            for key, block in self.shared.items()
+            if users[key] == block.references
+        )
 
     def free(self, entry: Entry) -> None:
         """Give back what an entry holds, if it holds anything."""
@@ -58,27 +71,40 @@ class Placement:
             self.shared.release(entry.shared)
             entry.block = -1
 
-    def compact(self, entries: Collection[Entry]) -> bool:
-        """Move every block to the front, so that the free room is one range. False while a copy is in flight.
+    def compact(self, entries: Iterable[Entry]) -> bool:
+        """Move blocks to lower places, the lowest first, until a bounded number of bytes has moved; whether any did.
 
-        Runs between two steps, on the stream of the kernels: they see a block either before or after its move.
+        Called step after step it makes the free room one range at the arena's end. What a copy is filling stays where
+        it is until that is done.
         """
-        placed = sorted((e for e in entries if e.block >= 0), key=lambda e: e.block)
-        if any(entry.state is not State.READY for entry in placed):
-            return False
-        blocks: list[Entry | SharedBlock] = [*placed, *self.shared]
-        blocks.sort(key=_start)
-        for block in blocks:
-            self.arena.free(_start(block))
-        if sum(self._move(block) for block in blocks):
-            for entry in placed:
+        placed = [entry for entry in entries if entry.block >= 0]
+        busy = {key for entry in placed if entry.state is not State.READY for key in entry.shared}
+        blocks: list[Entry | SharedBlock] = [entry for entry in placed if entry.state is State.READY]
+        blocks += [block for key, block in self.shared.items() if key not in busy]
+        moved = self._move_some(sorted(blocks, key=_start))
+        keys = {key for key, block in self.shared.items() if block in moved}
+        for entry in placed:
+            if entry.state is State.READY and (entry in moved or not keys.isdisjoint(entry.shared)):
                 self._installer.uninstall(entry)
                 self._installer.install(entry)
-        return True
+        return bool(moved)
+
+    def _move_some(self, blocks: Iterable[Entry | SharedBlock]) -> set[Entry | SharedBlock]:
+        moved: set[Entry | SharedBlock] = set()
+        left = self.most_moved
+        for block in blocks:
+            size = self.arena.block_bytes(block.num_elements)
+            if len(moved) == _MOVED_BLOCKS or (moved and size > left):
+                break
+            if self._move(block):
+                moved.add(block)
+                left -= size
+        return moved
 
     def _move(self, block: Entry | SharedBlock) -> bool:
         """Move one block to the lowest place with room; False where it is there already."""
         old, size = _start(block), block.num_elements
+        self.arena.free(old)
         new = self.arena.allocate_lowest(size)
         if new == old:
             return False

@@ -28,8 +28,8 @@ class CpuAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:
         check_shapes(q, k, v, cache, batch, options)
-        _write(k, v, cache, batch)
         layout = Layout.of(cache, q.shape[1], options.window)
+        _write(k, v, cache, batch, layout.steps)
         groups = batch.once(("cpu", layout), lambda: plan(batch, layout))
         if len(groups) == 1 and isinstance(groups[0].tokens, slice):
             return _attend_group(q, k, v, cache, batch, groups[0], options)
@@ -39,9 +39,8 @@ class CpuAttention:
         return out
 
 
-def _write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -> None:
+def _write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, steps: Steps) -> None:
     """Both halves in one copy of [2 * T * kv_heads, dim] rows."""
-    steps = Steps.of(cache)
     rows = batch.once(("cpu write", steps, cache.num_kv_heads), lambda: _slot_rows(cache, batch, steps))
     _rows(cache, steps, 1).index_copy_(0, rows, torch.cat((k, v)).view(-1, cache.head_dim))
 

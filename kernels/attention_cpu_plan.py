@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,8 +71,7 @@ class Group:
     tiles: tuple[Tile, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
+class Steps(NamedTuple):
     """From a head's page to others in memory, in head's pages: to the same one of the next page, and from K to V."""
 
     page: int

@@ -56,7 +56,7 @@ class DeviceBudget:
         self._adapters_short = self._pages_short = _LONG_AGO  # the latest step in which they were
         self._most_moved = max(1, MOVED_BYTES // plan.slot_bytes)
         self._share = max(1, plan.num_slots // SHARES)
-        scheduler.more_pages, adapters.neighbour = self.more_pages, self
+        scheduler.more_pages, adapters.device.neighbour = self.more_pages, self
 
     def step(self) -> None:
         """The engine's next step begins."""
@@ -112,7 +112,7 @@ class DeviceBudget:
         if count > room or self._is_short(self._adapters_short):
             return False
         awaited = self._waiting.wanted | self._waiting.kept
-        for free in (self._arena.free_bytes, self._adapters.spare_bytes(awaited)):
+        for free in (self._arena.free_bytes, self._adapters.device.spare_bytes(awaited)):
             slots = min(max(count, self._share), room, self._slots(free))
             if slots >= count:
                 return self._extend(slots, awaited, count)
@@ -120,7 +120,7 @@ class DeviceBudget:
 
     def _extend(self, slots: int, awaited: Collection[str], count: int) -> bool:
         """Take so many slots of the arena's end, once what lies there has gone or moved: at least ``count``."""
-        tail = self._adapters.give_room(self._bytes_of(slots), awaited)
+        tail = self._adapters.device.give_room(self._bytes_of(slots), awaited)
         slots = min(slots, self._slots(tail))
         if slots < count:
             return False

@@ -36,6 +36,7 @@ from onebase.serve.engine.sampler import NOT_FINITE
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.tier import adapter_tier
+from onebase.serve.engine.tier_stats import tier_stats
 from onebase.serve.engine.waiting import Refused, WaitingRoom
 from onebase.serve.model.loader import LoadedModel, load_model
 from onebase.serve.model.sites import StepPlans
@@ -256,13 +257,13 @@ class Engine:
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []
         self.budget.step()
-        self.waiting.prefetch()
-        self.adapters.forget_unplaced(self.waiting.wanted)
-        for entry in self.adapters.poll(self.waiting.kept):
+        for entry in self.adapters.collect(self.waiting.wanted):
             for command in self._commands.pop(entry.digest, []):
                 outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
             if entry.error is not None:
                 outputs += self._refuse([(sequence, entry.error) for sequence in self.waiting.over(entry.digest)])
+        self.waiting.prefetch()
+        self.adapters.place(self.waiting.kept, self.waiting.wanted)
         outputs += self._refuse(self.waiting.lay_out())
         return outputs + self._refuse(self.waiting.oversized()) + self._gone()
 
@@ -294,15 +295,17 @@ class Engine:
             budget_moves=self.budget.moves,
             adapter_bytes_used=self.adapters.arena.used_bytes,
             adapter_loads=self.adapters.loads,
-            adapter_evictions=self.adapters.evictions,
+            adapter_evictions=self.adapters.device.evictions,
             resident=resident,
             running_adapters=_distinct(self.scheduler.running),
             waiting_adapters=_distinct(waiting),
+            **tier_stats(self.adapters),
         )
 
     def host_changes(self) -> HostChanges | None:
         """What came to host memory and left it since this was asked last; None where nothing did."""
-        return None
+        added, removed = self.adapters.host.changes()
+        return HostChanges(tuple(added), tuple(removed)) if added or removed else None
 
     def check(self) -> None:
         """Prove that pages, arena bytes and references add up. Raises RuntimeError where they do not."""

@@ -124,7 +124,7 @@ def _plan(kv_bytes: Bounds, adapters: Bounds, pages: Bounds, slot: int, max_mode
 def _budgets(config: EngineConfig, base: LoadedModel) -> tuple[Bounds, Bounds]:
     """Bytes of the pages and of the adapters."""
     cuda = base.device.type == "cuda"
-    free = _free_cuda(config, base) if cuda else _free_host()
+    free = _free_cuda(config, base) if cuda else free_host()
     most = free if cuda else _MOST_CPU
     share = int(free * (_ADAPTER_SHARE_CUDA if cuda else _SHARE_CPU))
     adapters = _bounds("adapter_memory", config.adapter_memory, config.adapter_memory_max, min(share, most))
@@ -152,7 +152,7 @@ def _free_cuda(config: EngineConfig, base: LoadedModel) -> int:
     return max(int(free - total * (1.0 - config.device_memory)) - _SLACK - logits - activations, 0)
 
 
-def _free_host(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def free_host(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Free memory of the host, or of the container where that is less."""
     free = int(psutil.virtual_memory().available)
     try:
