@@ -6,8 +6,10 @@ The allocator keeps a sorted list of free ranges and takes the smallest that fit
 from __future__ import annotations
 
 import bisect
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 # 128 bytes of a two-byte type: what a GPU reads at once. Tensors inside a block start at 16-byte borders.
 BLOCK_ALIGN = 64
@@ -17,12 +19,46 @@ def aligned(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
+def _whole(num_elements: int) -> int:
+    return num_elements // BLOCK_ALIGN * BLOCK_ALIGN
+
+
+class Neighbour(Protocol):
+    """Who shares the device's budget with the arena: the KV pages. Called by the engine's thread, between two steps."""
+
+    @property
+    def spare_bytes(self) -> int:
+        """What it could give to the arena now."""
+
+    def give(self, nbytes: int, *, cached: bool) -> bool:
+        """Make the arena longer, by ``nbytes`` or what there is. Whether it is longer now.
+
+        cached: also at the cost of what nobody uses now but somebody may find again.
+        """
+
+
 class Arena:
-    """A flat buffer of ``num_elements`` of one dtype on one device, handed out in blocks."""
+    """A flat buffer of one dtype on one device, handed out in blocks.
+
+    The arena is the first ``capacity`` elements of ``buffer``; ``resize`` moves its end. ``limit``: the most that its
+    capacity can become, so that what is larger can be refused at once.
+    """
 
     def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.capacity = num_elements // BLOCK_ALIGN * BLOCK_ALIGN
-        self.buffer = torch.empty(self.capacity, dtype=dtype, device=device)
+        """A buffer of its own, of ``num_elements``."""
+        self._lie_in(torch.empty(_whole(num_elements), dtype=dtype, device=device), num_elements, num_elements)
+
+    @classmethod
+    def within(cls, buffer: Tensor, capacity: int, limit: int) -> Arena:
+        """The first ``capacity`` elements of a buffer that others use too."""
+        arena = cls.__new__(cls)
+        arena._lie_in(buffer, capacity, limit)
+        return arena
+
+    def _lie_in(self, buffer: Tensor, capacity: int, limit: int) -> None:
+        self.buffer = buffer
+        self.capacity = _whole(capacity)
+        self.limit = _whole(limit)
         self._free: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []  # (start, length), by start
         self._held: dict[int, int] = {}
 
@@ -38,6 +74,21 @@ class Arena:
     @property
     def capacity_bytes(self) -> int:
         return self.capacity * self.buffer.element_size()
+
+    @property
+    def limit_bytes(self) -> int:
+        return self.limit * self.buffer.element_size()
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of all free ranges together."""
+        return self.capacity_bytes - self.used_bytes
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the free range at the arena's end."""
+        start, length = self._free[-1] if self._free else (0, 0)
+        return length * self.buffer.element_size() if start + length == self.capacity else 0
 
     @property
     def num_blocks(self) -> int:
@@ -76,6 +127,17 @@ class Arena:
             start, before = self._free.pop(at - 1)
             length += before
         bisect.insort(self._free, (start, length))
+
+    def resize(self, capacity: int) -> None:
+        """Move the arena's end. Raises ValueError where a block, the limit or the buffer is in the way."""
+        tail = self._free.pop() if self.tail_bytes else (self.capacity, 0)
+        capacity = _whole(capacity)
+        if not tail[0] <= capacity <= min(self.limit, self.buffer.numel()):
+            self._free += [tail] if tail[1] else []
+            raise ValueError(f"capacity: {capacity} elements; allowed is {tail[0]} to {self.limit}")
+        self.capacity = capacity
+        if capacity > tail[0]:
+            self._free.append((tail[0], capacity - tail[0]))
 
     def check(self) -> None:
         """Prove that free and held ranges tile the buffer. Raises RuntimeError where they do not."""

@@ -1,38 +1,44 @@
-"""Which adapters are on the device. Loads run in a thread; the engine's loop only allocates and flips table entries.
+"""Which adapters are where: disk -> host -> device. Threads do the work; the engine's loop allocates and flips entries.
 
 States of an entry:   compiling -> placing -> copying -> ready        (failed at any step but the last)
-    compiling  a thread reads the blob and packs its program in host memory
+    compiling  a thread reads its compiled form, or compiles and packs it, in host memory
     placing    packed, waiting for room in the arena
     copying    a thread (and on CUDA a side stream) copies it into its block
     ready      in the tables; may be acquired
 
-All methods are called by the engine's thread. References are held by running sequences; unreferenced entries are
-evicted in order of last use when another adapter needs the room.
+An adapter that leaves the device starts at ``placing`` the next time, where host memory still has it. All methods are
+called by the engine's thread. References are held by running sequences; who is evicted otherwise: policy.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 from onebase.adapters.arena import Arena
+from onebase.adapters.compiled import CompiledForms
+from onebase.adapters.device import DeviceTier
 from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from onebase.adapters.fetching import Compile, Fetcher
+from onebase.adapters.host import HostTier
 from onebase.adapters.installer import Installer
 from onebase.adapters.loader import Loader
-from onebase.adapters.packing import PackedProgram, pack
-from onebase.adapters.program import AdapterProgram
-from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
+from onebase.adapters.meters import LoadMeters
+from onebase.adapters.packing import PackedProgram
+from onebase.adapters.pins import Pins
+from onebase.adapters.policy import Lrfu
+from onebase.adapters.shared_blocks import SharedBlocks
 from onebase.adapters.traits import Traits
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables
 
-Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
-
 
 class AdapterCache:
-    """The device tier."""
+    """The tiers. hits, misses: requests that started, and found their adapter ready or had to wait for its load."""
 
     def __init__(
         self,
@@ -42,261 +48,241 @@ class AdapterCache:
         instructions: InstructionTable,
         site_index: Mapping[str, int],
         compile: Compile,
+        *,
+        forms: CompiledForms | None = None,
+        host_bytes: int = 0,
     ) -> None:
+        """forms: of the disk tier, None for none. host_bytes: the host tier's budget."""
         self.arena = arena
         self.shared = SharedBlocks(arena)
-        self.loads = 0
-        self.evictions = 0
+        self.policy = Lrfu()
+        self.host = HostTier(host_bytes, self.policy, evicted=self._forget)
+        self.fetcher = Fetcher(compile, forms, arena.buffer.dtype, pinned=arena.buffer.is_cuda)
+        self.forms = forms
+        self.pins = Pins()
+        self.meters = LoadMeters()
         self.blocked = False
-        self._compile = compile
-        self._entries: dict[str, Entry] = {}
-        self._pins: dict[str, str] = {}
-        self._clock = 0
+        self.loads = self.hits = self.misses = self.num_references = 0
         self._installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
+        self.device = DeviceTier(arena, self.shared, self._installer, self.policy, evicted=self._remove)
         self._loader = Loader(arena.buffer)
+        self._entries: dict[str, Entry] = {}
+        self._moving: dict[str, Entry] = {}  # those that are not ready
+        if forms is not None:
+            self._loader.submit(forms.survey)
+
+    # What is where
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is at work, or has just filled what an entry waits for, so that poll() will have something
-        to do soon."""
-        return any(entry.work is not None or entry.state is State.COPYING for entry in self._entries.values())
+        """Whether a thread is at work, or has just filled what an entry waits for, so that collect() will have
+        something to do soon."""
+        return any(entry.working or entry.state is State.COPYING for entry in self._moving.values())
 
     @property
     def num_compiling(self) -> int:
-        return sum(entry.state is State.COMPILING for entry in self._entries.values())
-
-    @property
-    def num_references(self) -> int:
-        """References held by running sequences."""
-        return sum(entry.references for entry in self._entries.values())
+        return sum(entry.state is State.COMPILING for entry in self._moving.values())
 
     def resident(self) -> dict[str, int]:
         """digest -> bytes on the device."""
-        return {entry.digest: entry.nbytes for entry in self._entries.values() if entry.state is State.READY}
-
-    def fetch(self, digest: str, path: str) -> Entry:
-        """The entry of an adapter; starts to load it where it is not on its way already."""
-        self._clock += 1
-        entry = self._entries.get(digest)
-        if entry is None or entry.state is State.FAILED:
-            entry = self._entries[digest] = Entry(digest, path, State.COMPILING)
-            entry.work = self._loader.submit(self._load, Path(path), digest)
-        entry.last_used = self._clock
-        return entry
+        return {entry.digest: entry.nbytes for entry in self.device.entries if entry.state is State.READY}
 
     def is_ready(self, digest: str) -> bool:
         """Whether the adapter may be acquired. One that is being unloaded may not: it comes back as a new entry."""
         entry = self._entries.get(digest)
         return entry is not None and entry.state is State.READY and not entry.doomed
 
-    def size(self, digest: str) -> int | None:
-        """Bytes of the adapter's own block, None while they are not known. What it shares is held once for all."""
+    def is_leaving(self, digest: str) -> bool:
+        """Whether an adapter that was unloaded is still here, for its last request or the end of a copy."""
         entry = self._entries.get(digest)
-        if entry is None or entry.state not in (State.PLACING, State.COPYING, State.READY):
-            return None
-        return self.arena.block_bytes(entry.num_elements)
+        return entry is not None and entry.doomed
 
     def parts(self, digest: str) -> dict[str, int]:
-        """Block -> bytes of all that the adapter takes, empty while that is not known. Adapters that share a block have
-        the same key for it, so that the union of their parts is what they take together."""
-        size = self.size(digest)
-        if size is None:
+        """Block -> bytes of all that the adapter takes on the device, empty while that is not known. Adapters that
+        share a block have the same key for it, so that the union of their parts is what they take together."""
+        entry, size = self._entries.get(digest), self.arena.block_bytes
+        if entry is not None and entry.state not in (State.COMPILING, State.FAILED):
+            return {digest: size(entry.num_elements)} | {key: size(count) for key, count in entry.shared.items()}
+        packed = self.host.get(digest)
+        if packed is None:
             return {}
-        shared = self._entries[digest].shared
-        return {digest: size, **{key: self.arena.block_bytes(count) for key, count in shared.items()}}
+        return {digest: size(packed.data.numel())} | {key: size(flat.numel()) for key, flat in packed.shared.items()}
 
     def traits(self, digest: str) -> Traits | None:
         """What the engine has to know of a compiled adapter, None while it is not compiled."""
-        return None if self.size(digest) is None else self._entries[digest].traits
+        entry = self._entries.get(digest)
+        if entry is not None and entry.state not in (State.COMPILING, State.FAILED):
+            return entry.traits
+        packed = self.host.get(digest)
+        return None if packed is None else packed.traits
+
+    # What is asked for
+
+    def fetch(self, digest: str, path: str, *, place: bool = True) -> Entry:
+        """The entry of an adapter; starts to load it where it is not on its way already.
+
+        place: onto the device; else host memory will do for now.
+        """
+        entry = self._entries.get(digest)
+        if entry is None or entry.state is State.FAILED:
+            entry = Entry(digest, path, State.COMPILING, asked_at=time.monotonic())
+            self._entries[digest] = self._moving[digest] = entry
+            self.policy.know(digest)
+            packed = self.host.look(digest)
+            if packed is not None:
+                entry.take(packed)
+            else:
+                entry.reading = self._loader.submit(self.fetcher.fetch, Path(path), digest)
+        entry.wants_room = place or entry.wants_room
+        return entry
+
+    def await_ready(self, digest: str, path: str, *, place: bool) -> None:
+        """As ``fetch``, for a request that waits. ``place`` may be taken back as long as no room was found."""
+        entry = self.fetch(digest, path, place=place)
+        entry.wants_room = place
+        entry.awaited = entry.awaited or entry.state is not State.READY
 
     def acquire(self, digest: str) -> Entry:
         """Take a reference on a ready entry. Its handle may change between steps: compaction moves blocks."""
         entry = self._entries[digest]
         if entry.state is not State.READY:
             raise RuntimeError(f"adapter {digest} is {entry.state}, not ready")
-        self._clock += 1
-        entry.last_used = self._clock
+        self.policy.use(digest)
+        self.misses += entry.awaited
+        self.hits += not entry.awaited
+        entry.awaited = False
         entry.references += 1
+        self.num_references += 1
         return entry
 
     def release(self, digest: str) -> None:
         """Give a reference back; a doomed entry leaves with its last one."""
         entry = self._entries[digest]
         entry.references -= 1
+        self.num_references -= 1
         if entry.doomed and entry.references == 0:
             self._drop(entry)
 
     def unload(self, digest: str) -> bool:
-        """Drop an adapter now, or with its last reference. False where it is not here."""
+        """Drop an adapter from host and device, now or with its last reference. False where it is in neither."""
+        was_in_host = digest in self.host
+        self.host.drop(digest)
         entry = self._entries.get(digest)
         if entry is None or entry.state is State.FAILED:
-            return False
+            self._forget(digest)
+            return was_in_host
         entry.doomed = True
-        if entry.references == 0 and entry.work is None:
+        if entry.references == 0 and not entry.working:
             self._drop(entry)
         return True
 
-    def is_leaving(self, digest: str) -> bool:
-        """Whether an adapter that was unloaded is still here, for its last request or the end of a copy."""
-        entry = self._entries.get(digest)
-        return entry is not None and entry.doomed
-
     def set_pins(self, paths: Mapping[str, str]) -> None:
         """These adapters, digest -> blob folder, are loaded and not evicted; no others are."""
-        self._pins = dict(paths)
+        self.pins.replace(paths)
 
-    def poll(self, reserved: Collection[str] = ()) -> list[Entry]:
-        """Move loads on; the entries that are now known to be good (compiled, and small enough) or failed.
+    # Moving on
 
-        ``reserved`` digests are not evicted for others. ``blocked`` says whether one of them found no room.
-        """
+    def collect(self, wanted: Collection[str] = ()) -> list[Entry]:
+        """Take up what threads have done; the entries that are now known to be good (compiled, and small enough) or
+        failed. wanted: digests that host memory keeps, because requests wait for them."""
         changed: list[Entry] = []
-        for digest, path in self._pins.items():
-            if digest not in self._entries:
-                self.fetch(digest, path)
-        for entry in list(self._entries.values()):
+        for entry in list(self._moving.values()):
             before = entry.state
-            self._advance(entry, reserved)
+            self._advance(entry, wanted)
             if entry.state is State.FAILED or (before is State.COMPILING and entry.state is not State.COMPILING):
                 changed.append(entry)
         for entry in changed:
             if entry.state is State.FAILED:
-                del self._entries[entry.digest]
-        waiting = (entry.digest for entry in self._entries.values() if entry.state is State.PLACING)
-        self.blocked = any(digest in reserved for digest in waiting)
+                self.pins.fail(entry.digest)
+                self._remove(entry)
         return changed
 
-    def forget_unplaced(self, wanted: Collection[str]) -> None:
-        """Drop packed programs that found no room and that nobody waits for any more."""
-        for entry in list(self._entries.values()):
-            if entry.state is State.PLACING and entry.digest not in wanted:
-                self._drop(entry)
+    def place(self, reserved: Collection[str] = (), wanted: Collection[str] = ()) -> None:
+        """Give room to those that want it, oldest first.
 
-    def check(self) -> None:
-        """Prove that blocks and entries agree. Raises RuntimeError where they do not."""
-        self.arena.check()
-        held = sum(1 for entry in self._entries.values() if entry.block >= 0)
-        if held + len(self.shared) != self.arena.num_blocks:
-            raise RuntimeError(
-                f"adapters: {held} entries hold blocks, {len(self.shared)} are shared, the arena has "
-                f"{self.arena.num_blocks}"
-            )
-        users = sum(len(entry.shared) for entry in self._entries.values() if entry.block >= 0)
-        if users != self.shared.num_references:
-            raise RuntimeError(f"adapters: {users} uses of shared blocks, counted {self.shared.num_references}")
-        if any(entry.references < 0 for entry in self._entries.values()):
-            raise RuntimeError("adapters: a reference was given back twice")
+        ``reserved`` digests are not evicted for others. ``blocked`` says whether one of them found no room. What found
+        none is dropped unless it is ``wanted``, or host memory holds it anyway.
+        """
+        self.device.pinned = self._fetch_pins()
+        for entry in [e for e in self._moving.values() if e.state is State.PLACING and not e.doomed]:
+            if entry.wants_room:
+                self._place(entry, reserved, awaited=entry.digest in reserved)
+            if entry.state is State.PLACING and not self._keeps_waiting(entry, reserved, wanted):
+                self._remove(entry)
+        waiting = (entry.digest for entry in self._moving.values() if entry.state is State.PLACING)
+        self.blocked = any(digest in reserved for digest in waiting)
 
-    def close(self) -> None:
-        self._loader.close()
+    def _keeps_waiting(self, entry: Entry, reserved: Collection[str], wanted: Collection[str]) -> bool:
+        if entry.digest in reserved or entry.digest in self.device.pinned:
+            return True
+        return entry.digest in wanted and entry.digest not in self.host
 
-    def _load(self, path: Path, digest: str) -> PackedProgram:
-        program = self._compile(path, digest)
-        return pack(program, self.arena.buffer.dtype, pinned=self.arena.buffer.is_cuda)
+    def _fetch_pins(self) -> Mapping[str, str]:
+        """Start the loads of pins; those that have room on the device."""
+        if not self.pins.paths:
+            return {}
+        for digest in self.pins.paths:
+            self.pins.know(digest, self.parts(digest))
+        pins, _ = self.pins.within(self.arena.limit_bytes)
+        for digest, path in pins.items():
+            if digest not in self._entries and self.num_compiling < 2:
+                self.fetch(digest, path)
+        return pins
 
-    def _advance(self, entry: Entry, reserved: Collection[str]) -> None:
-        if entry.work is not None and not entry.work.done():
-            return
-        if entry.state is State.COMPILING:
-            self._compiled(entry)
-        elif entry.state is State.COPYING and entry.work is not None:
+    def _advance(self, entry: Entry, wanted: Collection[str]) -> None:
+        if entry.reading is not None and entry.reading.done():
+            self._read(entry, wanted)
+        elif entry.copying is not None and entry.copying.done():
             self._copied(entry)
-        if entry.doomed and entry.references == 0 and entry.state is not State.FAILED:
+        if entry.working or entry.state is State.FAILED:
+            return
+        if entry.doomed and entry.references == 0:
             self._drop(entry)
-        elif entry.state is State.PLACING:
-            self._place(entry, reserved)
         elif entry.state is State.COPYING:
             self._make_ready(entry)
 
-    def _compiled(self, entry: Entry) -> None:
-        future, entry.work = entry.work, None
+    def _read(self, entry: Entry, wanted: Collection[str]) -> None:
+        reading, entry.reading = entry.reading, None
+        assert reading is not None
         try:
-            packed = future.result()  # type: ignore[union-attr]
+            fetched = reading.result()
         except AdapterError as error:
-            return _fail(entry, error)
+            return entry.fail(error)
         except Exception as error:  # a hostile file must not end the loop, whatever a library makes of it
-            return _fail(entry, AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
-        assert packed is not None
-        parts = (packed.data, *packed.shared.values())
-        needed = sum(self.arena.block_bytes(part.numel()) for part in parts)
-        if needed > self.arena.capacity_bytes:
-            message = f"the adapter takes {needed} bytes, the device budget for adapters is {self.arena.capacity_bytes}"
-            return _fail(entry, AdapterTooLarge(message))
-        entry.packed, entry.state = packed, State.PLACING
-        entry.operands, entry.extra, entry.num_elements = packed.operands, packed.extra, packed.data.numel()
-        entry.packed_head = packed.head
-        entry.shared = {key: part.numel() for key, part in packed.shared.items()}
-        entry.traits = Traits.of(packed.program)
-        entry.family, entry.rank = packed.program.family, packed.program.rank
-        entry.nbytes, entry.sites = packed.nbytes, len(packed.program.ops)
-        return None
+            return entry.fail(AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
+        self.meters.add(fetched.step, fetched.seconds)
+        needed = self._bytes_of(fetched.packed)
+        if needed > self.arena.limit_bytes:
+            message = f"the adapter takes {needed} bytes, the device budget for adapters is {self.arena.limit_bytes}"
+            return entry.fail(AdapterTooLarge(message))
+        packed = fetched.packed
+        if not entry.doomed:
+            packed = self.host.put(packed, {*wanted, *self.pins.paths, *self._moving})
+        return entry.take(packed)
 
-    def _place(self, entry: Entry, reserved: Collection[str]) -> None:
-        assert entry.packed is not None
-        found = self._allocate(entry.packed)
-        while found is None and self._evict_one(reserved):
-            found = self._allocate(entry.packed)
-        if found is None and self._has_room(entry.packed) and self._compact():
-            found = self._allocate(entry.packed)
-        if found is not None:
-            entry.block, new = found
-            entry.state, entry.filling = State.COPYING, tuple(new)
-            targets = {entry.block: entry.packed.data, **{new[key]: entry.packed.shared[key] for key in new}}
-            entry.work = self._loader.copy(targets)
+    def _bytes_of(self, packed: PackedProgram) -> int:
+        return sum(self.arena.block_bytes(part.numel()) for part in (packed.data, *packed.shared.values()))
 
-    def _allocate(self, packed: PackedProgram) -> tuple[int, dict[str, int]] | None:
-        """The program's own block, and its shared blocks that are new: key -> start."""
-        block = self.arena.allocate(packed.data.numel())
-        if block is None:
-            return None
-        new = self.shared.acquire(packed.shared)
-        if new is None:
-            self.arena.free(block)
-            return None
-        return block, new
-
-    def _has_room(self, packed: PackedProgram) -> bool:
-        parts = [packed.data, *(packed.shared[key] for key in self.shared.missing(packed.shared))]
-        needed = sum(self.arena.block_bytes(part.numel()) for part in parts)
-        return self.arena.capacity_bytes - self.arena.used_bytes >= needed
-
-    def _compact(self) -> bool:
-        """Move every block to the front, so that the free room is one range. False while a copy is in flight.
-
-        Runs between two steps, on the stream of the kernels: they see a block either before or after its move.
-        """
-        placed = sorted((e for e in self._entries.values() if e.block >= 0), key=lambda e: e.block)
-        if any(entry.state is not State.READY for entry in placed):
-            return False
-        blocks: list[Entry | SharedBlock] = [*placed, *self.shared]
-        blocks.sort(key=_start)
-        for block in blocks:
-            self.arena.free(_start(block))
-        if sum(self._move(block) for block in blocks):
-            for entry in placed:
-                self._installer.uninstall(entry)
-                self._installer.install(entry)
-        return True
-
-    def _move(self, block: Entry | SharedBlock) -> bool:
-        """Move one block to the lowest place with room; False where it is there already."""
-        old, size = _start(block), block.num_elements
-        new = self.arena.allocate_lowest(size)
-        if new == old:
-            return False
-        self.arena.buffer[new : new + size].copy_(self.arena.buffer[old : old + size].clone())
-        if isinstance(block, SharedBlock):
-            block.start = new
-        else:
-            block.block = new
-        return True
+    def _place(self, entry: Entry, protected: Collection[str], *, awaited: bool) -> None:
+        found = self.device.place(entry, protected, awaited=awaited)
+        if found is None or entry.packed is None:
+            return
+        entry.state = State.COPYING
+        targets = {found.start: entry.packed.data}
+        targets |= {start: entry.packed.shared[key] for key, start in found.new.items()}
+        starts = self.shared.starts(entry.shared)
+        entry.copying = self._loader.copy(targets, partial(self._installer.prepare, entry, found.start, starts))
 
     def _copied(self, entry: Entry) -> None:
-        future, entry.work, entry.packed = entry.work, None, None
-        failed = future.exception()  # type: ignore[union-attr]
+        copying, entry.copying, entry.packed = entry.copying, None, None
+        assert copying is not None
+        failed = copying.exception()
         self.shared.filled(entry.filling, broken=failed is not None)
         if failed is not None:  # the block holds anything now
-            self._give_up(entry, failed)
+            return self._give_up(entry, failed)
+        copied = copying.result()
+        entry.installable = copied.installable
+        return self.meters.add("copy", copied.seconds)
 
     def _make_ready(self, entry: Entry) -> None:
         if not self.shared.are_filled(entry.shared):
@@ -305,44 +291,46 @@ class AdapterCache:
             return self._give_up(entry, "what it shares with another one could not be copied")
         self._installer.install(entry)
         entry.state = State.READY
+        del self._moving[entry.digest]
         self.loads += 1
-        return None
+        return self.meters.add("wait", time.monotonic() - entry.asked_at)
 
     def _give_up(self, entry: Entry, reason: object) -> None:
-        self._free(entry)
-        _fail(entry, AdapterError(f"the adapter could not be copied to the device: {reason}"))
-
-    def _free(self, entry: Entry) -> None:
-        if entry.block >= 0:
-            self.arena.free(entry.block)
-            self.shared.release(entry.shared)
-            entry.block = -1
-
-    def _evict_one(self, reserved: Collection[str]) -> bool:
-        free = [
-            entry
-            for entry in self._entries.values()
-            if entry.state is State.READY
-            and entry.references == 0
-            and entry.digest not in reserved
-            and entry.digest not in self._pins
-        ]
-        if not free:
-            return False
-        self._drop(min(free, key=lambda entry: entry.last_used))
-        self.evictions += 1
-        return True
+        self.device.drop(entry)
+        entry.fail(AdapterError(f"the adapter could not be copied to the device: {reason}"))
 
     def _drop(self, entry: Entry) -> None:
-        if entry.handle >= 0:
-            self._installer.uninstall(entry)
-        self._free(entry)
+        self.device.drop(entry)
+        self._remove(entry)
+
+    def _remove(self, entry: Entry) -> None:
         del self._entries[entry.digest]
+        self._moving.pop(entry.digest, None)
+        self._forget(entry.digest)
 
+    def _forget(self, digest: str) -> None:
+        """Its uses count as long as some tier has it."""
+        if digest not in self._entries and digest not in self.host:
+            self.policy.forget(digest)
 
-def _start(block: Entry | SharedBlock) -> int:
-    return block.start if isinstance(block, SharedBlock) else block.block
+    def check(self) -> None:
+        """Prove that blocks, entries and host memory agree. Raises RuntimeError where they do not."""
+        self.arena.check()
+        self.host.check()
+        held = sum(1 for entry in self._entries.values() if entry.block >= 0)
+        if held != len(self.device.entries) or held + len(self.shared) != self.arena.num_blocks:
+            raise RuntimeError(
+                f"adapters: {held} entries hold blocks, {len(self.shared)} are shared, the arena has "
+                f"{self.arena.num_blocks}, the device tier {len(self.device.entries)}"
+            )
+        users = sum(len(entry.shared) for entry in self._entries.values() if entry.block >= 0)
+        if users != self.shared.num_references:
+            raise RuntimeError(f"adapters: {users} uses of shared blocks, counted {self.shared.num_references}")
+        references = [entry.references for entry in self._entries.values()]
+        if min(references, default=0) < 0 or sum(references) != self.num_references:
+            raise RuntimeError(f"adapters: references {references}, counted {self.num_references}")
+        if {d for d, e in self._entries.items() if e.state is not State.READY} != self._moving.keys():
+            raise RuntimeError("adapters: those that are not ready are not those that move")
 
-
-def _fail(entry: Entry, error: AdapterError) -> None:
-    entry.state, entry.error, entry.work = State.FAILED, error, None
+    def close(self) -> None:
+        self._loader.close()

@@ -1,7 +1,11 @@
-"""Threads that compile adapters and copy them to the device, beside the engine's loop."""
+"""Threads that bring adapters to host memory and copy them to the device, beside the engine's loop.
+
+Copies have threads of their own: what is ready for the device does not wait for compilations that are not.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
@@ -10,7 +14,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-_LOADERS = 2
+from onebase.adapters.entry import Copied
+from onebase.adapters.installer import Installable
+
+_READERS, _COPIERS = 2, 2
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -20,19 +27,24 @@ class Loader:
 
     def __init__(self, buffer: Tensor) -> None:
         self._buffer = buffer
-        self._threads = _serial_threads()
+        self._readers = _serial_threads(_READERS, "adapter-read")
+        self._copiers = _serial_threads(_COPIERS, "adapter-copy")
         self._stream = torch.cuda.Stream() if buffer.is_cuda else None  # type: ignore[no-untyped-call]
 
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run something in a thread."""
-        return self._threads.submit(work, *args, **kwargs)
+        return self._readers.submit(work, *args, **kwargs)
 
-    def copy(self, targets: Mapping[int, Tensor]) -> Future[None]:
-        """Copy into the arena, after all that the device has been told so far. targets: start -> what goes there."""
-        return self._threads.submit(self._copy, targets, self._mark())
+    def copy(self, targets: Mapping[int, Tensor], prepare: Callable[[], Installable]) -> Future[Copied]:
+        """Copy into the arena, after all that the device has been told so far, and prepare what the tables take.
+
+        targets: start -> what goes there.
+        """
+        return self._copiers.submit(self._copy_and_prepare, targets, self._mark(), prepare)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._readers, self._copiers):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def _mark(self) -> torch.cuda.Event | None:
         """The kernels and moves queued so far: they may still read what lay in a block before."""
@@ -41,6 +53,13 @@ class Loader:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+    def _copy_and_prepare(
+        self, targets: Mapping[int, Tensor], after: torch.cuda.Event | None, prepare: Callable[[], Installable]
+    ) -> Copied:
+        start = time.monotonic()
+        self._copy(targets, after)
+        return Copied(time.monotonic() - start, prepare())
 
     def _copy(self, targets: Mapping[int, Tensor], after: torch.cuda.Event | None) -> None:
         if self._stream is None or after is None:
@@ -54,7 +73,7 @@ class Loader:
         self._stream.synchronize()  # of this thread: the engine's loop goes on
 
 
-def _serial_threads() -> ThreadPoolExecutor:
+def _serial_threads(count: int, name: str) -> ThreadPoolExecutor:
     """Threads whose torch work is not parallel.
 
     Each thread that runs a parallel region gets a team of OpenMP workers of its own. With more workers than cores the
@@ -62,15 +81,15 @@ def _serial_threads() -> ThreadPoolExecutor:
     torch.set_num_threads acts on the calling thread and on threads yet to come, so it is set back at the end.
     """
     num_threads = torch.get_num_threads()
-    started = Barrier(_LOADERS + 1)
+    started = Barrier(count + 1)
 
     def become_serial() -> None:
         torch.get_num_threads()  # initialises this thread; later it would undo the next line
         torch.set_num_threads(1)
         started.wait()
 
-    pool = ThreadPoolExecutor(max_workers=_LOADERS, thread_name_prefix="adapter-load")
-    for _ in range(_LOADERS):
+    pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix=name)
+    for _ in range(count):
         pool.submit(become_serial)
     started.wait()
     torch.set_num_threads(num_threads)

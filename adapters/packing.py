@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from onebase.adapters.arena import aligned
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.program import AdapterProgram, Head, SiteOps
+from onebase.adapters.traits import Traits
 from onebase.kernels.ops.instruction import Instruction
 from onebase.kernels.tables import Operands
 
@@ -75,9 +76,17 @@ class PackedHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedProgram:
-    """data: the program's own tensors. operands and extra: by site path. shared: key -> packed tensor."""
+    """All that is left of a program once it is packed: its tensors are in ``data`` and ``shared`` and nowhere else.
 
-    program: AdapterProgram
+    data: the program's own tensors. operands and extra: by site path. shared: key -> packed tensor. sites: how many
+    sites it acts on. digest, family, rank: see AdapterProgram.
+    """
+
+    digest: str
+    family: str
+    rank: int
+    sites: int
+    traits: Traits
     data: Tensor
     operands: Mapping[str, Operands]
     extra: Mapping[str, tuple[PackedInstruction, ...]]
@@ -92,7 +101,8 @@ class PackedProgram:
 
 def shifted(op: Operands, block: int) -> Operands:
     """Operands relative to a block's start -> offsets into the arena's buffer."""
-    return replace(op, a=op.a + block, b=op.b + block, add_out=op.add_out + block if op.add_out >= 0 else -1)
+    add_out = op.add_out + block if op.add_out >= 0 else -1
+    return Operands(op.rank, op.scale, op.a + block, op.b + block, add_out, op.token)
 
 
 def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -> PackedProgram:
@@ -108,7 +118,19 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -
             extra[path] = tuple(packer.pack(instruction) for instruction in ops.extra)
     packer.path = "the classification head"
     head = None if program.head is None else packer.pack_head(program.head)
-    return PackedProgram(program, packer.finish(pinned=pinned), operands, extra, packer.shared, head)
+    shared = {key: flat.pin_memory() for key, flat in packer.shared.items()} if pinned else packer.shared
+    return PackedProgram(
+        digest=program.digest,
+        family=program.family,
+        rank=program.rank,
+        sites=len(program.ops),
+        traits=Traits.of(program),
+        data=packer.finish(pinned=pinned),
+        operands=operands,
+        extra=extra,
+        shared=shared,
+        head=head,
+    )
 
 
 class _Packer:

@@ -36,6 +36,9 @@ class SharedBlocks:
     def __iter__(self) -> Iterator[SharedBlock]:
         return iter(self._blocks.values())
 
+    def items(self) -> Iterable[tuple[str, SharedBlock]]:
+        return self._blocks.items()
+
     @property
     def num_references(self) -> int:
         return sum(block.references for block in self)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, check_shapes
-from onebase.kernels.attention_cpu_plan import Gather, Group, Layout, Tile, plan
+from onebase.kernels.attention_cpu_plan import Gather, Group, Layout, Steps, Tile, plan
 
 FLASH_ROWS = 32  # queries a sequence from which the flash kernel beats batched matmuls
 
 
 class CpuAttention:
-    """The fast body for CPU tensors. The cache must come from ``PageCache.allocate`` (heads before tokens)."""
+    """The fast body for CPU tensors. The cache must have heads before tokens, as on the CPU."""
 
     name = "cpu"
 
@@ -28,8 +28,8 @@ class CpuAttention:
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:
         check_shapes(q, k, v, cache, batch, options)
-        _write(k, v, cache, batch)
         layout = Layout.of(cache, q.shape[1], options.window)
+        _write(k, v, cache, batch, layout.steps)
         groups = batch.once(("cpu", layout), lambda: plan(batch, layout))
         if len(groups) == 1 and isinstance(groups[0].tokens, slice):
             return _attend_group(q, k, v, cache, batch, groups[0], options)
@@ -39,18 +39,26 @@ class CpuAttention:
         return out
 
 
-def _write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -> None:
+def _write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, steps: Steps) -> None:
     """Both halves in one copy of [2 * T * kv_heads, dim] rows."""
-    rows = batch.once(("cpu write", cache.num_pages, cache.num_kv_heads), lambda: _slot_rows(cache, batch))
-    flat = cache.data.transpose(2, 3).view(-1, cache.head_dim)
-    flat.index_copy_(0, rows, torch.cat((k, v)).view(-1, cache.head_dim))
+    rows = batch.once(("cpu write", steps, cache.num_kv_heads), lambda: _slot_rows(cache, batch, steps))
+    _rows(cache, steps, 1).index_copy_(0, rows, torch.cat((k, v)).view(-1, cache.head_dim))
 
 
-def _slot_rows(cache: PageCache, batch: AttentionBatch) -> Tensor:
-    """Rows of the cache seen as [2 * num_pages * kv_heads * page_size, dim]: K of all tokens, then V."""
-    page, offset = batch.slots // batch.page_size, batch.slots % batch.page_size
-    page = torch.cat((page, page + cache.num_pages))[:, None] * cache.num_kv_heads
-    return ((page + torch.arange(cache.num_kv_heads)) * batch.page_size + offset.repeat(2)[:, None]).view(-1)
+def _slot_rows(cache: PageCache, batch: AttentionBatch, steps: Steps) -> Tensor:
+    """Rows of the cache seen as [n, dim]: K of all tokens, then V."""
+    page, offset = batch.slots // batch.page_size * steps.page, batch.slots % batch.page_size
+    heads = torch.cat((page, page + steps.half))[:, None] + torch.arange(cache.num_kv_heads)
+    return (heads * batch.page_size + offset.repeat(2)[:, None]).view(-1)
+
+
+def _rows(cache: PageCache, steps: Steps, tokens: int) -> Tensor:
+    """The cache's memory from its first page to its last as [n, tokens * dim], whatever else lies between them.
+
+    tokens: page_size, or 1."""
+    num_heads = steps.half + (cache.num_pages - 1) * steps.page + cache.num_kv_heads
+    width = tokens * cache.head_dim
+    return cache.data.as_strided((num_heads * cache.page_size // tokens, width), (width, 1))
 
 
 def _attend_group(
@@ -73,8 +81,12 @@ def _attend_group(
 
 def _gathered(cache: PageCache, gather: Gather, group: Group) -> tuple[Tensor, Tensor]:
     """K and V as [n, KV, S, D], each head contiguous."""
-    rows = cache.data.transpose(2, 3).view(2 * cache.num_pages * cache.num_kv_heads, -1)
-    copied = rows.index_select(0, gather.pages).view(-1, cache.head_dim).index_fill_(0, gather.dead, 0.0)
+    copied = (
+        _rows(cache, Steps.of(cache), cache.page_size)
+        .index_select(0, gather.pages)
+        .view(-1, cache.head_dim)
+        .index_fill_(0, gather.dead, 0.0)
+    )
     keys, values = copied.view(2, group.num_seqs, cache.num_kv_heads, -1, cache.head_dim)
     return keys, values
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ KEPT_MASK_ITEMS = 8 << 20  # a sequence's masks beyond this are made anew by eac
 class Gather:
     """Which pages to copy and which copied slots hold no token of the sequence.
 
-    pages: int64 [2 * num_seqs * kv_heads * pages] rows of the cache seen as [2 * num_pages * kv_heads, page * dim].
+    pages: int64 [2 * num_seqs * kv_heads * pages] rows of the cache's memory seen as [n, page * dim].
     dead: int64, rows of the copy seen as [2 * num_seqs * kv_heads * slots, dim]; zeroed, because 0 * NaN is NaN.
     """
 
@@ -70,11 +71,24 @@ class Group:
     tiles: tuple[Tile, ...]
 
 
+class Steps(NamedTuple):
+    """From a head's page to others in memory, in head's pages: to the same one of the next page, and from K to V."""
+
+    page: int
+    half: int
+
+    @classmethod
+    def of(cls, cache: PageCache) -> Steps:
+        half, page = cache.data.stride()[:2]
+        item = cache.page_size * cache.head_dim
+        return cls(page // item, half // item)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What a plan depends on besides the batch."""
 
-    num_pages: int
+    steps: Steps
     num_kv_heads: int
     token_bytes: int  # K and V of one token
     group_heads: int
@@ -84,7 +98,7 @@ class Layout:
     def of(cls, cache: PageCache, num_heads: int, window: int | None) -> Layout:
         heads = cache.num_kv_heads
         token_bytes = 2 * heads * cache.head_dim * cache.data.dtype.itemsize
-        return cls(cache.num_pages, heads, token_bytes, num_heads // heads, window)
+        return cls(Steps.of(cache), heads, token_bytes, num_heads // heads, window)
 
 
 def plan(batch: AttentionBatch, layout: Layout) -> tuple[Group, ...]:
@@ -170,8 +184,8 @@ def _gather(
     column = np.arange(counts.max())
     page = first[:, None] + np.where(column < counts[:, None], column, 0)  # [rows, columns] index into the page table
     numbers = batch.host_tables[np.asarray(rows)[:, None], page].astype(np.int64)
-    half = np.arange(2)[:, None, None, None] * layout.num_pages + numbers[:, None]
-    pages = half * layout.num_kv_heads + np.arange(layout.num_kv_heads)[:, None]  # [2, rows, kv_heads, columns]
+    halves = np.arange(2)[:, None, None, None] * layout.steps.half + numbers[:, None] * layout.steps.page
+    pages = halves + np.arange(layout.num_kv_heads)[:, None]  # [2, rows, kv_heads, columns]
     position = page[:, :, None] * batch.page_size + np.arange(batch.page_size)
     dead = _dead(position.reshape(len(rows), -1) >= lengths[:, None], layout.num_kv_heads)
     return Gather(torch.from_numpy(pages.reshape(-1)), dead), len(column) * batch.page_size

@@ -245,7 +245,7 @@ class TritonAttention:
     def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
         """A prompt, a decoding row, and one whose keys are split."""
         device, dtype, size = cache.data.device, cache.data.dtype, cache.page_size
-        own = PageCache.allocate(1, size, cache.num_kv_heads, cache.head_dim, dtype, device)
+        own = cache.single()
         for queries, length in ((2, 2), (1, 1), (1, 2 * self.split_tokens)):
             batch = AttentionBatch.build([queries], [length], [[0] * -(-length // size)], size, device)
             q = torch.zeros(queries, num_heads, cache.head_dim, dtype=dtype, device=device)

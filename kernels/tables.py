@@ -52,6 +52,14 @@ class Use(NamedTuple):
     op: Operands
 
 
+class ProgramRow(NamedTuple):
+    """A program's operands by site, and its row of the device table that says the same: [n_sites, FIELDS] int64."""
+
+    operands: Mapping[int, Operands]
+    table: Tensor
+    is_aligned: bool
+
+
 class ProgramTables:
     """The installed programs. Handles are unique and growing; a program's operands never change once installed.
 
@@ -65,7 +73,7 @@ class ProgramTables:
             raise ValueError(f"buffer: must be 1-D, contiguous and floating, not {buffer.dtype} {tuple(buffer.shape)}")
         self.buffer = buffer
         self.sites = tuple(sites)
-        self._programs: dict[int, dict[int, Operands]] = {}
+        self._programs: dict[int, Mapping[int, Operands]] = {}
         self._rows: dict[int, int] = {}
         self._last_handle = -1
         self._removals = 0
@@ -78,18 +86,25 @@ class ProgramTables:
         """[capacity, n_sites, FIELDS] int64 on the buffer's device. Replaced by a larger one when it is full."""
         return self._device_table
 
-    def install(self, handle: int, operands: Mapping[int, Operands]) -> None:
+    def row_of(self, operands: Mapping[int, Operands]) -> ProgramRow:
+        """What ``install`` takes, made before it in any thread. Raises ValueError for an operand outside the buffer."""
+        for site, op in operands.items():
+            self._check(site, op)
+        whole = 16 // self.buffer.element_size()
+        is_aligned = not any(op.a % whole or op.b % whole for op in operands.values())
+        return ProgramRow(dict(operands), self._encode(operands), is_aligned)
+
+    def install(self, handle: int, program: Mapping[int, Operands] | ProgramRow) -> None:
         """Make a program usable by plans. Raises ValueError for a reused handle or an operand outside the buffer."""
         if handle <= self._last_handle:
             raise ValueError(f"handle: {handle} was given before; allowed is above {self._last_handle}")
-        for site, op in operands.items():
-            self._check(site, op)
-        if any(offset % self.alignment for op in operands.values() for offset in (op.a, op.b)):
+        ready = program if isinstance(program, ProgramRow) else self.row_of(program)
+        if not ready.is_aligned:
             self.alignment = 1
         self._last_handle = handle
-        self._programs[handle] = dict(operands)
+        self._programs[handle] = ready.operands
         self._rows[handle] = row = self._take_row()
-        self._device_table[row].copy_(self._encode(operands), non_blocking=True)
+        self._device_table[row].copy_(ready.table, non_blocking=True)
 
     def remove(self, handle: int) -> None:
         """Forget a program. Raises KeyError where it is not installed."""

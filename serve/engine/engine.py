@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterConflict, AdapterUnloaded, EngineError, OneBaseError, RequestRejected
 from onebase.kernels.instructions import InstructionTable
+from onebase.serve.engine.budget import DeviceBudget
 from onebase.serve.engine.classes import NO_HEAD
 from onebase.serve.engine.combine import without_idle
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
 from onebase.serve.engine.draw import draw, draw_apart
-from onebase.serve.engine.memory import plan_memory
+from onebase.serve.engine.memory import allocate, arena_in, plan_memory
 from onebase.serve.engine.messages import (
     AdapterGone,
     AdapterReady,
@@ -35,6 +36,7 @@ from onebase.serve.engine.sampler import NOT_FINITE
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.tier import adapter_tier
+from onebase.serve.engine.tier_stats import tier_stats
 from onebase.serve.engine.waiting import Refused, WaitingRoom
 from onebase.serve.model.loader import LoadedModel, load_model
 from onebase.serve.model.sites import StepPlans
@@ -48,20 +50,21 @@ class Engine:
     def __init__(self, config: EngineConfig, base: LoadedModel | None = None) -> None:
         base = base or load_model(config)
         memory = plan_memory(config, base)
-        base.context.allocate(memory.num_pages + (SCRATCH_PAGES if config.deterministic else 0))
+        scratch = SCRATCH_PAGES if config.deterministic else 0
+        buffer = allocate(memory, base.device, scratch)
+        base.context.lie_in(buffer, memory.num_slots + scratch)
         base.context.warm_up()
         self.max_model_len = memory.max_model_len
-        self.scheduler = Scheduler(
-            PageAllocator(memory.num_pages, config.page_size, PrefixCache() if config.prefix_caching else None),
-            config.max_batch_tokens,
-            config.max_num_seqs,
-        )
+        cache = PrefixCache() if config.prefix_caching else None
+        pages = PageAllocator(memory.pages.start, config.page_size, cache, first=memory.first_page)
+        self.scheduler = Scheduler(pages, config.max_batch_tokens, config.max_num_seqs)
         plans, instructions = StepPlans(), InstructionTable()
-        self.adapters = adapter_tier(config, base, memory.adapter_bytes, plans, instructions)
+        self.adapters = adapter_tier(config, base, arena_in(buffer, memory, base.dtype), plans, instructions)
         pad, lookahead = base.config.get("pad_token_id"), 2 * config.max_num_seqs
         self.waiting = WaitingRoom(self.scheduler, self.adapters, memory.max_model_len, pad, lookahead)
+        self.budget = DeviceBudget(memory, self.scheduler, self.adapters, base.context.move_pages, self.waiting)
         self.runner = (
-            DeterministicRunner(base, plans, instructions, memory.num_pages, memory.max_model_len)
+            DeterministicRunner(base, plans, instructions, memory.num_slots, memory.max_model_len)
             if config.deterministic
             else ModelRunner(base, plans, instructions)
         )
@@ -74,9 +77,12 @@ class Engine:
             vocab_size=base.vocab_size,
             max_model_len=memory.max_model_len,
             page_size=config.page_size,
-            num_pages=memory.num_pages,
+            num_pages=memory.pages.start,
             adapter_bytes=self.adapters.arena.capacity_bytes,
             eos_token_ids=base.eos_token_ids,
+            page_bounds=(memory.pages.least, memory.pages.most),
+            adapter_byte_bounds=(memory.adapters.least, memory.adapters.most),
+            memory=str(memory),
         )
         self._eos = frozenset(base.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
@@ -250,13 +256,14 @@ class Engine:
 
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []
-        self.waiting.prefetch()
-        self.adapters.forget_unplaced(self.waiting.wanted)
-        for entry in self.adapters.poll(self.waiting.kept):
+        self.budget.step()
+        for entry in self.adapters.collect(self.waiting.wanted):
             for command in self._commands.pop(entry.digest, []):
                 outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
             if entry.error is not None:
                 outputs += self._refuse([(sequence, entry.error) for sequence in self.waiting.over(entry.digest)])
+        self.waiting.prefetch()
+        self.adapters.place(self.waiting.kept, self.waiting.wanted)
         outputs += self._refuse(self.waiting.lay_out())
         return outputs + self._refuse(self.waiting.oversized()) + self._gone()
 
@@ -283,22 +290,28 @@ class Engine:
             cached_tokens=self.scheduler.cached_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self.scheduler.preemptions,
+            num_pages=self.scheduler.pages.num_pages,
+            adapter_bytes=self.adapters.arena.capacity_bytes,
+            budget_moves=self.budget.moves,
             adapter_bytes_used=self.adapters.arena.used_bytes,
             adapter_loads=self.adapters.loads,
-            adapter_evictions=self.adapters.evictions,
+            adapter_evictions=self.adapters.device.evictions,
             resident=resident,
             running_adapters=_distinct(self.scheduler.running),
             waiting_adapters=_distinct(waiting),
+            **tier_stats(self.adapters),
         )
 
     def host_changes(self) -> HostChanges | None:
         """What came to host memory and left it since this was asked last; None where nothing did."""
-        return None
+        added, removed = self.adapters.host.changes()
+        return HostChanges(tuple(added), tuple(removed)) if added or removed else None
 
     def check(self) -> None:
         """Prove that pages, arena bytes and references add up. Raises RuntimeError where they do not."""
         self.scheduler.check()
         self.adapters.check()
+        self.budget.check()
         held = sum(len(sequence.digests) for sequence in self.scheduler.running)
         if held != self.adapters.num_references:
             raise RuntimeError(

@@ -179,7 +179,8 @@ class HostChanges:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Said once, when the engine can serve."""
+    """Said once, when the engine can serve. num_pages and adapter_bytes: at the start; they move within the bounds (at
+    least, at most). memory: all of that for a log line."""
 
     architecture: str
     fingerprint: str
@@ -191,6 +192,9 @@ class EngineInfo:
     num_pages: int
     adapter_bytes: int
     eos_token_ids: tuple[int, ...]
+    page_bounds: tuple[int, int] = (0, 0)
+    adapter_byte_bounds: tuple[int, int] = (0, 0)
+    memory: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +226,13 @@ class Seconds:
 class EngineStats:
     """Gauges after a step; counters are totals since the engine started. resident: digest -> bytes on the device.
 
-    free_pages: nobody holds them; cached_pages: those of them that the prefix cache can still give. prompt_tokens: of
-    prompts, computed; queried_tokens: of prompts, looked for in the prefix cache; cached_tokens: of these, found there
-    and not computed. load_seconds: by step of a load: ``read`` (compiled form -> host), ``compile`` (files -> host),
-    ``copy`` (host -> device), ``wait`` (asked for -> ready). pinned: digests that are on the device to stay;
-    pinned_bytes: what they take; pins_waiting: those that could not be loaded, or have no room. compiled_failures:
-    compiled forms that could not be read or written.
+    num_pages, adapter_bytes: what pages and adapters have now of the device's budget; budget_moves: how often that
+    changed. free_pages: nobody holds them; cached_pages: those of them that the prefix cache can still give.
+    prompt_tokens: of prompts, computed; queried_tokens: of prompts, looked for in the prefix cache; cached_tokens: of
+    these, found there and not computed. load_seconds: by step of a load: ``read`` (compiled form -> host), ``compile``
+    (files -> host), ``copy`` (host -> device), ``wait`` (asked for -> ready). pinned: digests that are on the device to
+    stay; pinned_bytes: what they take; pins_waiting: those that could not be loaded, or have no room.
+    compiled_failures: compiled forms that could not be read or written.
     """
 
     running: int = 0
@@ -242,6 +247,9 @@ class EngineStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    num_pages: int = 0
+    adapter_bytes: int = 0
+    budget_moves: int = 0
     adapter_bytes_used: int = 0
     adapter_loads: int = 0
     adapter_evictions: int = 0

@@ -2,24 +2,34 @@
 
 A page is free, held (by one sequence or, when its content is a prefix of several, by more), or idle: nobody holds it,
 but the prefix cache can still find it. Idle pages count as free and are given away last.
+
+Pages are numbered by their slots in the device's buffer, whose low end belongs to adapters. The border between them
+moves: pages are handed out from the high end, so that those next to it are mostly free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush
 
 from onebase.serve.engine.prefix_cache import Block, PrefixCache
 
 
 class PageAllocator:
-    """Hands out page numbers 0..num_pages-1. Without a prefix cache no page is ever shared or idle."""
+    """Hands out page numbers from ``first`` up. Without a prefix cache no page is ever shared or idle."""
 
-    def __init__(self, num_pages: int, page_size: int, cache: PrefixCache | None = None) -> None:
+    def __init__(self, num_pages: int, page_size: int, cache: PrefixCache | None = None, first: int = 0) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.cache = cache
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.first = first
+        self._free = list(range(1 - first - num_pages, 1 - first))  # a heap of negated numbers: the highest comes first
         self._holders: dict[int, int] = {}
+
+    @property
+    def num_unused(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
 
     @property
     def num_free(self) -> int:
@@ -43,7 +53,7 @@ class PageAllocator:
         """``count`` pages, or None (and nothing taken) where there are not as many."""
         if count > self.num_free:
             return None
-        pages = [self._take_one() for _ in range(count)]
+        pages = sorted(self._take_one() for _ in range(count))  # memory is read faster upwards
         self._holders.update(dict.fromkeys(pages, 1))
         return pages
 
@@ -54,7 +64,7 @@ class PageAllocator:
             if not self._holders[page]:
                 del self._holders[page]
                 if self.cache is None or not self.cache.leave(page):
-                    self._free.append(page)
+                    heappush(self._free, -page)
 
     def find(self, blocks: Iterable[Block]) -> list[int]:
         """The cached pages of the first blocks, up to the first that is not cached. Nothing is taken."""
@@ -68,8 +78,12 @@ class PageAllocator:
 
     def can_hold(self, count: int, found: Sequence[int]) -> bool:
         """Whether ``count`` pages could be held together, ``found`` (of ``find``) among them."""
+        return self.lacking(count, found) <= 0
+
+    def lacking(self, count: int, found: Sequence[int]) -> int:
+        """Free pages that are missing for that."""
         idle = 0 if self.cache is None else sum(map(self.cache.is_idle, found))
-        return count - len(found) <= self.num_free - idle
+        return count - len(found) - (self.num_free - idle)
 
     def share(self, pages: Iterable[int]) -> None:
         """Hold cached pages."""
@@ -77,6 +91,54 @@ class PageAllocator:
             self._holders[page] = self._holders.get(page, 0) + 1
             if self.cache is not None:
                 self.cache.take(page)
+
+    def add(self, count: int) -> None:
+        """The ``count`` slots below the first page are pages now."""
+        self.first -= count
+        self.num_pages += count
+        for page in range(self.first, self.first + count):
+            heappush(self._free, -page)
+
+    def withdraw(self, count: int, most_moves: int) -> dict[int, int]:
+        """Give up the lowest pages: ``count`` of them, or as many as leave no more than ``most_moves`` to be copied. At
+        least ``count`` must be free; of the idle ones those go that have been idle longest.
+
+        What is still held or cached there gets another page, old -> new: to be copied before anybody reads it, and to
+        be renamed by the sequences that hold it."""
+        count, used = self._reachable(count, most_moves)
+        border = self.first + count
+        targets = [-item for item in self._free if -item >= border]
+        while len(targets) < len(used):
+            assert self.cache is not None  # only idle pages are free and not unused
+            evicted = self.cache.evict()
+            if evicted < border:
+                used.remove(evicted)
+            else:
+                targets.append(evicted)
+        moves = dict(zip(used, sorted(targets, reverse=True), strict=False))
+        self._rename(moves, targets)
+        self.first, self.num_pages = border, self.num_pages - count
+        return moves
+
+    def _reachable(self, count: int, most_moves: int) -> tuple[int, list[int]]:
+        """How many of the lowest ``count`` pages can go, and those of them that are held or idle."""
+        unused, used = {-item for item in self._free}, list[int]()
+        for page in range(self.first, self.first + count):
+            if page not in unused:
+                if len(used) == most_moves:
+                    return page - self.first, used
+                used.append(page)
+        return count, used
+
+    def _rename(self, moves: dict[int, int], targets: Iterable[int]) -> None:
+        """targets: the free pages that are left, those of ``moves`` among them."""
+        self._free = [-page for page in set(targets) - set(moves.values())]
+        heapify(self._free)
+        if not moves:
+            return
+        self._holders = {moves.get(page, page): count for page, count in self._holders.items()}
+        if self.cache is not None:
+            self.cache.rename(moves)
 
     def check(self, held: Iterable[Sequence[int]] = ()) -> None:
         """Prove free + held + idle = total, no page in two states, and as many holders as there are in ``held``: the
@@ -86,10 +148,11 @@ class PageAllocator:
             counted[page] = counted.get(page, 0) + 1
         if counted != self._holders:
             raise RuntimeError(f"pages: sequences hold {sum(counted.values())}, counted {sum(self._holders.values())}")
-        distinct = {*self._free, *self._holders}
-        idle = {page for page in range(self.num_pages) if self.cache is not None and self.cache.is_idle(page)}
+        pages = set(range(self.first, self.first + self.num_pages))
+        idle = {page for page in pages if self.cache is not None and self.cache.is_idle(page)}
+        known = {*(-item for item in self._free), *self._holders, *idle}
         total = len(self._free) + len(self._holders) + self.num_idle
-        if total != self.num_pages or len(distinct | idle) != self.num_pages:
+        if total != self.num_pages or known != pages:
             raise RuntimeError(
                 f"pages: {len(self._free)} free + {len(self._holders)} held + {self.num_idle} idle of {self.num_pages}"
             )
@@ -98,6 +161,6 @@ class PageAllocator:
 
     def _take_one(self) -> int:
         if self._free:
-            return self._free.pop()
+            return -heappop(self._free)
         assert self.cache is not None  # num_free counted its idle pages
         return self.cache.evict()

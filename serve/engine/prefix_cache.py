@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ROOT = b""
@@ -81,6 +81,12 @@ class PrefixCache:
         del self._pages[self._blocks.pop(page).key]
         self.evictions += 1
         return page
+
+    def rename(self, moves: Mapping[int, int]) -> None:
+        """The contents of these pages lie in others now: old -> new."""
+        self._blocks = {moves.get(page, page): block for page, block in self._blocks.items()}
+        self._pages = {block.key: page for page, block in self._blocks.items()}
+        self._idle = OrderedDict((moves.get(page, page), None) for page in self._idle)
 
     def check(self) -> None:
         """Raises RuntimeError unless keys and pages agree one to one, and every idle page is cached."""

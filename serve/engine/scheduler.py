@@ -17,6 +17,11 @@ from onebase.serve.engine.sequence import Sequence, Status
 
 Admit = Callable[[Sequence], bool]  # takes references on the sequence's adapters; False where one is not resident
 Release = Callable[[Sequence], None]
+MorePages = Callable[[int], bool]  # makes free pages, so many more if it can; whether there are
+
+
+def _no_more(count: int) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,16 @@ class Chunk:
 
 
 class Scheduler:
-    """Holds waiting and running sequences, both in order of arrival."""
+    """Holds waiting and running sequences, both in order of arrival.
+
+    more_pages: asked before a sequence is preempted or not admitted for want of pages.
+    """
 
     def __init__(self, pages: PageAllocator, max_batch_tokens: int, max_num_seqs: int) -> None:
         self.pages = pages
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.more_pages: MorePages = _no_more
         self.preemptions = 0
         self.queried_tokens = 0  # of prompts, looked for in the prefix cache
         self.cached_tokens = 0  # of them, found there
@@ -94,7 +103,10 @@ class Scheduler:
         """Whether its tokens and the next one fit the pages, with those that the prefix cache has."""
         next_token = min(sequence.request.sampling.max_tokens, 1)
         count = self.pages.pages_for(len(sequence.tokens) + next_token)
-        return self.pages.can_hold(count, ()) or self.pages.can_hold(count, self._cached(sequence))
+        if self.pages.can_hold(count, ()):
+            return True
+        cached = self._cached(sequence)
+        return self.pages.can_hold(count, cached) or self.more_pages(self.pages.lacking(count, cached))
 
     def _cached(self, sequence: Sequence) -> list[int]:
         """The pages that the prefix cache has for it."""
@@ -132,6 +144,8 @@ class Scheduler:
         if missing <= 0:
             return True
         pages = self.pages.allocate(missing)
+        if pages is None and self.more_pages(missing - self.pages.num_free):
+            pages = self.pages.allocate(missing)
         if pages is None:
             return False
         sequence.pages.extend(pages)
@@ -156,6 +170,13 @@ class Scheduler:
         sequence.pages.clear()
         if sequence.layout is not None:
             sequence.restart()
+
+    def withdraw(self, count: int, most_moves: int) -> dict[int, int]:
+        """Give up the lowest pages, see PageAllocator.withdraw. The caller copies what moved, old -> new."""
+        moves = self.pages.withdraw(count, most_moves)
+        for sequence in self.running if moves else ():
+            sequence.pages = [moves.get(page, page) for page in sequence.pages]
+        return moves
 
     def check(self) -> None:
         """Prove the book of pages: every held page is held by running sequences, and by as many as are counted."""

@@ -7,21 +7,25 @@ from pathlib import Path
 
 from onebase.adapters.arena import Arena
 from onebase.adapters.cache import AdapterCache
+from onebase.adapters.compiled import CompiledForms
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
-from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.config import GIB, EngineConfig
+from onebase.serve.engine.memory import free_host
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.sites import SiteContext, StepPlans, wrap_sites
 
+_HOST_SHARE_CUDA, _MOST_CUDA = 0.25, 64 * GIB
+_HOST_SHARE_CPU, _MOST_CPU = 0.05, 2 * GIB
+
 
 def adapter_tier(
-    config: EngineConfig, base: LoadedModel, num_bytes: int, plans: StepPlans, instructions: InstructionTable
+    config: EngineConfig, base: LoadedModel, arena: Arena, plans: StepPlans, instructions: InstructionTable
 ) -> AdapterCache:
-    """The device tier over an arena of ``num_bytes``. Once for a base: its modules' forwards are replaced."""
-    arena = Arena(num_bytes // base.dtype.itemsize, base.dtype, base.device)
+    """The device tier over an arena. Once for a base: its modules' forwards are replaced."""
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
     kernels = select_kernels(tables, "reference") if config.deterministic else select_kernels(tables)
@@ -30,7 +34,34 @@ def adapter_tier(
     wrap_sites(base.probed, base.norms, base.blocks, context)
     base.context.adapt(context, [layer.attention for layer in base.layers])
     index = {site.path: i for i, site in enumerate(sites)}
-    return AdapterCache(arena, tables, kernels, instructions, index, partial(_compile, base))
+    return AdapterCache(
+        arena,
+        tables,
+        kernels,
+        instructions,
+        index,
+        partial(_compile, base),
+        forms=compiled_forms(config, base),
+        host_bytes=host_budget(config, base.device.type),
+    )
+
+
+def compiled_forms(config: EngineConfig, base: LoadedModel) -> CompiledForms | None:
+    """The disk tier. Forms belong to the weights, to the places that adapters can touch, and to the kind of device:
+    what is computed from weights at load (DoRA's norms) has other last bits elsewhere."""
+    if config.compiled_dir is None:
+        return None
+    key = f"{base.fingerprint} {base.device.type} {sorted(map(str, base.sites.values()))} {sorted(base.refused)}"
+    return CompiledForms(Path(config.compiled_dir), key, base.dtype, pinned=base.device.type == "cuda")
+
+
+def host_budget(config: EngineConfig, device: str) -> int:
+    """Bytes of the host tier. Without a number from the operator a share of the free memory: on a CPU a small one,
+    since the device tier is in the same memory, and the file cache beside it."""
+    if config.host_cache is not None:
+        return int(config.host_cache * GIB)
+    share, most = (_HOST_SHARE_CUDA, _MOST_CUDA) if device == "cuda" else (_HOST_SHARE_CPU, _MOST_CPU)
+    return min(int(free_host() * share), most)
 
 
 def _compile(base: LoadedModel, path: Path, digest: str) -> AdapterProgram:

@@ -7,7 +7,7 @@ know). No mask function is registered on purpose: transformers then builds no ma
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOptions, PageCache
 from onebase.kernels.ops.instruction import wide
 from onebase.kernels.ops.prefix import GatedPrefix
+from onebase.kernels.pages import LayerShape, SlotLayout
 from onebase.serve.model.sites import SiteContext
 
 ATTENTION_NAME = "onebase_paged"
@@ -47,19 +48,6 @@ _INERT = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """K/V of one layer: what its pages have to hold."""
-
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def bytes_per_page(self, page_size: int) -> int:
-        return PageCache.bytes_per_page(page_size, self.num_kv_heads, self.head_dim, self.dtype)
-
-
 @dataclass(slots=True, eq=False)
 class AttentionContext:
     """Pages of every layer and the batch of the present step. One per loaded model.
@@ -85,15 +73,26 @@ class AttentionContext:
             if isinstance(getattr(module, "layer_idx", None), int):
                 setattr(module, _CONTEXT, self)
 
-    def bytes_per_page(self) -> int:
-        return sum(shape.bytes_per_page(self.page_size) for shape in self.shapes.values())
+    def slot_layout(self) -> SlotLayout:
+        """How one page of every known layer lies in a slot."""
+        return SlotLayout.of(list(self.shapes.values()), self.page_size)
 
-    def allocate(self, num_pages: int) -> None:
-        """Give every known layer ``num_pages`` pages, in place of those it has. Their contents are lost."""
+    def lie_in(self, buffer: Tensor, num_pages: int) -> None:
+        """Give every known layer its part of ``num_pages`` slots, in place of the pages it has; those are lost.
+
+        buffer: uint8, one-dimensional; its first slots become the pages."""
+        layout = self.slot_layout()
         self.num_pages = num_pages
-        self.caches.clear()
-        for layer in self.shapes:
-            self.caches[layer] = self._pages(layer)
+        self.caches = {
+            layer: PageCache.within(buffer, shape, self.page_size, num_pages, offset, layout.nbytes)
+            for (layer, shape), offset in zip(self.shapes.items(), layout.offsets, strict=True)
+        }
+
+    def move_pages(self, moves: Mapping[int, int]) -> None:
+        """Copy pages of every layer: from -> to. None of them is in both."""
+        where = torch.tensor([list(moves), list(moves.values())], dtype=torch.int64)
+        for cache in self.caches.values():
+            cache.move(*where.to(cache.data.device))
 
     def adapt(self, sites: SiteContext, paths: Sequence[str]) -> None:
         """From now on the step's adapters may add to what attention gives. paths: the layers' attention modules."""

@@ -75,6 +75,10 @@ class GatedCache(AdapterCache):
         self._copy_plainly(targets, after)
         self.copied.append(sum(data.numel() for data in targets.values()))
 
+    def poll(self) -> None:
+        self.collect()
+        self.place(wanted=self._entries)
+
     def want(self, *names: str) -> list[Entry]:
         return [self.fetch(name, name) for name in names]
 
@@ -124,7 +128,7 @@ def _first_copy_held(cache: GatedCache, first: str, second: str) -> tuple[Entry,
     (one,) = cache.want(first)
     cache.settle(lambda: one.state == "copying")
     (two,) = cache.want(second)
-    cache.settle(lambda: two.state == "copying" and two.work is None)
+    cache.settle(lambda: two.state == "copying" and not two.working)
     assert len(one.filling) == 2
     assert two.filling == ()
     return one, two
@@ -154,8 +158,8 @@ def test_one_that_was_asked_for_first_and_placed_second_becomes_ready(cache_of: 
     late, early = cache.want("x1", "x2")
     cache.settle(lambda: early.state == "copying")
     cache.compile_gates["x1"].set()
-    cache.settle(lambda: late.state == "copying" and late.work is None)
-    work = early.work
+    cache.settle(lambda: late.state == "copying" and not late.working)
+    work = early.copying
     cache.fills.set()
     assert isinstance(work, Future)
     work.result(10)
@@ -290,7 +294,7 @@ def test_compaction_moves_shared_blocks_and_keeps_their_content(cache_of: Callab
     cache.acquire("z1")
     before = {block.start for block in cache.shared}
     cache.load("y3")
-    assert cache._compact()
+    assert cache.device.placement.compact(cache.device.entries)
     cache.check()
     assert {block.start for block in cache.shared} != before
     for name in ("y1", "y2", "y3", "z1"):
@@ -328,7 +332,8 @@ def test_random_lives(seed: int, cache_of: Callable[[int], GatedCache]) -> None:
             for ready in filter(cache.is_ready, names):
                 cache.assert_exact(ready)
         else:
-            cache.forget_unplaced(held)
+            cache.collect()
+            cache.place(wanted=held)
         cache.poll()
         cache.check()
     for name in held:

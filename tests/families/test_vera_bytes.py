@@ -55,7 +55,7 @@ def test_a_hundred_adapters_hold_their_vectors_and_one_pair_of_projections(
     first = driver.use(vera.adapter)
     alone = driver.logprobs([(vera.tokens, (first,))], 100)[0]
     used = cache.arena.used_bytes
-    own = cache.size(first.digest)
+    own = cache.parts(first.digest).get(first.digest)
     assert own is not None
     assert used > 2 * own, "the projections should outweigh the vectors"
     uses = [driver.use(folder) for folder in _siblings(vera, tmp_path / "siblings")]
@@ -89,4 +89,4 @@ def test_adapters_whose_projections_do_not_fit_together(
     requests = [driver.submit(vera.prompt, uses[turn % 2], max_tokens=3) for turn in range(4)]
     driver.run()
     assert [len(driver.outputs[request]) for request in requests] == [3, 3, 3, 3]
-    assert driver.engine.adapters.evictions > 0
+    assert driver.engine.adapters.device.evictions > 0

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from onebase.kernels import attention_cpu_plan
 from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOptions, PageCache, select_attention
+from onebase.kernels.pages import LayerShape, SlotLayout
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,6 +51,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     spread: float = 1.0  # standard deviation of the logits, roughly
+    slots: bool = False  # the layer's pages lie in slots, between those of other layers
     seed: int = 0
 
     @property
@@ -104,13 +106,32 @@ class World:
     def cache(self, poison: float = float("nan")) -> PageCache:
         """Poisoned everywhere but at the cached tokens of each sequence."""
         case = self.case
-        cache = PageCache.allocate(self.num_pages, case.page_size, case.kv_heads, case.dim, case.dtype, self.device)
+        cache = self._slots(poison) if case.slots else self._plain()
         cache.data.fill_(poison)
         for (query_len, kv_len), pages, (keys, values) in zip(case.lens, self.pages, self.history, strict=True):
             for position in range(kv_len - query_len):
                 page, offset = pages[position // case.page_size], position % case.page_size
                 cache.k[page, offset], cache.v[page, offset] = keys[position], values[position]
         return cache
+
+    def _plain(self) -> PageCache:
+        case = self.case
+        return PageCache.allocate(self.num_pages, case.page_size, case.kv_heads, case.dim, case.dtype, self.device)
+
+    def _slots(self, poison: float) -> PageCache:
+        """The second of three layers of different shapes and types, all of them poisoned."""
+        case = self.case
+        shape = LayerShape(case.kv_heads, case.dim, case.dtype, self.device)
+        shapes = [LayerShape(1, 24, torch.float64, self.device), shape, LayerShape(2, 8, torch.float32, self.device)]
+        layout = SlotLayout.of(shapes, case.page_size)
+        self.buffer = torch.zeros(self.num_pages * layout.nbytes, dtype=torch.uint8, device=self.device)
+        self.layers = [
+            PageCache.within(self.buffer, one, case.page_size, self.num_pages, offset, layout.nbytes)
+            for one, offset in zip(shapes, layout.offsets, strict=True)
+        ]
+        for layer in self.layers:
+            layer.data.fill_(poison)
+        return self.layers[1]
 
     def expected(self) -> Tensor:
         """Dense attention in float64, one query row at a time."""
@@ -170,6 +191,7 @@ def cases(max_len: int, max_seqs: int, dims: list[int], dtypes: list[torch.dtype
         window=st.none() | st.integers(1, max_len),
         softcap=st.none() | st.sampled_from([1.5, 30.0]),
         sinks=st.booleans(),
+        slots=st.booleans(),
         seed=st.integers(0, 1 << 20),
     )
 
@@ -210,6 +232,7 @@ NAMED = [
     pytest.param(replace(SMALL, sinks=True, window=4, group=4, kv_heads=1), id="sinks-and-window"),
     pytest.param(replace(SMALL, page_size=128), id="page-128"),
     pytest.param(replace(SMALL, dim=96, group=1), id="dim-96-no-groups"),
+    pytest.param(replace(MIXED, dtype=torch.bfloat16, slots=True, group=3), id="slots"),
 ]
 
 
@@ -262,9 +285,47 @@ def test_triton_splits_by_the_longest_row(window: int | None, splits: int) -> No
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_touches_only_its_slots(name: str) -> None:
+def test_touches_no_other_layer(name: str) -> None:
+    """Layers whose pages share slots with this one's, and what lies between slots, stay as they were."""
+    world = World(replace(SMALL, slots=True))
+    cache = world.cache(poison=123.0)
+    cache.data.zero_()
+    before = world.buffer.clone()
+    run(select_attention(CPU, name), world, cache)
+    assert not torch.equal(world.buffer, before)
+    cache.data.zero_()
+    assert torch.equal(world.buffer, before)
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_moved_pages_hold_what_they_held(slots: bool) -> None:
+    """A body gives the same bits over pages that were copied elsewhere."""
+    world = World(replace(SMALL, slots=slots))
+    cache, body = world.cache(), select_attention(CPU, "cpu")
+    want = run(body, world, cache)
+    cache, moved = world.cache(), world.pages[0][:1] + world.pages[2][:1]
+    free = [page for page in range(world.num_pages) if all(page not in held for held in world.pages)]
+    cache.move(torch.tensor(moved), torch.tensor(free[:2]))
+    cache.data[:, moved] = float("nan")
+    world.pages = [[dict(zip(moved, free, strict=False)).get(page, page) for page in held] for held in world.pages]
+    assert torch.equal(run(body, world, cache), want)
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_single_page_has_the_caches_strides(slots: bool) -> None:
+    """What is compiled for it serves the whole cache, which it does not touch."""
+    cache = World(replace(SMALL, slots=slots)).cache()
+    single = cache.single()
+    assert single.num_pages == 1
+    assert single.k.stride() == cache.k.stride()
+    assert single.data.untyped_storage().data_ptr() != cache.data.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("slots", [False, True])
+def test_touches_only_its_slots(name: str, slots: bool) -> None:
     """Every slot but the step's own is bit-identical before and after, and those hold k and v."""
-    world = World(SMALL)
+    world = World(replace(SMALL, slots=slots))
     cache = world.cache(poison=123.0)
     before, batch = cache.data.clone(), world.batch()
     run(select_attention(CPU, name), world, cache)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, select_attention
-from onebase.kernels.attention_cpu_plan import Group, Layout, plan
+from onebase.kernels.attention_cpu_plan import Group, Layout, Steps, plan
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,7 @@ def test_plan_covers_every_token_once_and_reads_only_own_pages(
     lens: list[tuple[int, int]], window: int | None, seed: int
 ) -> None:
     batch, owner = _scattered(lens, seed)
-    layout = Layout(num_pages=len(owner), num_kv_heads=2, token_bytes=512, group_heads=3, window=window)
+    layout = Layout(Steps(page=2, half=2 * len(owner)), 2, token_bytes=512, group_heads=3, window=window)
     groups = plan(batch, layout)
     rows = np.concatenate([_rows(group, batch.num_tokens) for group in groups])
     assert sorted(rows.tolist()) == list(range(batch.num_tokens))
@@ -135,14 +135,14 @@ def _rows(group: Group, num_tokens: int) -> np.ndarray:
 
 def test_one_long_sequence_does_not_pad_the_short_ones() -> None:
     batch, owner = _scattered([(1, 8000)] + [(1, 100)] * 15, 0)
-    groups = plan(batch, Layout(len(owner), 2, 512, 3, None))
+    groups = plan(batch, Layout(Steps(2, 2 * len(owner)), 2, 512, 3, None))
     assert [group.num_seqs for group in groups] == [1, 15]
     assert [len(group.gather.pages) for group in groups if group.gather] == [2 * 2 * 500, 2 * 15 * 2 * 7]
 
 
 def test_a_window_gathers_only_its_pages() -> None:
     batch, owner = _scattered([(1, 8000), (16, 8000)], 0)
-    decode, context = plan(batch, Layout(len(owner), 2, 512, 3, 64))
+    decode, context = plan(batch, Layout(Steps(2, 2 * len(owner)), 2, 512, 3, 64))
     assert decode.gather is not None
     assert context.gather is not None
     assert len(decode.gather.pages) == 2 * 2 * (64 // 16)

@@ -172,7 +172,7 @@ def test_more_adapters_than_fit_are_served_in_turns(
         ids = [tight.submit(p, tight.use(a), max_tokens=4) for a, p in zip(sixteen, prompts, strict=False)]
         tight.run()
         assert [tight.outputs[request_id] for request_id in ids] == expected
-    assert tight.engine.adapters.evictions > 0
+    assert tight.engine.adapters.device.evictions > 0
     assert tight.engine.adapters.loads <= 2 * len(sixteen), "one load a request at the most: no thrash"
 
 

@@ -190,7 +190,7 @@ def test_heads_are_float32_in_the_arena_and_move_with_their_block(dtype: str, ma
     classes.classify(PROMPT, "tokens")
     block = sequence.block
     assert adapters.unload("plain")
-    assert adapters._compact()
+    assert adapters.device.placement.compact(adapters.device.entries)
     assert sequence.block < block
     assert torch.equal(sequence.head.weight, head.weight)
     assert torch.equal(classes.classify(PROMPT, "plain", "sequence"), before)

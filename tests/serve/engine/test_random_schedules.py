@@ -245,9 +245,9 @@ def test_whatever_happens_beside_it_a_request_has_its_own_answer(
 
 def test_the_crowd_preempts_evicts_and_compacts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the schedules above prove little."""
-    adapters, moved = bench.crowded.engine.adapters, []
-    move = adapters._move
-    monkeypatch.setattr(adapters, "_move", lambda block: moved.append(move(block)) or moved[-1])
+    placement, moved = bench.crowded.engine.adapters.device.placement, []
+    move = placement._move
+    monkeypatch.setattr(placement, "_move", lambda block: moved.append(move(block)) or moved[-1])
     prompts = [(*range(30, 50), *INVOCATION, 20 + turn) for turn in range(4)]
     jobs = [Job(prompt, (name,), 1.0, 14, 0.0, None, None) for prompt in prompts for name in KINDS]
     before = bench.crowded.engine.stats()

@@ -1,0 +1,242 @@
+"""Compiled adapters on disk: one safetensors file each, in arena layout, so that a load is one read and one copy.
+
+    <root>/<digest of the adapter's files>/<base>-<dtype>-<compiler>.safetensors
+        data          the program's own tensors, as they lie in the arena
+        shared.<key>  what it shares with others, by content
+        program       all the rest, as JSON (compiled_codec.py)
+        checksum      CRC-32 of the three above
+
+It is a cache: whatever cannot be read is compiled again from the adapter's files, and a write that fails costs nothing
+but the next compilation. It belongs to the server, like its database; the checksum is against damage, not against
+somebody who can write there. All methods may be called by several threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from onebase.adapters import formats
+from onebase.adapters.compiled_codec import Unreadable, from_plain, to_plain
+from onebase.adapters.errors import AdapterError
+from onebase.adapters.packing import PackedProgram
+from onebase.adapters.safetensors_header import DTYPES, TensorInfo, read_header
+from onebase.kernels import ops
+
+_ALIGN = 4096  # bytes: the tensors start at a border of pages
+_MOST_BUFFERS = 1024  # that one call of preadv fills
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class FormCounts:
+    """What is on disk, and what became of reading and writing it."""
+
+    files: int = 0
+    nbytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    failures: int = 0  # damaged ones, and writes that failed
+    _lock: Lock = field(default_factory=Lock)
+
+    def add(self, *, files: int = 0, nbytes: int = 0, hits: int = 0, misses: int = 0, failures: int = 0) -> None:
+        with self._lock:
+            self.files += files
+            self.nbytes += nbytes
+            self.hits += hits
+            self.misses += misses
+            self.failures += failures
+
+
+class CompiledForms:
+    """The compiled forms of one base in one dtype."""
+
+    def __init__(self, root: Path, base: str, dtype: torch.dtype, *, pinned: bool = False) -> None:
+        """base: all that the compiler knows of the base, as one string. pinned: read into page-locked memory."""
+        self.counts = FormCounts()
+        self._root = root
+        self._pinned = pinned
+        self._dtype = dtype
+        self._of_base = f"{_hash(base)[:16]}-{_NAMES[dtype].lower()}-"
+        self._name = f"{self._of_base}{compiler_version()[:16]}.safetensors"
+
+    def read(self, digest: str) -> PackedProgram | None:
+        """None where there is no form, or a damaged one."""
+        path = self._folder(digest) / self._name
+        try:
+            packed = _read(path, digest, self._dtype, pinned=self._pinned)
+        except FileNotFoundError:
+            self.counts.add(misses=1)
+            return None
+        except (OSError, AdapterError, Unreadable, ValueError) as error:
+            _log.warning("compiled form %s is unreadable, compiling again: %s", path, error)
+            self.counts.add(misses=1, failures=1)
+            return None
+        self.counts.add(hits=1)
+        return packed
+
+    def write(self, packed: PackedProgram) -> None:
+        """Durable when it returns, in the place of what was there; where that fails, nothing is there."""
+        folder = self._folder(packed.digest)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            before = _size(folder / self._name)
+            _write(folder / self._name, _parts(packed))
+            self.counts.add(files=int(before == 0), nbytes=_size(folder / self._name) - before)
+            self._drop_older(folder)
+        except OSError as error:
+            _log.warning("compiled form of %s was not written: %s", packed.digest, error)
+            self.counts.add(failures=1)
+
+    def survey(self) -> None:
+        """Count what is on disk. Looks at every file: for a thread that nobody waits for."""
+        sizes = [_size(path) for path in self._root.glob(f"*/{self._name}")]
+        self.counts.add(files=len(sizes) - self.counts.files, nbytes=sum(sizes) - self.counts.nbytes)
+
+    def _folder(self, digest: str) -> Path:
+        """Tests and benchmarks name adapters by their folders: such names must not lead out of the root."""
+        return self._root / (digest if _DIGEST.fullmatch(digest) else _hash(digest))
+
+    def _drop_older(self, folder: Path) -> None:
+        """Forms that older compilers made for the same base."""
+        for path in folder.glob(f"{self._of_base}*"):
+            if path.name != self._name:
+                path.unlink(missing_ok=True)
+
+
+@functools.cache
+def compiler_version() -> str:
+    """A digest of the source files that decide what an adapter compiles to, so that nobody has to count versions."""
+    here = Path(__file__).parent
+    names = ("base", "check", "compiled", "compiled_codec", "packing", "program", "safetensors_header", "traits")
+    files = [*(here / f"{name}.py" for name in names), here.parent / "kernels" / "tables.py"]
+    files += sorted(Path(formats.__path__[0]).rglob("*.py")) + sorted(Path(ops.__path__[0]).rglob("*.py"))
+    total = hashlib.sha256(torch.__version__.encode())
+    for file in files:
+        total.update(f"{file.name}\0".encode() + file.read_bytes())
+    return total.hexdigest()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's memory."""
+    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def _parts(packed: PackedProgram) -> dict[str, Tensor]:
+    """The file's tensors, in its order."""
+    program = json.dumps(to_plain(packed), separators=(",", ":")).encode()
+    parts = {"data": packed.data} | {f"shared.{key}": flat for key, flat in packed.shared.items()}
+    parts["program"] = _tensor_of(program)
+    return parts | {"checksum": _tensor_of(_checksum(parts.values()))}
+
+
+def _tensor_of(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def _checksum(tensors: Iterable[Tensor]) -> bytes:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(_bytes(tensor), value)
+    return value.to_bytes(4, "little")
+
+
+def _write(path: Path, parts: dict[str, Tensor]) -> None:
+    """To a temporary name in the same folder, to the disk, then to its name."""
+    draft = path.with_name(f".{path.name}")  # one writer for each adapter: what a crash leaves is written over
+    try:
+        with draft.open("wb") as file:
+            file.write(_header(parts))
+            for tensor in parts.values():
+                file.write(_bytes(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _header(parts: dict[str, Tensor]) -> bytes:
+    """Padded, so that the first tensor starts at a border of pages."""
+    entries, at = {}, 0
+    for name, tensor in parts.items():
+        end = at + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-(len(raw) + 8) % _ALIGN)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _read(path: Path, digest: str, dtype: torch.dtype, *, pinned: bool) -> PackedProgram:
+    """Raises Unreadable, or what the readers of headers and JSON raise, for all but a whole form of this adapter."""
+    infos = read_header(path)
+    tensors = {name: _room_for(info, pinned=pinned) for name, info in infos.items()}
+    with path.open("rb", buffering=0) as file:
+        _fill(file.fileno(), [_bytes(tensor) for tensor in tensors.values()], min(i.offset for i in infos.values()))
+    checksum, program, data = (tensors.pop(name, None) for name in ("checksum", "program", "data"))
+    if checksum is None or program is None or data is None or data.dtype is not dtype:
+        raise Unreadable("it is no compiled form")
+    if bytes(_bytes(checksum)) != _checksum([data, *tensors.values(), program]):
+        raise Unreadable("its checksum is wrong")
+    shared = {name.removeprefix("shared."): tensor for name, tensor in tensors.items()}
+    packed = from_plain(json.loads(bytes(_bytes(program))), data, shared)
+    if packed.digest != digest:
+        raise Unreadable(f"it is of {packed.digest}")
+    return packed
+
+
+def _room_for(info: TensorInfo, *, pinned: bool) -> Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, pin_memory=pinned and info.dtype is not torch.uint8)
+
+
+def _fill(file: int, buffers: list[memoryview], offset: int) -> None:
+    """Read the file from an offset on into the buffers, one after the other: one system call for most adapters."""
+    left = [buffer for buffer in buffers if len(buffer)]
+    while left:
+        count = os.preadv(file, left[:_MOST_BUFFERS], offset)
+        if count == 0:
+            raise Unreadable("it ends too early")
+        offset += count
+        left = list(_after(left, count))
+
+
+def _after(buffers: list[memoryview], count: int) -> Iterator[memoryview]:
+    """What is left of the buffers once their first ``count`` bytes are full."""
+    for buffer in buffers:
+        skipped = min(count, len(buffer))
+        count -= skipped
+        if skipped < len(buffer):
+            yield buffer[skipped:]

@@ -1,0 +1,120 @@
+"""Where adapters lie in the arena: blocks of their own, blocks that they share, compaction between them.
+
+Knows nothing of loads, references or eviction. All runs between two steps, on the stream of the kernels: they see a
+block either before or after its move.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from onebase.adapters.arena import Arena
+from onebase.adapters.entry import Entry, State
+from onebase.adapters.installer import Installer
+from onebase.adapters.packing import PackedProgram
+from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
+
+# Moved between two steps: some milliseconds of a host's memory, one of a GPU's. A block that is larger moves alone.
+_MOVED_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+_MOVED_BLOCKS = 16  # each of their users is installed anew
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """start: of the program's own block. new: shared blocks that its copy has to fill, key -> start."""
+
+    start: int
+    new: dict[str, int]
+
+
+class Placement:
+    """The book of one arena. Used by the engine's thread."""
+
+    def __init__(self, arena: Arena, shared: SharedBlocks, installer: Installer) -> None:
+        self.arena = arena
+        self.shared = shared
+        self.most_moved = _MOVED_BYTES.get(arena.buffer.device.type, _MOVED_BYTES["cuda"])
+        self._installer = installer
+
+    def allocate(self, packed: PackedProgram) -> Placed | None:
+        """Take a block for the program, and what it shares; None, and nothing taken, where no free range is enough."""
+        start = self.arena.allocate(packed.data.numel())
+        if start is None:
+            return None
+        new = self.shared.acquire(packed.shared)
+        if new is None:
+            self.arena.free(start)
+            return None
+        return Placed(start, new)
+
+    def needed(self, packed: PackedProgram) -> int:
+        """Bytes that the program would take: without the shared blocks that are there already."""
+        parts = [packed.data, *(packed.shared[key] for key in self.shared.missing(packed.shared))]
+        return sum(self.arena.block_bytes(part.numel()) for part in parts)
+
+    def freed_by(self, entries: Collection[Entry]) -> int:
+        """Bytes that come free when all these entries go: with the blocks that nobody else shares."""
+        own = sum(self.arena.block_bytes(entry.num_elements) for entry in entries)
+        users = Counter(key for entry in entries for key in entry.shared)
+        return own + sum(
+            self.arena.block_bytes(block.num_elements)
+            for key, block in self.shared.items()
+            if users[key] == block.references
+        )
+
+    def free(self, entry: Entry) -> None:
+        """Give back what an entry holds, if it holds anything."""
+        if entry.block >= 0:
+            self.arena.free(entry.block)
+            self.shared.release(entry.shared)
+            entry.block = -1
+
+    def compact(self, entries: Iterable[Entry]) -> bool:
+        """Move blocks to lower places, the lowest first, until a bounded number of bytes has moved; whether any did.
+
+        Called step after step it makes the free room one range at the arena's end. What a copy is filling stays where
+        it is until that is done.
+        """
+        placed = [entry for entry in entries if entry.block >= 0]
+        busy = {key for entry in placed if entry.state is not State.READY for key in entry.shared}
+        blocks: list[Entry | SharedBlock] = [entry for entry in placed if entry.state is State.READY]
+        blocks += [block for key, block in self.shared.items() if key not in busy]
+        moved = self._move_some(sorted(blocks, key=_start))
+        keys = {key for key, block in self.shared.items() if block in moved}
+        for entry in placed:
+            if entry.state is State.READY and (entry in moved or not keys.isdisjoint(entry.shared)):
+                self._installer.uninstall(entry)
+                self._installer.install(entry)
+        return bool(moved)
+
+    def _move_some(self, blocks: Iterable[Entry | SharedBlock]) -> set[Entry | SharedBlock]:
+        moved: set[Entry | SharedBlock] = set()
+        left = self.most_moved
+        for block in blocks:
+            size = self.arena.block_bytes(block.num_elements)
+            if len(moved) == _MOVED_BLOCKS or (moved and size > left):
+                break
+            if self._move(block):
+                moved.add(block)
+                left -= size
+        return moved
+
+    def _move(self, block: Entry | SharedBlock) -> bool:
+        """Move one block to the lowest place with room; False where it is there already."""
+        old, size = _start(block), block.num_elements
+        self.arena.free(old)
+        new = self.arena.allocate_lowest(size)
+        if new == old:
+            return False
+        self.arena.buffer[new : new + size].copy_(self.arena.buffer[old : old + size].clone())
+        if isinstance(block, SharedBlock):
+            block.start = new
+        else:
+            block.block = new
+        return True
+
+
+def _start(block: Entry | SharedBlock) -> int:
+    return block.start if isinstance(block, SharedBlock) else block.block
