@@ -11,8 +11,8 @@ Card = dict[str, Any]
 
 
 def adapter_card(server: Server, entry: AdapterEntry, job: Import | None = None) -> Card:
-    """A version. job: the name's last import; while it is not ready, ``state`` and ``reason`` are its own."""
-    ready = job is None or job.state in {AdapterState.READY, AdapterState.DELETED}
+    """A version. job: the name's last import; while that is under way, or if it failed since, the state is its own."""
+    news = job if job is not None and _is_news(job, entry) else None
     return {
         "name": entry.name,
         "object": "adapter",
@@ -25,14 +25,18 @@ def adapter_card(server: Server, entry: AdapterEntry, job: Import | None = None)
         "revision": entry.revision,
         "created": int(entry.created),
         "by": entry.created_by,
-        "state": AdapterState.READY if ready or job is None else job.state,
-        "reason": None if ready or job is None else job.reason or None,
+        "state": AdapterState.READY if news is None else news.state,
+        "reason": None if news is None else news.reason or None,
         "pinned": entry.pinned,
         "labels": dict(entry.labels),
         "aliases": list(entry.aliases),
         "tier": server.engine.tier(entry.digest),
         "uses": server.require_loaded().store.uses.of(entry.name, entry.version),
     }
+
+
+def _is_news(job: Import, entry: AdapterEntry) -> bool:
+    return not job.state.finished or (job.state is AdapterState.FAILED and job.created > entry.created)
 
 
 def import_card(job: Import) -> Card:
