@@ -18,7 +18,7 @@ from torch import Tensor
 
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
 from onebase.adapters.family_names import family_of
-from onebase.adapters.safetensors_header import TensorInfo, read_header
+from onebase.adapters.safetensors_header import MAX_TENSORS, TensorInfo, read_header
 from onebase.adapters.strict_json import JsonError, JsonValue, parse_strict
 
 CONFIG_FILE = "adapter_config.json"
@@ -178,7 +178,7 @@ def _all_tensors(files: tuple[Path, ...]) -> dict[str, TensorInfo]:
     for file in files:
         if file_role(file.name) is not FileRole.TENSORS:
             continue
-        for key, info in read_header(file).items():
+        for key, info in read_header(file, MAX_TENSORS - len(tensors)).items():
             if key in tensors:
                 raise AdapterRejected(f"The tensor {key!r} is in two files: {file.name} has it again.", param=key)
             tensors[key] = info

@@ -8,6 +8,7 @@ holes. ``__metadata__`` maps strings to strings.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
-from onebase.adapters.strict_json import JsonError, JsonValue, parse_strict
+from onebase.adapters.strict_json import JsonError, JsonValue, parse_any_depth
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 100_000
@@ -46,6 +47,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _KEY = re.compile(r'"((?:[^"\\\x00-\x1f]|\\.){0,1024})"[ \t\n\r]*:[ \t\n\r]*')
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _ENTRY_CHARS = 512
+_TOO_LARGE = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ class TensorInfo:
     nbytes: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the file, in the file's order.
+def read_header(path: Path, limit: int = MAX_TENSORS) -> dict[str, TensorInfo]:
+    """Every tensor of the file, in the file's order; ``limit`` of them at most.
 
     Work and memory are bounded by the header's length, whatever it claims. Raises AdapterRejected, or AdapterTooLarge
     for a header or a number of tensors over the limit; the message names the file and the key.
@@ -71,13 +73,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raw = file.read(length)
     if len(raw) != length:
         raise _bad(path.name, "it is truncated inside its header")
+    _check_count(path.name, raw.count(b'"data_offsets"'), limit)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise _bad(path.name, "its header is not UTF-8") from None
-    if text.count('"data_offsets"') > MAX_TENSORS:
-        raise AdapterTooLarge(f"{path.name}: more than {MAX_TENSORS} tensors.", param=path.name)
-    tensors = {key: _tensor(path, key, value, 8 + length) for key, value in _entries(path.name, text)}
+    del raw
+    tensors = {key: _tensor(path, path.name, key, value, 8 + length) for key, value in _entries(path.name, text, limit)}
     _check_tiling(path.name, tensors, 8 + length, size)
     return tensors
 
@@ -93,7 +95,12 @@ def _header_length(name: str, prefix: bytes, size: int) -> int:
     return length
 
 
-def _entries(name: str, text: str) -> Iterator[tuple[str, JsonValue]]:
+def _check_count(name: str, tensors: int, limit: int) -> None:
+    if tensors > limit:
+        raise AdapterTooLarge(f"{name}: more than {MAX_TENSORS} tensors, with those of other files.", param=name)
+
+
+def _entries(name: str, text: str, limit: int) -> Iterator[tuple[str, JsonValue]]:
     """Name and value of each tensor, one at a time, so that a hostile header never becomes one big object."""
     if not text.startswith("{"):
         raise _bad(name, "its header is not a JSON object")
@@ -104,6 +111,7 @@ def _entries(name: str, text: str) -> Iterator[tuple[str, JsonValue]]:
         if key in seen:
             raise _bad(name, f"the key {key!r} appears twice in its header")
         seen.add(key)
+        _check_count(name, len(seen) - ("__metadata__" in seen), limit)
         value, at = _value(name, text, at, key)
         if key != "__metadata__":
             yield key, value
@@ -142,7 +150,7 @@ def _value(name: str, text: str, at: int, key: str) -> tuple[JsonValue, int]:
     if end == 0:
         raise _bad(name, f"the header entry of {key!r} is not an object of at most {_ENTRY_CHARS} characters")
     try:
-        return parse_strict(text[at:end]), end
+        return parse_any_depth(text[at:end]), end
     except JsonError as error:
         raise _bad(name, f"the header entry of {key!r} is wrong: {error}") from None
 
@@ -160,22 +168,22 @@ def _metadata_end(name: str, window: str, at: int) -> int:
     return at + length
 
 
-def _tensor(path: Path, key: str, value: JsonValue, start: int) -> TensorInfo:
+def _tensor(path: Path, name: str, key: str, value: JsonValue, start: int) -> TensorInfo:
     if not isinstance(value, dict) or set(value) != _FIELDS:
-        raise _bad(path.name, f"the header entry of {key!r} must have exactly dtype, shape and data_offsets")
+        raise _bad(name, f"the header entry of {key!r} must have exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise _bad(path.name, f"the dtype of {key!r} is unknown; known are {', '.join(DTYPES)}")
-    shape = _sizes(path.name, key, "shape", value["shape"])
-    offsets = _sizes(path.name, key, "data_offsets", value["data_offsets"])
+        raise _bad(name, f"the dtype of {key!r} is unknown; known are {', '.join(DTYPES)}")
+    shape = _sizes(name, key, "shape", value["shape"])
+    offsets = _sizes(name, key, "data_offsets", value["data_offsets"])
     if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
-        raise _bad(path.name, f"{key!r} must have two data_offsets and at most {MAX_DIMENSIONS} dimensions")
+        raise _bad(name, f"{key!r} must have two data_offsets and at most {MAX_DIMENSIONS} dimensions")
     begin, end = offsets
-    needed = dtype.itemsize
-    for extent in shape:
-        needed *= extent
+    needed = dtype.itemsize * math.prod(shape)
+    if not needed and math.prod(extent or 1 for extent in shape) >= 1 << 48:
+        raise _bad(name, f"{key!r} has no elements and a shape that is out of range")
     if end - begin != needed:
-        raise _bad(path.name, f"{key!r} lies about its size: shape and dtype take {needed} bytes, not {end - begin}")
+        raise _bad(name, f"{key!r} lies about its size: shape and dtype take {needed} bytes, not {end - begin}")
     return TensorInfo(path, dtype, shape, start + begin, needed)
 
 
@@ -183,10 +191,12 @@ def _sizes(name: str, key: str, field: str, value: JsonValue) -> tuple[int, ...]
     """A list of integers in [0, 2**63): bools and floats are not integers."""
     if not isinstance(value, list):
         raise _bad(name, f"the {field} of {key!r} must be a list")
-    sizes = tuple(item for item in value if type(item) is int and 0 <= item < 1 << 63)
-    if len(sizes) != len(value):
-        raise _bad(name, f"the {field} of {key!r} must hold non-negative integers below 2**63")
-    return sizes
+    sizes: list[int] = []
+    for item in value:
+        if type(item) is not int or not 0 <= item < _TOO_LARGE:
+            raise _bad(name, f"the {field} of {key!r} must hold non-negative integers below 2**63")
+        sizes.append(item)
+    return tuple(sizes)
 
 
 def _check_tiling(name: str, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
