@@ -71,16 +71,20 @@ class HubSource:
 
 
 def _resolve(api: HfApi, repo: Repo, revision: str | None, timeout: float) -> _Snapshot:
-    info = api.model_info(repo.id, revision=revision, timeout=timeout)
-    if not _COMMIT.fullmatch(info.sha or ""):
+    try:
+        info = api.model_info(repo.id, revision=revision, timeout=timeout)
+        commit = str(info.sha)
+        listed = [str(item.rfilename) for item in info.siblings or ()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_understood(repo) from error
+    if not _COMMIT.fullmatch(commit):
         raise SourceFailed(f"The Hub named no commit for {repo.id}.", param="source")
-    listed = (item.rfilename for item in info.siblings or ())
     folder = f"{repo.subfolder}/" if repo.subfolder else ""
     names = (path.removeprefix(folder) for path in listed if path.startswith(folder))
     files = tuple(name for name in names if "/" not in name)
     if folder and not files:
         raise AdapterNotFound(f"{repo.id} has no folder {repo.subfolder}.", param="source")
-    return _Snapshot(repo, str(info.sha), files)
+    return _Snapshot(repo, commit, files)
 
 
 def _download(api: HfApi, snapshot: _Snapshot, name: str, intake: Intake) -> None:
@@ -117,8 +121,10 @@ def _readable(repo: Repo) -> Iterator[None]:
         raise SourceFailed("HF_HUB_OFFLINE is set: the Hub is not asked.", param="source") from error
     except errors.HfHubHTTPError as error:
         check_status(error.response.status_code, repo.id)
-        raise SourceFailed(f"The Hub's answer about {repo.id} is not understood.", param="source") from error
+        raise _not_understood(repo) from error
     except network as error:
         raise SourceFailed(f"The Hub cannot be reached: {type(error).__name__}.", param="source") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise SourceFailed(f"The Hub's answer about {repo.id} is not understood.", param="source") from error
+
+
+def _not_understood(repo: Repo) -> SourceFailed:
+    return SourceFailed(f"The Hub's answer about {repo.id} is not understood.", param="source")
