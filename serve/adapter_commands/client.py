@@ -117,6 +117,9 @@ def _reason(response: httpx.Response) -> str:
 
 
 def _path(reference: str, *rest: str) -> str:
+    """Raises CallFailed for what the server would take for another route."""
+    if not reference or "/" in reference:
+        raise CallFailed(f"{reference!r} is not an adapter name")
     return "/".join(("/v1/adapters", quote(reference, safe="@:"), *rest))
 
 

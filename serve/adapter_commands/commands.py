@@ -17,6 +17,7 @@ from onebase.serve.adapter_commands.convert import convert
 from onebase.serve.adapter_commands.output import CARD_COLUMNS, VERSION_COLUMNS, complain, show_one, show_rows
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+CURRENT = "current"  # an alias of whichever version is
 
 app = typer.Typer(no_args_is_help=True, help="Adapters of a running server; `convert` works without one.")
 app.command()(convert)
@@ -122,7 +123,9 @@ def label(
 @app.command()
 def alias(
     name: Name,
-    changes: Annotated[list[str], typer.Argument(help="alias=3 points it to a version, alias- removes it.")],
+    changes: Annotated[
+        list[str], typer.Argument(help="alias=3 or alias=current points it to a version, alias- removes it.")
+    ],
     url: Url = DEFAULT_URL,
     admin_key: Key = None,
     as_json: AsJson = False,
@@ -211,9 +214,11 @@ def _label(text: str) -> str:
     return f"{key}:{value}"
 
 
-def _version(text: str) -> int:
+def _version(text: str) -> int | str:
+    if text == CURRENT:
+        return text
     if not text.isdecimal():
-        raise typer.BadParameter(f"{text!r} is not the number of a version")
+        raise typer.BadParameter(f"{text!r} is neither the number of a version nor {CURRENT!r}")
     return int(text)
 
 

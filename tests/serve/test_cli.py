@@ -2,79 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-import transformers
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from onebase.serve.cli import app
 
-COMMAND = [sys.executable, "-P", "-c", "from onebase.serve.cli import app; app()"]
+from .conftest import COMMAND, serving
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of one layer with one token per byte."""
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=128, eos_token_id=255, bos_token_id=254,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def lora(base: Path) -> Path:
-    folder = base.parent / "lora"
-    folder.mkdir()
-    key = "base_model.model.model.layers.0.mlp.down_proj"
-    tensors = {f"{key}.lora_A.weight": torch.randn(2, 32), f"{key}.lora_B.weight": torch.randn(32, 2)}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "target_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@contextmanager
-def serving(*options: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address, once it says that it is ready."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        try:
-            assert process.stdout is not None
-            first = process.stdout.readline()
-            assert "OneBase serves" in first, (folder / "log").read_text()
-            yield process, first.split()[-1]
-        finally:
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-
-
-def test_serve_answers_with_and_without_the_adapter_and_ends_cleanly(base: Path, lora: Path, tmp_path: Path) -> None:
-    options = ["serve", str(base), "--port", "0", "--adapter", f"a={lora}", "--data-dir", str(tmp_path / "d")]
+def test_serve_answers_with_and_without_the_adapter_and_ends_cleanly(
+    tiny_base: Path, make_lora: Any, tmp_path: Path
+) -> None:
+    options = [
+        "serve",
+        str(tiny_base),
+        "--port",
+        "0",
+        "--adapter",
+        f"a={make_lora(0)}",
+        "--data-dir",
+        str(tmp_path / "d"),
+    ]
     with serving(*options, "--device", "cpu", folder=tmp_path) as (process, address):
         assert httpx.get(f"{address}/ready").status_code == 200
         cards = httpx.get(f"{address}/v1/models").json()["data"]
@@ -93,11 +48,11 @@ def complete(address: str, model: str) -> str:
     return str(answer["choices"][0]["text"])
 
 
-def test_a_refused_adapter_ends_the_start_with_the_reason(base: Path, lora: Path, tmp_path: Path) -> None:
+def test_a_refused_adapter_ends_the_start_with_the_reason(tiny_base: Path, make_lora: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "adapter_config.json").write_text((lora / "adapter_config.json").read_text())
-    options = ["serve", str(base), "--port", "0", "--adapter", f"b={broken}", "--data-dir", str(tmp_path / "d")]
+    (broken / "adapter_config.json").write_text((make_lora(0) / "adapter_config.json").read_text())
+    options = ["serve", str(tiny_base), "--port", "0", "--adapter", f"b={broken}", "--data-dir", str(tmp_path / "d")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*COMMAND, *options], check=False, capture_output=True, text=True, timeout=120, env=environment
