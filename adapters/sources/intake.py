@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from onebase.adapters.blobs import Stage
 from onebase.adapters.check import CONFIG_FILE, FileRole, file_role
@@ -52,17 +52,13 @@ class Patience:
         self.left()
 
 
-@dataclass(frozen=True, slots=True)
 class Intake:
-    """One fetch: the stage it fills, the time it has. Sources write through this alone."""
+    """One fetch: the stage it fills, the time it has. Remote sources write through this alone."""
 
-    stage: Stage
-    limits: Limits
-    stop: threading.Event = field(default_factory=threading.Event)
-    patience: Patience = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patience", Patience(self.limits, self.stop))
+    def __init__(self, stage: Stage, limits: Limits, stop: threading.Event) -> None:
+        self.stage = stage
+        self.limits = limits
+        self.patience = Patience(limits, stop)
 
     def write(self, name: str, chunks: Iterable[bytes], length: int | None) -> None:
         """Write a file as it comes. Raises SourceFailed where it is not as long as was said, AdapterTooLarge."""
