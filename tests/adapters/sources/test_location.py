@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import ipaddress
+from urllib.parse import urlsplit
+
+import httpcore2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from onebase.adapters.sources import SourceOptions
 from onebase.adapters.sources.location import Bucket, LocationError, Repo, Url, shown
@@ -73,6 +79,28 @@ def test_what_would_have_to_be_repaired_is_no_address(text: str) -> None:
         Url.parse(text)
     assert "secret" not in str(refusal.value)
     assert len(str(refusal.value)) < 500
+
+
+_WHOLE = "a B example.com 10.0.0.1 [::1] 0x7f.1 0 1 .. . / // @ : :443 :8443 %2e %2f user:pw@".split()
+_PIECES = st.sampled_from([*_WHOLE, *"?#\\[]% \t\n\0ä。-_~;&"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(_PIECES, max_size=8).map("".join))
+def test_other_parsers_read_the_same_place(rest: str) -> None:
+    """What passes means one thing to us, to urllib and to the library that connects."""
+    text = f"https://{rest}"
+    try:
+        url = Url.parse(text)
+    except LocationError:
+        return
+    split, theirs = urlsplit(text), httpcore2.URL(text)
+    host = theirs.host.decode().strip("[]")
+    assert host.lower() == split.hostname
+    assert url.host == split.hostname or ipaddress.ip_address(url.host) == ipaddress.ip_address(host)
+    assert url.port == (split.port or 443) == (theirs.port or 443)
+    assert split.path.strip("/") == theirs.target.decode().strip("/") == "/".join(url.path)
+    assert (split.query, split.fragment, split.username) == ("", "", None)
 
 
 def test_below_is_by_whole_segments_and_by_origin() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,9 +78,18 @@ def test_a_name_that_resolves_to_this_machine_is_refused(remote: Remote, fetch: 
         fetch(Sources(SourceOptions(), limits=QUICK, kinds={"https": web}), "https://example.com/team/a")
 
 
-def test_the_connection_goes_to_the_address_that_was_checked(remote: Remote, fetch: Fetcher) -> None:
-    """A second look-up of a rebinding name would be an AssertionError, and so would a resolver inside the library."""
+def test_the_connection_goes_to_the_address_that_was_checked(
+    remote: Remote, fetch: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rebinding name has no second chance: it is looked up once by us, and never by the library."""
     answers = iter([["127.0.0.1"]])
+    real = socket.getaddrinfo
+
+    def literal_only(host: str, *args: Any, **options: Any) -> Any:
+        assert ipaddress.ip_address(host)
+        return real(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", literal_only)
     remote.serve("/team/a", adapter_files())
     allowed = (Url.parse(f"http://localhost:{remote.port}/team"),)
     web = WebSource(allowed, look_up=lambda host, port: next(answers))
