@@ -49,3 +49,31 @@ def step(
     from onebase.bench.step import run
 
     run(shape, device, batch or [1, 16], adapters, rank, steps, out)
+
+
+@app.command()
+def lifecycle(
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="overcommit, beside-loads, turns, cold; all of them.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="tiny, 135m or 8b.")] = "135m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    registered: Annotated[int, typer.Option(help="Adapters on disk.", min=16)] = 1000,
+    room: Annotated[int, typer.Option(help="How many of them fit the device.", min=8)] = 100,
+    fit: Annotated[int, typer.Option(help="How many the side without pressure has.", min=8)] = 50,
+    rank: Annotated[int, typer.Option(help="Of each, on all linears.", min=1)] = 8,
+    requests: Annotated[int, typer.Option(help="Of one side in one round.", min=16)] = 96,
+    clients: Annotated[int, typer.Option(help="Of the closed loops.", min=2)] = 16,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    out: Out = None,
+) -> None:
+    """More adapters than the device holds, beside the same load on those that fit; cold starts, beside their floor."""
+    from onebase.bench.lifecycle import SCENARIOS, Plan, run
+    from onebase.bench.workload import SHAPES
+
+    if unknown := set(scenario or ()) - SCENARIOS.keys():
+        raise typer.BadParameter(f"{min(unknown)}: allowed: {', '.join(SCENARIOS)}", param_hint="--scenario")
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"allowed: {', '.join(SHAPES)}", param_hint="--shape")
+    plan = Plan(shape, device, registered, room, fit, rank, requests, clients, rounds)
+    run(plan, scenario or (), out)

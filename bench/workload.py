@@ -11,6 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 SHAPES: dict[str, LlamaConfig] = {
+    "tiny": LlamaConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    ),
     "135m": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
