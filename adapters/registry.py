@@ -25,6 +25,7 @@ from onebase.adapters.registry_database import Database
 from onebase.adapters.registry_gc import old_versions, rubbish, sweep_away, without_a_name
 from onebase.adapters.registry_imports import Imports
 from onebase.adapters.registry_queries import Queries
+from onebase.adapters.registry_reads import RegistryReads
 from onebase.adapters.registry_recovery import reconcile
 from onebase.adapters.registry_types import AdapterEntry, AdapterState, DeletedName, Deletion, GcReport, Import, Page
 from onebase.adapters.storage import make_folder, storage_errors
@@ -33,14 +34,13 @@ __all__ = ["AdapterEntry", "AdapterState", "DeletedName", "Deletion", "GcReport"
 
 log = logging.getLogger("onebase.adapters")
 
-Entries: TypeAlias = list[AdapterEntry]
 Digests: TypeAlias = list[str]
 
 NO_LABELS: Mapping[str, str] = {}
 NO_ALIASES: Mapping[str, int | None] = {}
 
 
-class Registry:
+class Registry(RegistryReads):
     """See the module. ``recovered`` lists what start-up had to repair.
 
     Raises AdapterConflict if another process holds it, StorageFailed where the disk fails.
@@ -127,57 +127,9 @@ class Registry:
         """End a hold. Returns the digest where this base has no use for it any more. A second time does nothing."""
         with self._db.lock:
             digest = self._blobs.release(ticket)
-            return [] if digest is None else self._collect([digest])
-
-    def get(self, reference: str) -> AdapterEntry:
-        """The version that ``name``, ``name@3``, ``name@sha256:<12 to 64 hex digits>`` or an alias means now.
-
-        Raises AdapterNotFound, AdapterNameInvalid.
-        """
-        with self._db.lock:
-            return self._read.find(reference)
-
-    def list(
-        self,
-        *,
-        after: str | None = None,
-        limit: int = 100,
-        prefix: str | None = None,
-        labels: Mapping[str, str] = NO_LABELS,
-        pinned: bool | None = None,
-    ) -> Page:
-        """Current versions by name, ``limit`` (at least 1) at most, beginning behind the name ``after``.
-
-        Names begin with ``prefix`` and carry all of ``labels``.
-        """
-        return self._read.page(after, limit, prefix, labels, pinned)
-
-    def count(self) -> int:
-        """How many names there are."""
-        return self._read.count()
-
-    def names_of(self, digests: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """The names whose current version has each digest; digests without one are left out."""
-        return self._read.names_of(digests)
-
-    def pinned(self) -> Entries:
-        """The current versions of all pinned names, by name."""
-        return self._read.entries(" AND v.version = n.current AND n.pinned ORDER BY n.name")
-
-    def versions(self, name: str) -> Entries:
-        """Every version of a name, oldest first. Raises AdapterNotFound."""
-        rows = self._read.versions(check_name(name))
-        if not rows:
-            raise AdapterNotFound(f"There is no adapter {name!r}.", param="name")
-        return rows
-
-    def aliases(self, name: str) -> dict[str, int | None]:
-        """Alias -> version; None follows the current version."""
-        return self._read.aliases(check_name(name))
-
-    def deleted(self, *, after: str | None = None, limit: int = 100) -> tuple[DeletedName, ...]:
-        """Deleted names, by name, beginning behind the name ``after``."""
-        return self._read.deleted(after, limit)
+            unused = [] if digest is None else self._collect([digest])
+        self._blobs.empty_trash()
+        return unused
 
     def rollback(self, name: str, version: int | None) -> AdapterEntry:
         """Make another version current. None: the one that was current before this one, else the next lower one.
@@ -245,7 +197,9 @@ class Registry:
                 gone = self.versions(name)
                 self._change.delete(name)
                 self._imports.name_deleted(name)
-            return Deletion(gone, self._collect(sorted({entry.digest for entry in gone})))
+            unused = self._collect(sorted({entry.digest for entry in gone}))
+        self._blobs.empty_trash()
+        return Deletion(gone, unused)
 
     def begin_import(self, name: str, source: str, revision: str | None, by: str) -> Import:
         """A new import in state FETCHING, or the one under way for this name with the same source and revision.
@@ -260,13 +214,6 @@ class Registry:
         """Raises AdapterNotFound, and AdapterConflict for an import that is finished."""
         with self._db.transaction():
             self._imports.set(identity, state, reason, version)
-
-    def imports(self, *, unfinished: bool = False, limit: int = 1000) -> tuple[Import, ...]:
-        """Newest first. Finished ones stay until the next gc."""
-        return self._imports.list(unfinished=unfinished, limit=limit)
-
-    def last_import(self, name: str) -> Import | None:
-        return self._imports.last(check_name(name))
 
     def gc(self, *, keep: int | None, dry_run: bool) -> GcReport:
         """Remove each name's versions beyond its newest ``keep`` (None: keep all), and all that nobody needs.
@@ -283,6 +230,7 @@ class Registry:
                     self._change.delete_versions(versions)
                     self._imports.forget_finished()
                 sweep_away(self._blobs, folders)
+        self._blobs.empty_trash()
         return GcReport(versions, imports, folders.blobs, folders.compiled, folders.nbytes, unused)
 
     def close(self) -> None:

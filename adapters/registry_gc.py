@@ -48,6 +48,7 @@ def rubbish(db: Database, blobs: BlobStore, going: Sequence[AdapterEntry]) -> Ru
 
 
 def sweep_away(blobs: BlobStore, found: Rubbish) -> None:
+    """The caller holds the registry's lock."""
     for digest in {*found.blobs, *found.compiled}:
         blobs.remove(digest)
     for name in found.staging:

@@ -13,7 +13,7 @@ from onebase.adapters.names import Reference, parse_reference
 from onebase.adapters.registry_database import Database
 from onebase.adapters.registry_types import AdapterEntry, DeletedName, Page
 
-# CROSS JOIN fixes the order of the loops: names first, whose key is the order of pages.
+# CROSS JOIN fixes the order of the loops, here and below: names first, whose key is the order of pages.
 _ENTRY = """
 SELECT v.name, v.version, v.digest, v.family, v.rank, v.nbytes, v.source, v.revision, v.created, v.created_by, n.pinned,
     (SELECT json_group_object(key, value) FROM labels l WHERE l.base = n.base AND l.name = n.name),
@@ -74,10 +74,12 @@ class Queries:
     def names_of(self, digests: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """See Registry.names_of."""
         rows = self._db.rows(
-            "SELECT v.digest, v.name FROM versions v JOIN names n USING (base, name) WHERE v.base = ? AND "
-            "v.version = n.current AND v.digest IN (SELECT value FROM json_each(?)) ORDER BY v.digest, v.name",
-            self._base,
+            "SELECT v.digest, v.name FROM json_each(?) wanted "
+            "CROSS JOIN versions v INDEXED BY versions_by_digest ON v.digest = wanted.value "
+            "CROSS JOIN names n USING (base, name) WHERE v.base = ? AND v.version = n.current "
+            "ORDER BY v.digest, v.name",
             json.dumps(sorted(set(digests))),
+            self._base,
         )
         by_digest = groupby(rows, key=lambda row: row[0])
         return {digest: tuple(name for _, name in some) for digest, some in by_digest}

@@ -33,7 +33,7 @@ _SECOND = (
     """CREATE TABLE aliases (
         base TEXT NOT NULL, alias TEXT NOT NULL, name TEXT NOT NULL, version INTEGER, PRIMARY KEY (base, alias)
     ) STRICT, WITHOUT ROWID""",
-    "CREATE INDEX aliases_by_name ON aliases (base, name)",
+    "CREATE INDEX aliases_by_name ON aliases (base, name, version)",
     """CREATE TABLE imports (
         number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, base TEXT NOT NULL, name TEXT NOT NULL,
         source TEXT NOT NULL, revision TEXT, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',

@@ -24,10 +24,12 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-BLOBS, PART, REGISTRY = (f"onebase.adapters.{part}" for part in ("blobs", "registry", "registry:Registry"))
+BLOBS, STAGE, PART, REGISTRY = (
+    f"onebase.adapters.{part}" for part in ("blobs", "stage", "registry", "registry:Registry")
+)
 # (where, what, which call of it): four syncs make a push durable: two files, their folder, the folder of blobs
-PUSH = [(BLOBS, name, 1) for name in ("check_folder", "check_finite", "digest_of")]
-PUSH += [(BLOBS, "sync", call) for call in (1, 2, 3, 4)]
+PUSH = [(STAGE, name, 1) for name in ("check_folder", "check_finite", "digest_of")]
+PUSH += [(STAGE, "sync", call) for call in (1, 2, 3)] + [(BLOBS, "sync", 1)]
 PUSH += [(f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
 PUSH += [(f"{PART}_changes:Changes", "add_version", 1), (f"{PART}_database:Database", "_commit", 1)]
 PUSH += [(REGISTRY, "_collect", 1), (f"{PART}_queries:Queries", "_entry", 1)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from onebase.adapters import blobs, registry_database, storage
+from onebase.adapters import blobs, registry_database, stage, storage
 from onebase.adapters.errors import AdapterError, AdapterRejected, StorageFailed, StorageFull
 from onebase.adapters.registry import Registry
 
@@ -122,7 +122,7 @@ def failing(error: int) -> Callable[..., Any]:
 def test_errors_of_the_disk_are_storage_errors(
     error: int, kind: type[StorageFailed], registry: Registry, root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for where, name in ((blobs, "sync"), (blobs.os, "rename"), (Path, "mkdir"), (Path, "open")):
+    for where, name in ((blobs, "sync"), (stage, "sync"), (blobs.os, "rename"), (Path, "mkdir"), (Path, "open")):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, failing(error))
             with pytest.raises(AdapterError) as refusal:
@@ -145,7 +145,7 @@ def test_a_defect_of_ours_is_not_blamed_on_the_disk(registry: Registry) -> None:
 def test_a_source_that_cannot_be_read_is_the_sources_fault(
     registry: Registry, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blobs.os, "open", failing(errno.EACCES))
+    monkeypatch.setattr(stage.os, "open", failing(errno.EACCES))
     with pytest.raises(AdapterRejected, match="cannot be read: Permission denied"):
         registry.stage_folder(other)
 
