@@ -17,7 +17,7 @@ _PORTS = {"https": 443, "http": 80}
 _BUCKET_SCHEMES = ("s3", "gs", "az")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMERIC = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_SEGMENT = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@-]+")
+_SEGMENT = re.compile(r"[A-Za-z0-9._~!$&'()*+,=:@-]+")  # RFC 3986's but for %, and for ; where parsers disagree
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}[a-z0-9]")
 _REPO_PART = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
@@ -196,7 +196,7 @@ def _segments(path: str, text: str) -> tuple[str, ...]:
     segments = tuple(path.split("/")) if path else ()
     if not all(_SEGMENT.fullmatch(segment) and segment.strip(".") for segment in segments):
         raise LocationError(
-            f"{shown(text)}: a path has letters, digits and -._~!$&'()*+,;=:@ between single slashes; "
+            f"{shown(text)}: a path has letters, digits and -._~!$&'()*+,=:@ between single slashes; "
             "`..`, percent signs, queries and fragments are not allowed."
         )
     return segments

@@ -72,9 +72,12 @@ class WebSource:
 
 
 def _get(pool: httpcore2.ConnectionPool, url: Url, name: str, intake: Intake) -> None:
+    import httpcore2
+
     target = "/" + "/".join((*url.path, name))
+    where = httpcore2.URL(scheme=url.scheme, host=url.host, port=url.port, target=target)  # parsed once, by us
     headers = [("Host", url.authority), ("User-Agent", "onebase"), ("Accept-Encoding", "identity")]
-    with pool.stream("GET", f"{url.scheme}://{url.authority}{target}", headers=headers) as response:
+    with pool.stream("GET", where, headers=headers) as response:
         check_status(response.status, name)
         answered = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in response.headers}
         length = content_length(name, answered)
