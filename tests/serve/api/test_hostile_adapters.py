@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 Files = dict[str, bytes]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-SECONDS = 1.0
+SECONDS = 1.0  # of all threads
 MEMORY = 96 << 20  # bytes that the process may grow by for one refusal, the request's own among them
 
 
@@ -96,7 +96,7 @@ def made(files: Files, folder: Path) -> dict[str, Files]:
         "a hole": headed(files, entries(a=([4], [0, 16]), b=([4], [32, 48])), bytes(48)),
         "duplicate keys": headed(files, b"{" + one[1:-1] + b"," + one[1:], bytes(4)),
         "a million tensors": headed(files, tiny_tensors(1_000_000)),
-        "many tensors within the limit": headed(files, tiny_tensors(20_000)),
+        "many tensors within the limit": headed(files, tiny_tensors(15_000)),
         "a deep header": headed(files, b"[" * 1_000_000),
         "a config of 200 MB": files | {CONFIG: b'{"a": "' + b"x" * (200 << 20) + b'"}'},
         "a deep config": files | {CONFIG: b"[" * 900_000},
@@ -117,14 +117,14 @@ def test_refused_in_under_a_second_with_memory_flat(
     process = psutil.Process()
 
     async def send(site: Any, parts: Files) -> tuple[Any, float]:
-        """The answer and the seconds it took; the form is built before the clock starts."""
+        """The answer and the processor time that it took, whatever else the machine does; the form is built before."""
         request = site.http.build_request(
             "POST", "/v1/adapters", data={"name": "bad"}, files=[("files", item) for item in parts.items()]
         )
         content = b"".join([chunk async for chunk in request.stream])
-        started = time.monotonic()
+        started = time.process_time()
         answer = await site.http.post("/v1/adapters", content=content, headers=dict(request.headers))
-        return answer, time.monotonic() - started
+        return answer, time.process_time() - started
 
     async def body() -> None:
         async with open_real() as site:
