@@ -7,8 +7,14 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from onebase.adapters.errors import AdapterError, AdapterNotFound, AdapterRejected, SourceFailed
-from onebase.adapters.names import ADAPTER_NAME
+from onebase.adapters.errors import (
+    AdapterConflict,
+    AdapterError,
+    AdapterNameInvalid,
+    AdapterNotFound,
+    AdapterRejected,
+    SourceFailed,
+)
 from onebase.adapters.registry import AdapterEntry, Registry
 from onebase.adapters.sources import Sources
 from onebase.serve.api.errors import ApiError
@@ -73,7 +79,7 @@ class Lookups:
 
         Raises AdapterError, EngineError, and ApiError 429 when too many names are being looked up.
         """
-        source = self._sources.resolve(name) if ADAPTER_NAME.fullmatch(name) else None
+        source = self._source(name)
         if source is None:
             return None
         if (miss := self.misses.get(name)) is not None:
@@ -88,6 +94,13 @@ class Lookups:
 
     async def close(self) -> None:
         await self._fetcher.close()
+
+    def _source(self, name: str) -> str | None:
+        """None for what can be no adapter's name, as with ``name@3`` or the base's."""
+        try:
+            return self._sources.resolve(self._store.check_new_name(name))
+        except (AdapterConflict, AdapterNameInvalid):
+            return None
 
     def _task(self, name: str, source: str) -> asyncio.Task[AdapterEntry | None]:
         task = self._tasks.get(name)
@@ -105,7 +118,6 @@ class Lookups:
 
     async def _look_up(self, name: str, source: str) -> AdapterEntry | None:
         try:
-            self._store.check_new_name(name)
             return await self._fetch(name, source)
         except AdapterNotFound:
             self.misses.add(name, None, MISS_SECONDS)
