@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -49,12 +51,20 @@ def remote(make_lora: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def url(tiny_base: Path, remote: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(
+    tiny_base: Path, remote: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[psutil.Process, str]]:
+    """The process and its address."""
     folder = tmp_path_factory.mktemp("adapter-cli")
     options = ["serve", str(tiny_base), "--port", "0", "--device", "cpu", "--data-dir", str(folder / "data")]
     options += ["--api-key", "user", "--admin-key", KEY, "--allow-url", remote]
-    with serving(*options, folder=folder) as (_, address):
-        yield address
+    with serving(*options, folder=folder) as (process, address):
+        yield psutil.Process(process.pid), address
+
+
+@pytest.fixture(scope="module")
+def url(server: tuple[psutil.Process, str]) -> str:
+    return server[1]
 
 
 def invoke(*arguments: str, url: str, key: str | None = KEY) -> Result:
@@ -142,6 +152,25 @@ def test_the_server_fetches_what_has_a_scheme(onebase: Run, url: str, remote: st
     for name in ("far", "later"):
         while invoke("rm", name, url=url).exit_code:
             pass
+
+
+def test_a_pinned_adapter_is_back_after_the_engine_died(
+    server: tuple[psutil.Process, str], onebase: Run, make_lora: Any
+) -> None:
+    onebase("push", "kept", str(make_lora(7)))
+    onebase("push", "lost", str(make_lora(8)))
+    onebase("pin", "kept")
+    (engine,) = [child for child in server[0].children() if "onebase.serve.engine.process" in " ".join(child.cmdline())]
+    engine.kill()
+    while onebase("show", "kept", "--json")["tier"] == "device":
+        pass
+    deadline = time.monotonic() + 120
+    while onebase("show", "kept", "--json")["tier"] != "device":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert onebase("show", "lost", "--json")["tier"] == "disk"
+    for name in ("kept", "lost"):
+        onebase("rm", name)
 
 
 @pytest.mark.parametrize(
