@@ -8,6 +8,7 @@ from pathlib import Path
 from onebase.adapters.blobs import copy_folder
 from onebase.adapters.errors import AdapterNotFound, AdapterRejected
 from onebase.adapters.sources.intake import Intake
+from onebase.adapters.sources.location import shown
 
 
 class FolderSource:
@@ -26,7 +27,8 @@ class FolderSource:
         copy_folder(self._folder(source), intake.stage)
 
     def _folder(self, source: str) -> Path:
-        return allowed_folder(source.removeprefix("file://"), self._roots)
+        path = source.removeprefix("file://") if source.startswith("file:///") else source
+        return allowed_folder(path, self._roots)
 
 
 def allowed_folder(source: str, roots: Sequence[Path]) -> Path:
@@ -44,9 +46,9 @@ def allowed_folder(source: str, roots: Sequence[Path]) -> Path:
     if not Path(source).is_absolute() or not any(folder.is_relative_to(root.resolve()) for root in roots):
         raise _not_below(source)
     if not folder.is_dir():
-        raise AdapterNotFound(f"{source[:200]!r} is not a folder.", param="source")
+        raise AdapterNotFound(f"{shown(source)} is not a folder.", param="source")
     return folder
 
 
 def _not_below(source: str) -> AdapterRejected:
-    return AdapterRejected(f"{source[:200]!r} is not an absolute path below an --allow-path.", param="source")
+    return AdapterRejected(f"{shown(source)} is not an absolute path below an --allow-path.", param="source")

@@ -137,12 +137,11 @@ def is_hub_entry(text: str) -> bool:
 
 def shown(source: str) -> str:
     """A source as messages may repeat it: without userinfo, query and fragment, which may carry a secret."""
-    scheme, separator, rest = source.partition("://")
-    if separator:
-        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-        authority, slash, path = rest.partition("/")
-        keeps_at = scheme == "hf" or "@" not in authority
-        source = f"{scheme}://{authority if keeps_at else authority.rpartition('@')[2]}{slash}{path}"
+    source = re.split(r"[?#]", source, maxsplit=1)[0]
+    scheme, separator, rest = source.partition("//")
+    authority, slash, path = rest.partition("/")
+    if "@" in authority and scheme != "hf:":
+        source = f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}"
     return repr(source[:200])
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from onebase.adapters.errors import AdapterNotFound, AdapterRejected
-from onebase.adapters.sources import allowed_folder
+from onebase.adapters.sources import SourceOptions, Sources, allowed_folder
+
+from .conftest import Fetcher, adapter_files
 
 
 @pytest.fixture
@@ -39,3 +41,23 @@ def test_files_are_no_folders(root: Path) -> None:
     (root / "file").write_text("")
     with pytest.raises(AdapterNotFound, match="not a folder"):
         allowed_folder(str(root / "file"), [root])
+
+
+def test_a_folder_is_fetched_whole(root: Path, fetch: Fetcher) -> None:
+    for name, body in (adapter_files() | {"README.md": b"# hi"}).items():
+        (root / "a" / name).write_bytes(body)
+    sources = Sources(SourceOptions(allow_path=(root,)))
+    for source in (str(root / "a"), f"file://{root}/a"):
+        fetched, files = fetch(sources, source)
+        assert (files, fetched.source, fetched.revision) == (adapter_files(), source, None)
+    with pytest.raises(AdapterRejected, match="has none") as refusal:
+        fetch(sources, str(root / "a"), "main")
+    assert refusal.value.param == "revision"
+
+
+def test_a_resolver_has_to_be_allowed(root: Path) -> None:
+    sources = Sources(SourceOptions(allow_path=(root,), resolver=f"{root}/{{name}}"))
+    assert sources.resolve("x") == f"{root}/x"
+    assert Sources(SourceOptions()).resolve("x") is None
+    with pytest.raises(ValueError, match="--resolver: .*--allow-hub"):
+        Sources(SourceOptions(allow_path=(root,), resolver="hf://org/{name}"))

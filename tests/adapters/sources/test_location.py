@@ -163,6 +163,9 @@ def test_repositories() -> None:
 
 def test_messages_repeat_no_secrets() -> None:
     assert shown("https://user:secret@example.com/a?token=secret#secret") == "'https://example.com/a'"
+    assert shown("//user:secret@example.com/a") == "'//example.com/a'"
+    assert shown("s3:bucket?signature=secret") == "'s3:bucket'"
+    assert shown("/a/b@c//d") == "'/a/b@c//d'"
     assert shown("hf://org/name@v1/a") == "'hf://org/name@v1/a'"
     assert len(shown("https://" + "a" * 5000)) < 300
 
