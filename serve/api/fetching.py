@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from concurrent.futures import Future, wait
+from functools import partial
 
 from onebase.adapters.blobs import Blob
 from onebase.adapters.registry import AdapterEntry, AdapterState, Registry
 from onebase.adapters.sources import Fetched, Sources
 from onebase.serve.api.store import AdapterStore
 
-FETCHES = 4  # at once; the others wait for a thread
+FETCHES = 4  # at once; the others wait
 _ENDING_SECONDS = 2.0
+
+Staged = tuple[Blob, Fetched]
 
 
 class Fetcher:
-    """Threads of its own, so that slow remotes hold up neither the registry's calls nor each other's kind."""
+    """A few fetches at once, each in a daemon thread of its own.
+
+    So slow remotes hold up neither the registry's calls nor, where one hangs in a read, the end of the process: what
+    such a thread has not finished is swept at the next start.
+    """
 
     def __init__(self, store: AdapterStore, sources: Sources, registry: Registry, name: str) -> None:
         self._store = store
         self._sources = sources
         self._registry = registry
-        self._threads = ThreadPoolExecutor(FETCHES, name)
-        self._futures: set[Future[tuple[Blob, Fetched]]] = set()
+        self._name = name
+        self._slots = asyncio.Semaphore(FETCHES)
+        self._running: set[Future[Staged]] = set()
 
     async def fetch(
         self, name: str, source: str, revision: str | None, *, by: str, job: str | None = None
     ) -> AdapterEntry:
         """Raises AdapterError, EngineError. job: the import to keep informed; this finishes it where all goes well."""
-        future = self._threads.submit(self._stage, source, revision, job)
-        self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
-        blob, fetched = await asyncio.wrap_future(future)
+        async with self._slots:
+            blob, fetched = await asyncio.wrap_future(self._start(source, revision, job))
         return await self._store.add(name, blob, source=fetched.source, revision=fetched.revision, by=by, job=job)
 
     async def close(self) -> None:
-        """Waits a moment for threads that are about to end. Those that hang on a remote end with its next answer."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(wait, set(self._futures), _ENDING_SECONDS)
+        """Waits a moment for threads that are about to end."""
+        await asyncio.to_thread(wait, set(self._running), _ENDING_SECONDS)
 
-    def _stage(self, source: str, revision: str | None, job: str | None) -> tuple[Blob, Fetched]:
+    def _start(self, source: str, revision: str | None, job: str | None) -> Future[Staged]:
+        future: Future[Staged] = Future()
+        future.set_running_or_notify_cancel()  # from here on nothing cancels it
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        run = partial(self._run, future, source, revision, job)
+        threading.Thread(target=run, name=self._name, daemon=True).start()
+        return future
+
+    def _run(self, future: Future[Staged], source: str, revision: str | None, job: str | None) -> None:
+        try:
+            future.set_result(self._stage(source, revision, job))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _stage(self, source: str, revision: str | None, job: str | None) -> Staged:
         with self._registry.stage() as stage:
             fetched = self._sources.fetch(source, revision, stage)
             if job is not None:

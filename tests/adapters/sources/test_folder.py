@@ -59,5 +59,5 @@ def test_a_resolver_has_to_be_allowed(root: Path) -> None:
     sources = Sources(SourceOptions(allow_path=(root,), resolver=f"{root}/{{name}}"))
     assert sources.resolve("x") == f"{root}/x"
     assert Sources(SourceOptions()).resolve("x") is None
-    with pytest.raises(ValueError, match="--resolver: .*--allow-hub"):
+    with pytest.raises(ValueError, match=r"--resolver: .*--allow-hub"):
         Sources(SourceOptions(allow_path=(root,), resolver="hf://org/{name}"))

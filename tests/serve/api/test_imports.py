@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -161,6 +163,26 @@ def test_a_restart_goes_on_with_what_was_under_way(run: Any, bench: Open, source
             entry = await b.importer.wait(job.id)
             assert (entry.version, entry.revision, entry.created_by) == (1, "v1", "me")
             assert b.registry.imports(unfinished=True) == ()
+
+    run(body())
+
+
+def test_a_fetch_that_hangs_does_not_hold_up_the_end(
+    run: Any, bench: Open, sources: FakeSources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_ENDING_SECONDS", 0.1)
+    monkeypatch.setattr(sources, "close", lambda: None)  # as a read that notices nothing
+
+    async def body() -> None:
+        sources.gate.clear()
+        async with bench() as b:
+            await b.importer.start("a", "one", None, "")
+            await until(lambda: sources.at_once == 1)
+            start = time.monotonic()
+        assert time.monotonic() - start < 2
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name == "import")
+        sources.stopped.set()
+        await until(lambda: sources.at_once == 0)
 
     run(body())
 
