@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 from onebase.adapters.errors import AdapterRejected
@@ -37,5 +39,32 @@ def test_vllm_routes(run: Any, open_site: Any, adapter_folder: Any) -> None:
             assert (await site.post("/v1/unload_lora_adapter", lora_name="a")).status_code == 404
             assert (await site.post("/v1/unload_lora_adapter")).status_code == 400
             assert (await site.complete(model="a")).status_code == 404
+
+    run(body())
+
+
+def test_load_inplace_is_for_new_requests_at_once(run: Any, open_site: Any, adapter_folder: Any) -> None:
+    async def body() -> None:
+        first, second = adapter_folder("first", 1), adapter_folder("second", 2)
+        async with open_site(allow_path=(first.parent,)) as site:
+
+            async def load(folder: Path, **options: Any) -> None:
+                response = await site.post("/v1/load_lora_adapter", lora_name="a", lora_path=str(folder), **options)
+                assert response.status_code == 200, response.text
+
+            await load(first)
+            site.engine.pause = asyncio.Event()
+            calls = [asyncio.create_task(site.complete(model="a", max_tokens=1))]
+            while len(site.engine.requests) < 1:
+                await asyncio.sleep(0.001)
+            await load(second, load_inplace=True)
+            calls.append(asyncio.create_task(site.complete(model="a", max_tokens=1)))
+            while len(site.engine.requests) < 2:
+                await asyncio.sleep(0.001)
+            old, new = (request.adapters[0] for request in site.engine.requests)
+            assert old.digest != new.digest
+            assert (Path(old.path) / "adapter_config.json").is_file()
+            site.engine.pause.set()
+            assert [(await call).headers["x-onebase-adapters"] for call in calls] == ["a@1;scale=1", "a@2;scale=1"]
 
     run(body())
