@@ -35,6 +35,8 @@ async def add_adapter(request: Request) -> Response:
     server = server_of(request)
     loaded = server.require_ready()
     if content_type(request) == "multipart/form-data":
+        if not wait:
+            raise bad_request("wait: only what the server fetches itself can be left to the background.", "wait")
         name, blob = await receive_adapter(request, loaded.store)
         entry = await loaded.store.add(name, blob, source="upload", by=caller(request))
         return JSONResponse(adapter_card(server, entry), 201)

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from onebase.adapters.blobs import Blob
 from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineError
 from onebase.adapters.names import ADAPTER_NAME, check_name
@@ -21,6 +23,8 @@ from onebase.serve.api.pins import Pins
 from onebase.serve.api.uses import Uses
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.messages import AdapterGone, AdapterUse
+
+log = structlog.get_logger("onebase.adapters")
 
 # How long a load waits for room on the device.
 _PLACING_SECONDS = 5.0
@@ -246,7 +250,13 @@ class AdapterStore:
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Nobody waits for it, so the log is told."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the engine could not be told of a change", exc_info=error)
 
     async def _free(self, digest: str, *, force: bool = False) -> None:
         with suppress(EngineError, AdapterConflict):  # a dead engine holds no adapter; or it was loaded again meanwhile

@@ -134,6 +134,7 @@ def test_cursors_that_are_no_names_are_only_places(run: Any, open_site: Any, ada
         ("POST", "/v1/adapters/n/rollback"),
         ("POST", "/v1/registry/gc"),
         ("GET", "/v1/models"),
+        ("GET", "/v1/models/base"),
     ],
 )
 def test_no_route_ignores_a_parameter(run: Any, open_site: Any, method: str, path: str) -> None:

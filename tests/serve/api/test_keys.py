@@ -37,6 +37,19 @@ def test_keys(run: Any, open_site: Any, keys: dict[str, str], given: str | None,
             for path in ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
                 status = (await site.post(path)).status_code
                 assert status == (400 if admin == 200 else admin)
+            for method, path in (
+                ("GET", "/v1/adapters/a/versions"),
+                ("PATCH", "/v1/adapters/a"),
+                ("DELETE", "/v1/adapters/a"),
+                ("POST", "/v1/adapters/a/rollback"),
+                ("POST", "/v1/adapters/a/load"),
+                ("POST", "/v1/adapters/a/unload"),
+            ):
+                status = (
+                    await site.http.request(method, path, json={"pinned": True} if method == "PATCH" else {})
+                ).status_code
+                assert status == (404 if admin == 200 else admin), path
+            assert (await site.post("/v1/registry/gc", dry_run=True)).status_code == admin
             for path in ("/health", "/ready", "/metrics", "/version"):
                 assert (await site.http.get(path)).status_code == 200
             for path in ("//v1/models", "/v1/models/", "/V1/models", "/v1/models?x=/health"):

@@ -113,6 +113,16 @@ def test_uploads_over_the_cap_are_413_declared_or_not(run: Any, open_site: Any, 
     run(body())
 
 
+def test_an_upload_is_not_left_to_the_background(run: Any, open_site: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            headers = {"content-type": "multipart/form-data; boundary=B"}
+            response = await site.http.post("/v1/adapters?wait=false", content=form(NAME), headers=headers)
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "wait")
+
+    run(body())
+
+
 def test_concurrent_uploads_of_one_name_are_versions(run: Any, open_site: Any, adapter_folder: Any) -> None:
     async def body() -> None:
         async with open_site() as site:
