@@ -172,8 +172,8 @@ class World:
 
 @pytest.fixture
 def world() -> World:
-    """32 pages (8 to 56), 32 slots of adapters (8 to 56). A share is two slots."""
-    return World(Bounds(8, 32, 56), Bounds(8, 32, 56))
+    """32 pages and 32 slots of adapters, at least 8 each. A share is two slots."""
+    return World(Bounds(8, 32, 64), Bounds(8, 32, 64))
 
 
 def test_adapters_take_pages_that_hold_nothing_before_anybody_is_evicted(world: World) -> None:
@@ -212,7 +212,7 @@ def test_pages_that_are_held_move_out_of_the_way(world: World) -> None:
 def test_pages_keep_their_lower_bound_and_one_for_each_running_sequence(world: World) -> None:
     assert not world.tier.place("1", 57 * SLOT)
     assert world.num_pages >= world.plan.pages.least
-    world = World(Bounds(8, 32, 56), Bounds(8, 32, 56))
+    world = World(Bounds(8, 32, 64), Bounds(8, 32, 64))
     for name in ("a", "b", "c"):
         assert world.grow(8, name)
     assert not world.tier.place("1", 38 * SLOT)
@@ -267,8 +267,20 @@ def test_a_side_that_was_short_gives_nothing_for_a_while(world: World) -> None:
     world.check()
 
 
+def test_neither_side_gets_more_than_its_upper_bound() -> None:
+    world = World(Bounds(8, 32, 40), Bounds(8, 32, 38))
+    assert not world.tier.place("1", 39 * SLOT)
+    assert world.tier.place("2", 38 * SLOT)
+    assert (world.arena_slots, world.num_pages) == (38, 26)
+    world.tier.remove("2")
+    world.pass_steps()
+    assert not world.grow(41)
+    assert world.grow(40)
+    world.check()
+
+
 def test_where_both_are_short_the_split_stands(world: World) -> None:
-    world.tier.place("1", 32 * SLOT)
+    world.tier.place("1", 31 * SLOT)
     world.tier.referenced.add("1")
     assert world.grow(31)
     for _ in range(5 * CALM):
@@ -276,6 +288,8 @@ def test_where_both_are_short_the_split_stands(world: World) -> None:
         assert not world.tier.place("2", 8 * SLOT)
         assert not world.grow(2)
     assert world.budget.moves == 0
+    world.pass_steps()
+    assert world.grow(2), "adapters have not been short since"
     world.check()
 
 
@@ -292,6 +306,20 @@ def test_the_oldest_requests_adapters_get_their_room_whoever_is_short(world: Wor
             world.end()
     assert placed
     world.check()
+
+
+def test_they_get_it_bit_by_bit_as_pages_become_free() -> None:
+    world = World(Bounds(8, 64, 128), Bounds(8, 64, 128), slots=128)
+    assert all([world.grow(60, "a"), world.grow(3, "b"), world.grow(1, "c")])
+    sizes = []
+    for needed, name in ((0, "b"), (70 * SLOT, "c"), (70 * SLOT, "a")):
+        world.waiting.needed_bytes = needed
+        world.end(name)
+        placed = world.tier.place("1", 70 * SLOT)
+        sizes.append(world.arena_slots)
+        world.check()
+    assert placed
+    assert sizes == [64, 67, 71], "less than a share moves only for the oldest request"
 
 
 def test_what_moves_between_two_steps_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +406,7 @@ def test_check_finds_a_border_that_is_not_shared(world: World) -> None:
     world.pages.add(1)
     with pytest.raises(RuntimeError, match="the arena has"):
         world.budget.check()
-    world = World(Bounds(8, 32, 56), Bounds(8, 32, 56))
+    world = World(Bounds(8, 32, 64), Bounds(8, 32, 64))
     world.pages.first += 1
     with pytest.raises(RuntimeError, match="slots of adapters"):
         world.budget.check()
