@@ -66,6 +66,7 @@ class AdapterCache:
         self._installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
         self.device = DeviceTier(arena, self.shared, self._installer, self.policy, evicted=self._remove)
         self._loader = Loader(arena.buffer)
+        self._reads = self._read_bytes = 0
         self._entries: dict[str, Entry] = {}
         self._moving: dict[str, Entry] = {}  # those that are not ready
         if forms is not None:
@@ -87,10 +88,23 @@ class AdapterCache:
         """digest -> bytes on the device."""
         return {entry.digest: entry.nbytes for entry in self.device.entries if entry.state is State.READY}
 
+    @property
+    def mean_bytes(self) -> int:
+        """What an adapter takes on the device, on average of those that came to host memory so far."""
+        return self._read_bytes // max(self._reads, 1)
+
+    def running(self) -> set[str]:
+        """Digests that running sequences hold references on."""
+        return {entry.digest for entry in self.device.entries if entry.references}
+
     def is_ready(self, digest: str) -> bool:
         """Whether the adapter may be acquired. One that is being unloaded may not: it comes back as a new entry."""
         entry = self._entries.get(digest)
         return entry is not None and entry.state is State.READY and not entry.doomed
+
+    def is_known(self, digest: str) -> bool:
+        """Whether it is in some tier above the disk, or on its way there."""
+        return digest in self._entries or digest in self.host
 
     def is_leaving(self, digest: str) -> bool:
         """Whether an adapter that was unloaded is still here, for its last request or the end of a copy."""
@@ -118,29 +132,31 @@ class AdapterCache:
 
     # What is asked for
 
-    def fetch(self, digest: str, path: str, *, place: bool = True) -> Entry:
-        """The entry of an adapter; starts to load it where it is not on its way already.
-
-        place: onto the device; else host memory will do for now.
-        """
-        entry = self._entries.get(digest)
-        if entry is None or entry.state is State.FAILED:
-            entry = Entry(digest, path, State.COMPILING, asked_at=time.monotonic())
-            self._entries[digest] = self._moving[digest] = entry
-            self.policy.know(digest)
-            packed = self.host.look(digest)
-            if packed is not None:
-                entry.take(packed)
-            else:
-                entry.reading = self._loader.submit(self.fetcher.fetch, Path(path), digest)
-        entry.wants_room = place or entry.wants_room
+    def fetch(self, digest: str, path: str) -> Entry:
+        """The entry of an adapter that is to go to the device as soon as it has room; starts to load it where it is not
+        on its way already."""
+        entry = self._entry(digest, path)
+        entry.wants_room = True
         return entry
 
-    def await_ready(self, digest: str, path: str, *, place: bool) -> None:
-        """As ``fetch``, for a request that waits. ``place`` may be taken back as long as no room was found."""
-        entry = self.fetch(digest, path, place=place)
-        entry.wants_room = place
+    def await_ready(self, digest: str, path: str) -> None:
+        """Start to load an adapter that a request waits for. It goes to the device once it is planned there."""
+        entry = self._entry(digest, path)
         entry.awaited = entry.awaited or entry.state is not State.READY
+
+    def _entry(self, digest: str, path: str) -> Entry:
+        entry = self._entries.get(digest)
+        if entry is not None and entry.state is not State.FAILED:
+            return entry
+        entry = Entry(digest, path, State.COMPILING, asked_at=time.monotonic())
+        self._entries[digest] = self._moving[digest] = entry
+        self.policy.know(digest)
+        packed = self.host.look(digest)
+        if packed is not None:
+            entry.take(packed)
+        else:
+            entry.reading = self._loader.submit(self.fetcher.fetch, Path(path), digest)
+        return entry
 
     def acquire(self, digest: str) -> Entry:
         """Take a reference on a ready entry. Its handle may change between steps: compaction moves blocks."""
@@ -197,25 +213,27 @@ class AdapterCache:
                 self._remove(entry)
         return changed
 
-    def place(self, reserved: Collection[str] = (), wanted: Collection[str] = ()) -> None:
-        """Give room to those that want it, oldest first.
+    def place(self, planned: Mapping[str, bool] | None = None, wanted: Collection[str] = ()) -> None:
+        """Give room to those that want it.
 
-        ``reserved`` digests are not evicted for others. ``blocked`` says whether one of them found no room. What found
-        none is dropped unless it is ``wanted``, or host memory holds it anyway.
+        planned: the digests that requests are to find on the device, in their order, and whether there is room now;
+        these are not evicted for others. Those without wait for room in their order. ``blocked`` says whether any has
+        no place yet. What else found no room is dropped unless it is pinned, or ``wanted`` and not in host memory.
         """
+        planned = planned or {}
+        reserved = {digest for digest, has_room in planned.items() if has_room}
         self.device.pinned = self._fetch_pins()
-        for entry in [e for e in self._moving.values() if e.state is State.PLACING and not e.doomed]:
-            if entry.wants_room:
-                self._place(entry, reserved, awaited=entry.digest in reserved)
-            if entry.state is State.PLACING and not self._keeps_waiting(entry, reserved, wanted):
+        self.blocked = False
+        for digest, has_room in planned.items():
+            entry = self._moving.get(digest)
+            if entry is not None and entry.state is State.PLACING and (has_room or not self.blocked):
+                self._place(entry, reserved, awaited=True)
+            self.blocked |= entry is not None and entry.block < 0
+        for entry in [e for e in self._moving.values() if e.state is State.PLACING and e.digest not in planned]:
+            placed = entry.wants_room and self._place(entry, reserved, awaited=False)
+            needed = entry.digest in wanted and entry.digest not in self.host
+            if not placed and not needed and entry.digest not in self.device.pinned:
                 self._remove(entry)
-        waiting = (entry.digest for entry in self._moving.values() if entry.state is State.PLACING)
-        self.blocked = any(digest in reserved for digest in waiting)
-
-    def _keeps_waiting(self, entry: Entry, reserved: Collection[str], wanted: Collection[str]) -> bool:
-        if entry.digest in reserved or entry.digest in self.device.pinned:
-            return True
-        return entry.digest in wanted and entry.digest not in self.host
 
     def _fetch_pins(self) -> Mapping[str, str]:
         """Start the loads of pins; those that have room on the device."""
@@ -252,6 +270,7 @@ class AdapterCache:
             return entry.fail(AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
         self.meters.add(fetched.step, fetched.seconds)
         needed = self._bytes_of(fetched.packed)
+        self._reads, self._read_bytes = self._reads + 1, self._read_bytes + needed
         if needed > self.arena.limit_bytes:
             message = f"the adapter takes {needed} bytes, the device budget for adapters is {self.arena.limit_bytes}"
             return entry.fail(AdapterTooLarge(message))
@@ -263,15 +282,16 @@ class AdapterCache:
     def _bytes_of(self, packed: PackedProgram) -> int:
         return sum(self.arena.block_bytes(part.numel()) for part in (packed.data, *packed.shared.values()))
 
-    def _place(self, entry: Entry, protected: Collection[str], *, awaited: bool) -> None:
-        found = self.device.place(entry, protected, awaited=awaited)
+    def _place(self, entry: Entry, protected: Collection[str], *, awaited: bool) -> bool:
+        found = None if entry.doomed else self.device.place(entry, protected, awaited=awaited)
         if found is None or entry.packed is None:
-            return
+            return False
         entry.state = State.COPYING
         targets = {found.start: entry.packed.data}
         targets |= {start: entry.packed.shared[key] for key, start in found.new.items()}
         starts = self.shared.starts(entry.shared)
         entry.copying = self._loader.copy(targets, partial(self._installer.prepare, entry, found.start, starts))
+        return True
 
     def _copied(self, entry: Entry) -> None:
         copying, entry.copying, entry.packed = entry.copying, None, None

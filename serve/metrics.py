@@ -72,15 +72,26 @@ def _load(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _capacity(info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
-    used = 1 - stats.free_pages / info.num_pages if info.num_pages and stats.steps else 0.0
+    """Both sides of the device's budget as they are now; those of the start before the first step."""
+    num_pages, adapter_bytes = _split(info, stats)
+    used = 1 - stats.free_pages / num_pages if num_pages and stats.steps else 0.0
     yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", used)
-    yield _gauge("onebase_adapter_bytes_capacity", "Bytes of the device that adapters may take.", info.adapter_bytes)
+    yield _gauge("onebase_adapter_bytes_capacity", "Bytes of the device that adapters may take now.", adapter_bytes)
     yield _gauge("onebase_adapter_bytes_used", "Bytes of the device that adapters take.", stats.adapter_bytes_used)
     cache = GaugeMetricFamily(
-        "vllm:cache_config_info", "Size of a page and number of pages.", labels=("block_size", "num_gpu_blocks")
+        "vllm:cache_config_info", "Size of a page and number of pages now.", labels=("block_size", "num_gpu_blocks")
     )
-    cache.add_metric((str(info.page_size), str(info.num_pages)), 1)
+    cache.add_metric((str(info.page_size), str(num_pages)), 1)
     yield cache
+    yield _counter(
+        "onebase_budget_moves", "Times that pages and adapters took room from each other.", stats.budget_moves
+    )
+
+
+def _split(info: EngineInfo, stats: EngineStats) -> tuple[int, int]:
+    """Pages, and bytes of adapters."""
+    known = stats.num_pages > 0
+    return (stats.num_pages, stats.adapter_bytes) if known else (info.num_pages, info.adapter_bytes)
 
 
 def _loaded(names: Names, stats: EngineStats) -> Metric:
@@ -97,7 +108,7 @@ def _room(stats: EngineStats, info: EngineInfo | None, registered: int) -> int:
     if info is None or not stats.resident or not stats.adapter_bytes_used:
         return max(1, registered)
     mean = stats.adapter_bytes_used / len(stats.resident)
-    return max(1, len(stats.resident), int(info.adapter_bytes / mean))
+    return max(1, len(stats.resident), int(_split(info, stats)[1] / mean))
 
 
 def _named(names: Names, digests: Mapping[str, int] | tuple[str, ...]) -> list[str]:

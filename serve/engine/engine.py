@@ -263,7 +263,7 @@ class Engine:
             if entry.error is not None:
                 outputs += self._refuse([(sequence, entry.error) for sequence in self.waiting.over(entry.digest)])
         self.waiting.prefetch()
-        self.adapters.place(self.waiting.kept, self.waiting.wanted)
+        self.adapters.place(self.waiting.planned, self.waiting.wanted)
         outputs += self._refuse(self.waiting.lay_out())
         return outputs + self._refuse(self.waiting.oversized()) + self._gone()
 

@@ -58,6 +58,28 @@ def test_a_block_freed_twice_is_an_error() -> None:
         arena.free(start)
 
 
+def test_its_end_moves_over_free_room_only() -> None:
+    buffer = torch.zeros(20 * BLOCK_ALIGN)
+    arena = Arena.within(buffer, 8 * BLOCK_ALIGN, 16 * BLOCK_ALIGN)
+    first, second = arena.allocate(2 * BLOCK_ALIGN), arena.allocate(3 * BLOCK_ALIGN)
+    assert (arena.free_bytes, arena.tail_bytes) == (3 * 256, 3 * 256)
+    for blocks in (4, 17):
+        with pytest.raises(ValueError, match="capacity"):
+            arena.resize(blocks * BLOCK_ALIGN)
+        arena.check()
+    arena.resize(5 * BLOCK_ALIGN)
+    arena.check()
+    assert (arena.tail_bytes, arena.allocate(1)) == (0, None)
+    arena.resize(16 * BLOCK_ALIGN)
+    assert (arena.free_bytes, arena.tail_bytes, arena.limit_bytes) == (11 * 256, 11 * 256, 16 * 256)
+    arena.free(first)
+    assert (arena.free_bytes, arena.tail_bytes) == (13 * 256, 11 * 256)
+    arena.free(second)
+    arena.resize(0)
+    arena.check()
+    assert arena.capacity == 0
+
+
 def test_pack_keeps_every_value_where_its_operands_say() -> None:
     generator = torch.Generator().manual_seed(0)
     low_rank = LowRank(torch.randn(3, 10, generator=generator), torch.randn(3, 7, generator=generator), 2.0)

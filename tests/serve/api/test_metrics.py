@@ -69,6 +69,13 @@ def test_gateway_names(run: Any, open_site: Any, adapter_folder: Any) -> None:
             assert value(found, "onebase_page_evictions_total") == 4
             assert value(found, "onebase_engine_restarts_total") == 2
             assert value(found, "onebase_engine_ready") == 1
+            site.engine.stats = replace(site.engine.stats, num_pages=50, adapter_bytes=1 << 19, budget_moves=6)
+            found = samples((await site.http.get("/metrics")).text)
+            assert value(found, "vllm:kv_cache_usage_perc") == 0.5, "of the pages that there are now"
+            assert value(found, "vllm:cache_config_info", block_size="16", num_gpu_blocks="50") == 1
+            assert value(found, "onebase_adapter_bytes_capacity") == 1 << 19
+            assert value(found, "onebase_budget_moves_total") == 6
+            assert found["vllm:lora_requests_info"][0].labels["max_lora"] == "2"
 
     run(body())
 

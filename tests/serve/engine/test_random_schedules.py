@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from onebase.kernels.ops.prefix import GatedPrefix, KvPrefix
 from onebase.kernels.ops.reft import Intervention
 from onebase.kernels.ops.tokens import SoftPrompt, TokenRows
 from onebase.kernels.ops.vector import ScaleIn, ScaleOut
+from onebase.serve.engine import memory
+from onebase.serve.engine.config import GIB
 from onebase.serve.engine.logprobs import unpack
 from onebase.serve.engine.messages import AdapterGone, Failure, Request, SamplingParams, TokenOutput, UnloadAdapter
 
@@ -188,6 +191,18 @@ def bench(make_driver: Callable[..., Any]) -> Bench:
     return Bench(Client(crowded), Client(alone))
 
 
+@pytest.fixture(scope="module")
+def moving(make_driver: Callable[..., Any], bench: Bench) -> Bench:
+    """An engine as small, where pages and adapters take room from each other; the answers are those of the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "free_host", lambda: int(0.0003 * GIB))
+        driver = make_driver(
+            "llama", max_model_len=72, max_num_seqs=6, kv_memory=0.00004, kv_memory_max=1.0, adapter_memory=0.00003,
+            adapter_memory_max=1.0,
+        )  # fmt: skip
+    return Bench(Client(driver), bench.alone)
+
+
 _TOKENS = st.sampled_from([20, 21, 22])
 _PROMPTS = st.tuples(
     st.integers(0, 20), st.lists(_TOKENS, max_size=6), st.sampled_from([(), INVOCATION]), st.lists(_TOKENS, min_size=1)
@@ -227,7 +242,7 @@ def _hold(bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: i
             torch.testing.assert_close(answer.prompt, expected.prompt, atol=1e-4, rtol=0)
         else:
             assert job.abort is not None
-    assert engine.scheduler.pages.num_free == engine.info.num_pages
+    assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
     assert engine.adapters.num_references == 0
 
 
@@ -241,6 +256,33 @@ def test_whatever_happens_beside_it_a_request_has_its_own_answer(
     bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
 ) -> None:
     _hold(bench, events, max_batch_tokens)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+@_SCHEDULES
+def test_so_it_has_while_the_border_between_pages_and_adapters_moves(
+    moving: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
+) -> None:
+    _hold(moving, events, max_batch_tokens)
+
+
+def test_the_border_moves_both_ways_over_held_pages_and_resident_adapters(
+    moving: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the schedules above prove little: sequences over the base alone, then adapters, then both."""
+    engine, before = moving.crowded.engine, moving.crowded.engine.stats().budget_moves
+    copied, numbers = dict[int, int](), [engine.scheduler.pages.num_pages]
+    copy, step = engine.budget._copy_pages, moving.crowded.step
+    monkeypatch.setattr(engine.budget, "_copy_pages", lambda moves: copied.update(moves) or copy(moves))
+    monkeypatch.setattr(moving.crowded, "step", lambda: step() or numbers.append(engine.scheduler.pages.num_pages))
+    base = [Job((*range(30, 50), 20 + turn), (), 1.0, 40, 0.0, None, None) for turn in range(12)]
+    over = [Job((30, 31, 20 + turn), (name,), 1.0, 3, 0.0, None, None) for turn in range(12) for name in KINDS]
+    for jobs in (base, over, base + over, over + base) * 2:
+        _hold(moving, [(job, 0) for job in jobs], 64)
+    changes = [second - first for first, second in pairwise(numbers)]
+    assert min(changes) < 0 < max(changes)
+    assert copied, "pages moved while they were held or cached"
+    assert engine.stats().budget_moves - before >= sum(change != 0 for change in changes)
 
 
 def test_the_crowd_preempts_evicts_and_compacts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,3 +308,12 @@ def test_the_crowd_preempts_evicts_and_compacts(bench: Bench, monkeypatch: pytes
 @_SCHEDULES
 def test_many_schedules(bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int) -> None:
     _hold(bench, events, max_batch_tokens)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=_CHECKS)
+@_SCHEDULES
+def test_many_schedules_while_the_border_moves(
+    moving: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
+) -> None:
+    _hold(moving, events, max_batch_tokens)

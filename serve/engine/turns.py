@@ -1,0 +1,161 @@
+"""Turns: which adapters are to be on the device next, where those that requests wait for do not all fit.
+
+Waiting requests are gone through, oldest first. Each one's adapters are planned onto the device, beside those that are
+running; where they do not fit, running ones that no older request needs are drained: they take no new references, so
+that they can be evicted once their last request has ended. What has room now is not evicted for anybody behind it, and
+room that comes free goes to the oldest that waits for it. So every load serves somebody before it goes, and a stream of
+younger requests over what is there starves nobody.
+
+The plan is made anew before each step, and prefers to drain those that it drained before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from onebase.adapters.cache import AdapterCache
+from onebase.serve.engine.messages import AdapterUse
+from onebase.serve.engine.sequence import Sequence
+
+# Loads that are started before their sizes are known; each takes host memory until it is placed or dropped.
+_MOST_COMPILING = 4
+
+Parts = Mapping[str, int]  # block -> bytes, as AdapterCache.parts has it
+
+
+@dataclass(slots=True)
+class _Room:
+    """What is left of a tier's bytes. Blocks that several adapters share count once."""
+
+    left: int
+    users: Counter[str] = field(default_factory=Counter)
+
+    def take(self, parts: Parts) -> None:
+        self.left -= sum(size for part, size in parts.items() if not self.users[part])
+        self.users.update(parts.keys())
+
+    def give_back(self, parts: Parts) -> None:
+        self.users.subtract(parts.keys())
+        self.left += sum(size for part, size in parts.items() if not self.users[part])
+
+
+class Turns:
+    """wanted: adapters that the first waiting requests need, on the device or for now in host memory. planned: those of
+    them that are to be on the device, oldest request first, and whether there is room now, or only once others are
+    drained. draining: running ones that have to go. pinned: blocks of pinned adapters,
+    with their bytes. running: digests that running requests held when the plan was made, but for pinned ones."""
+
+    def __init__(self, adapters: AdapterCache, lookahead: int) -> None:
+        """lookahead: how many requests are the first."""
+        self.wanted: set[str] = set()
+        self.planned: dict[str, bool] = {}
+        self.draining: set[str] = set()
+        self.pinned: dict[str, int] = {}
+        self.running: set[str] = set()
+        self._adapters = adapters
+        self._lookahead = lookahead
+        self._parts: dict[str, Parts] = {}  # of adapters that requests wait for, also of those that had to be dropped
+        self._drained: set[str] = set()  # by the last plan
+
+    def plan(self, waiting: Iterable[Sequence]) -> None:
+        """Decide, and have loaded what is decided: onto the device, and for the next turn into host memory."""
+        first = [s for s, _ in zip(waiting, range(self._lookahead), strict=False) if s.request.adapters]
+        self.planned, self.wanted = {}, set()
+        self._drained, self.draining = self.draining, set()
+        pins, self.pinned = self._adapters.pins.within(self._adapters.arena.limit_bytes)
+        if not first:
+            self._parts.clear()
+            return
+        self._remember(digest for sequence in first for digest in sequence.digests)
+        self.running = self._adapters.running() - pins.keys()
+        self._go_through(first, self.running)
+
+    def _go_through(self, waiting: list[Sequence], running: set[str]) -> None:
+        room, later = self._device_room(running), self._device_room(running)
+        host: _Room | None = None
+        for sequence in waiting:
+            uses = {use.digest: use for use in sequence.request.adapters if use.digest not in self.planned}
+            if not self.draining.isdisjoint(uses):
+                continue  # for the next turn: somebody older needs their room
+            if self._adapters.num_compiling > _MOST_COMPILING and not all(map(self._adapters.is_known, uses)):
+                self._leave_room(uses, room, later)
+                continue
+            if host is None and not self._bring(uses, room, later, running):
+                host = _Room(self._adapters.host.capacity)
+            elif host is not None and not self._bring_closer(uses, host):
+                return
+
+    def _device_room(self, running: Iterable[str]) -> _Room:
+        """Beside the pinned and the running ones."""
+        room = _Room(self._adapters.device.reach_bytes)
+        room.take(self.pinned)
+        for digest in running:
+            room.take(self._adapters.parts(digest))
+        return room
+
+    def _bring(self, uses: Mapping[str, AdapterUse], room: _Room, later: _Room, running: set[str]) -> bool:
+        """Plan the adapters onto the device; False where they do not fit beside those of older requests. The oldest
+        request's always do: the device's room is made for them."""
+        new = [digest for digest in uses if digest not in running]
+        for digest in new:
+            room.take(self._parts_of(digest))
+            later.take(self._parts_of(digest))
+        fit = self._drain_for(uses, later, running) or not self.planned
+        for digest, use in uses.items():
+            self._adapters.await_ready(digest, use.path)
+        self.wanted.update(uses)
+        if fit:
+            self.planned.update(dict.fromkeys(uses, room.left >= 0 or not new))
+        return fit
+
+    def _leave_room(self, uses: Iterable[str], *rooms: _Room) -> None:
+        """For adapters that will be loaded as soon as others have been."""
+        for digest in uses:
+            for room in rooms:
+                room.take(self._parts_of(digest))
+
+    def _drain_for(self, uses: Iterable[str], room: _Room, running: set[str]) -> bool:
+        """Drain running adapters until there is room; none where all of them are not enough."""
+        drained: list[str] = []
+        may_go = running - self.planned.keys() - self.draining - set(uses)
+        while room.left < 0 and may_go:
+            before = may_go & self._drained
+            coldest = self._adapters.policy.coldest(before or may_go)
+            assert coldest is not None
+            may_go.remove(coldest)
+            drained.append(coldest)
+            room.give_back(self._adapters.parts(coldest))
+        if room.left < 0:
+            for digest in drained:
+                room.take(self._adapters.parts(digest))
+            return False
+        self.draining.update(drained)
+        return True
+
+    def _bring_closer(self, uses: Mapping[str, AdapterUse], host: _Room) -> bool:
+        """Have the adapters in host memory; False where it has no room for more."""
+        for digest in uses:
+            host.take(self._parts_of(digest))
+        if host.left < 0:
+            return False
+        for digest, use in uses.items():
+            if digest not in self._adapters.host:
+                self._adapters.await_ready(digest, use.path)
+        self.wanted.update(uses)
+        return True
+
+    def may_start(self, digests: Iterable[str]) -> bool:
+        """Whether new references on these, all of them ready, keep nobody older from the device."""
+        if not self.draining.isdisjoint(digests):
+            return False
+        return not self._adapters.blocked or all(self.planned.get(one) or one in self.running for one in digests)
+
+    def _remember(self, digests: Iterable[str]) -> None:
+        """What adapters take, as soon as it is known and as long as somebody waits: one that was read, and found to
+        have no room, is not read again to find that out. Until it is known it is what most of them take."""
+        self._parts = {digest: self._adapters.parts(digest) or self._parts.get(digest, {}) for digest in digests}
+
+    def _parts_of(self, digest: str) -> Parts:
+        return self._parts[digest] or {digest: self._adapters.mean_bytes}
