@@ -86,7 +86,10 @@ class Gathers:
         self.starts = starts
         self._segments = segments
         self._tables = tables
+        self._handles = frozenset(starts)
         self._pairs = Pairs.of(segments, starts, tables)
+        self._scales = _scales(segments, self._pairs)
+        self._biased = frozenset(np.flatnonzero((self._pairs.entries[:, :, 2] >= 0).any(axis=0)).tolist())
         self._steps: dict[tuple[int, ...], BagStep] = {}
         self._profiles: dict[bytes, Profile] = {}
         self._shared: dict[Hashable, Tensor] = {}
@@ -98,8 +101,7 @@ class Gathers:
         return step
 
     def _make(self, group: tuple[int, ...]) -> BagStep:
-        for segment in self._segments:
-            self._tables.require_linear(segment.handle, group)
+        self._tables.require_linear(group, self._handles)
         ranks = self._pairs.entries[:, group, 3]
         profiles = [self._profile(ranks[:, at]) if ranks[:, at].any() else None for at in range(len(group))]
         members, start = {}, 0
@@ -123,8 +125,7 @@ class Gathers:
         return index
 
     def _scale(self, group: tuple[int, ...], profiles: Sequence[Profile | None], ranks: Ints) -> Tensor | None:
-        weights = np.array([segment.scale for segment in self._segments])[:, None]
-        scales = weights * self._pairs.entries[:, group, 4].view(np.float64)
+        scales = self._scales[:, group]
         if (scales[ranks > 0] == 1).all():
             return None
         wide = np.float64 if self._tables.buffer.dtype is torch.float64 else np.float32
@@ -151,11 +152,11 @@ class Gathers:
 
     def _bias(self, site: int) -> tuple[Rows, Tensor] | None:
         """[rows, out_features] and the rows that get it."""
+        if site not in self._biased:
+            return None
         operands = self._tables.operands
         ops = [(segment, operands(segment.handle).get(site)) for segment in self._segments]
         uses = [Use(segment, op) for segment, op in ops if op is not None and op.add_out >= 0]
-        if not uses:
-            return None
         rows = sorted({row for use in uses for row in range(use.segment.start, use.segment.stop)})
         wide = torch.float64 if self._tables.buffer.dtype is torch.float64 else torch.float32
         bias = torch.zeros((len(rows), self._tables.sites[site].out_features), dtype=wide)
@@ -168,6 +169,12 @@ class Gathers:
         if key not in self._shared:
             self._shared[key] = build()
         return self._shared[key]
+
+
+def _scales(segments: Sequence[Segment], pairs: Pairs) -> NDArray[np.float64]:
+    """The segment's scale times its program's, by site: [segments, sites]."""
+    scales: NDArray[np.float64] = pairs.entries.view(np.float64)[:, :, 4]
+    return np.array([segment.scale for segment in segments])[:, None] * scales
 
 
 def run_of(rows: Ints) -> Rows:

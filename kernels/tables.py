@@ -121,10 +121,11 @@ class ProgramTables:
         self.check(plan)
         return plan.memo((self, "uses", site, token), lambda: self._uses(site, plan, token))
 
-    def require_linear(self, handle: int, sites: Sequence[int]) -> None:
-        """Raise ValueError where the program has an embedding's operands at one of the sites."""
-        for site in self._tokens[handle].intersection(sites):
-            raise _wrong_operands(site)
+    def require_linear(self, sites: Sequence[int], handles: frozenset[int]) -> None:
+        """Raise ValueError where one of the programs has an embedding's operands at one of the sites."""
+        tokens = frozenset().union(*(self._tokens[handle] for handle in handles)).intersection(sites)
+        if tokens:
+            raise _wrong_operands(min(tokens))
 
     def max_rank(self, sites: Sequence[int], plan: BatchPlan) -> int:
         """The largest rank that the plan's programs have at any of the sites."""
