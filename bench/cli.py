@@ -77,3 +77,40 @@ def lifecycle(
         raise typer.BadParameter(f"allowed: {', '.join(SHAPES)}", param_hint="--shape")
     plan = Plan(shape, device, registered, room, fit, rank, requests, clients, rounds)
     run(plan, scenario or (), out)
+
+
+@app.command()
+def kernels(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    hidden: Annotated[list[int] | None, typer.Option(help="Width of the site; may be given several times.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="Rank; 0: 8 to 128 mixed.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of the batch.")] = None,
+    distinct: Annotated[list[str] | None, typer.Option(help="Distinct adapters: one, half or all of the rows.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(help="Rounds in which all sides take turns.", min=1)] = 5,
+    out: Out = None,
+    csv: Annotated[Path | None, typer.Option(help="Store the table as CSV.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it; needs the extra `plot`.")] = None,
+) -> None:
+    """The low-rank kernels by themselves, beside a loop, gather + bmm, grouped_mm and the base's product."""
+    import torch
+
+    from onebase.bench.kernels import SHARES, run
+
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in kinds:
+        raise typer.BadParameter(f"allowed: {', '.join(kinds)}", param_hint="--dtype")
+    if unknown := set(distinct or ()) - set(SHARES):
+        raise typer.BadParameter(f"{', '.join(unknown)}: allowed is {', '.join(SHARES)}", param_hint="--distinct")
+    run(
+        device,
+        hidden=hidden or (),
+        ranks=rank or (),
+        rows=rows or (),
+        shares=distinct or SHARES,
+        dtype=kinds[dtype],
+        rounds=rounds,
+        out=out,
+        table=csv,
+        plot=plot,
+    )

@@ -1,24 +1,28 @@
-"""The fast CPU body: short segments share masked products over packs, long ones read the arena directly.
+"""The fast CPU body: each segment goes by gathers, by masked products, or by itself, as is estimated to be fastest.
 
-One masked pair of products per panel and site replaces a pair of small products per adapter: a decode step of
-many adapters is then bound by reading weights, not by calls. docs of the parts: packs.py, cpu_split.py, cpu_steps.py.
+A decode step of many adapters is then bound by reading weights, not by calls. Its parts: bags.py and cpu_bags.py for
+gathers, packs.py and cpu_steps.py for masked products, cpu_split.py and cpu_tuning.py for the choice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.nn.functional import linear
 
+from onebase.kernels import bags, prepack
 from onebase.kernels.base import Shrunk, own
-from onebase.kernels.cpu_split import CpuSplit, CpuTuning
-from onebase.kernels.cpu_steps import PackedStep, Rows, Schedule, SiteStep, SoloStep, make_schedule, make_step
+from onebase.kernels.columns import Columns
+from onebase.kernels.cpu_bags import BagStep, Rows
+from onebase.kernels.cpu_split import CpuSplit
+from onebase.kernels.cpu_steps import PackedStep, Schedule, SiteStep, SoloStep, make_schedule, make_step
+from onebase.kernels.cpu_tuning import CpuTuning
 from onebase.kernels.packs import Panels
 from onebase.kernels.plan import BatchPlan
-from onebase.kernels.prepack import supported
 from onebase.kernels.tables import ProgramTables, Use
 
 
@@ -33,7 +37,11 @@ class SiteShrunk:
 
 @dataclass(frozen=True, slots=True)
 class CpuShrunk(Shrunk):
+    """samples: xa of the gathers, scaled, of all sites of the group. None where no segment goes that way."""
+
     sites: dict[int, SiteShrunk]
+    step: BagStep | None
+    samples: Tensor | None
 
 
 class CpuKernels:
@@ -43,17 +51,31 @@ class CpuKernels:
 
     def __init__(self, tables: ProgramTables, tuning: CpuTuning = CpuTuning()) -> None:  # noqa: B008 (frozen)
         self._tables = tables
-        self._split = CpuSplit(tables, tuning)
-        self._panels = Panels(tables, tuning.prepack_after if supported(tables.buffer.dtype) else None)
+        self._split = CpuSplit(tables, tuning if bags.supported() else replace(tuning, gather=math.inf))
+        self._columns = Columns(tables)
+        self._panels = Panels(tables, tuning.prepack_after if prepack.supported(tables.buffer.dtype) else None)
         self._schedules: WeakKeyDictionary[BatchPlan, Schedule] = WeakKeyDictionary()
+        self._rows_of_a = {
+            site.in_features: bags.rows_anywhere(tables.buffer, site.in_features) for site in tables.sites
+        }
 
     def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> CpuShrunk:
         self._tables.check(plan)
-        gathered: dict[int, Tensor] = {}
-        return CpuShrunk({site: _shrink(x, self._step(site, plan), gathered) for site in group})
+        schedule, taken, sites = self._schedule(plan), dict[int, Tensor](), dict[int, SiteShrunk]()
+        if schedule.panels or schedule.lone:
+            sites = {site: _shrink(x, self._step(site, plan, schedule), taken) for site in group}
+        if schedule.gathers is None:
+            return CpuShrunk(sites, None, None)
+        step = schedule.gathers.step(group)
+        return CpuShrunk(sites, step, self._gather(x, step))
 
     def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
-        mine = own(shrunk, CpuShrunk).sites[site]
+        whole = own(shrunk, CpuShrunk)
+        if whole.step is not None:
+            self._add_sums(y, whole.step, whole.samples, site)
+        mine = whole.sites.get(site)
+        if mine is None:
+            return
         for solo, xa in zip(mine.step.solo, mine.solo, strict=True):
             _expand_solo(y, solo, xa)
         for packed, xa in zip(mine.step.packed, mine.packed, strict=True):
@@ -64,6 +86,7 @@ class CpuKernels:
             self._token_segment(y, tokens, site, use)
 
     def forget(self, handle: int) -> None:
+        self._columns.forget(handle)
         self._panels.forget(handle)
         self._split.forget(handle)
         self._keep_schedules(lambda plan, schedule: handle not in plan.handles and schedule.stands)
@@ -76,18 +99,34 @@ class CpuKernels:
         for plan in [plan for plan, schedule in self._schedules.items() if not condition(plan, schedule)]:
             del self._schedules[plan]
 
-    def _step(self, site: int, plan: BatchPlan) -> SiteStep:
-        schedule = self._schedules.get(plan) or self._schedule(plan)
+    def _step(self, site: int, plan: BatchPlan, schedule: Schedule) -> SiteStep:
         step = schedule.steps.get(site)
         if step is None or not step.stands:
             step = schedule.steps[site] = make_step(site, plan, schedule, self._tables, self._panels)
         return step
 
     def _schedule(self, plan: BatchPlan) -> Schedule:
-        schedule = make_schedule(plan, self._split.masked(plan), self._panels)
-        self._keep_schedules(lambda _, kept: kept.stands)
-        self._schedules[plan] = schedule
+        schedule = self._schedules.get(plan)
+        if schedule is None or not schedule.placed(self._columns):
+            schedule = self._schedules[plan] = make_schedule(
+                plan, self._split, self._tables, self._columns, self._panels
+            )
+            self._keep_schedules(lambda _, kept: kept.stands)
         return schedule
+
+    def _gather(self, x: Tensor, step: BagStep) -> Tensor | None:
+        if step.index is None or step.bags is None:
+            return None
+        samples = bags.dots(x, self._rows_of_a[x.shape[1]], step.index, step.bags)
+        return samples if step.scale is None else samples.mul_(step.scale)
+
+    def _add_sums(self, y: Tensor, step: BagStep, samples: Tensor | None, site: int) -> None:
+        member = step.members[site]
+        if member.profile is not None and samples is not None:
+            profile, matrix = member.profile, self._columns.matrix(site)
+            _add_rows(y, profile.rows, bags.sums(samples[member.samples], matrix, profile.columns, profile.offsets))
+        if member.bias is not None:
+            _add_rows(y, *member.bias)
 
     def _token_segment(self, y: Tensor, tokens: Tensor, site: int, use: Use) -> None:
         segment, op = use

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from onebase.kernels.columns import Columns
+from onebase.kernels.cpu_bags import Gathers, Rows, run_of
+from onebase.kernels.cpu_split import CpuSplit
 from onebase.kernels.packs import Panel, Panels, SitePack
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.tables import ProgramTables, Use
-
-Rows = slice | Tensor  # a run of rows, or their int64 indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,17 @@ class PanelRows:
 
 @dataclass(slots=True)
 class Schedule:
-    """A plan's split into panels, and the steps by site made so far.
+    """A plan's split into gathers, panels and lone segments, and the steps by site made so far.
 
-    homes: the panel's number of each masked segment, by (start, handle); the others are on their own.
+    homes: the panel's number of each masked segment, by (start, handle). lone: the segments on their own.
+    generation: of the columns, when the gathers' programs were last seen to have theirs.
     """
 
     panels: tuple[PanelRows, ...]
     homes: dict[tuple[int, int], int]
+    lone: frozenset[Segment]
+    gathers: Gathers | None
+    generation: int
     steps: dict[int, SiteStep] = field(default_factory=dict)
     masks: dict[Hashable, Mask] = field(default_factory=dict)
 
@@ -87,22 +93,44 @@ class Schedule:
         """Whether its panels are still in use. A panel that was given up has no programs."""
         return all(part.panel.handles for part in self.panels)
 
+    def placed(self, columns: Columns) -> bool:
+        """Whether its gathers still find their programs' columns."""
+        if self.generation != columns.generation:
+            if self.gathers is not None and not columns.stand(self.gathers.starts):
+                return False
+            self.generation = columns.generation
+        return True
 
-def make_schedule(plan: BatchPlan, masked: frozenset[Segment], panels: Panels) -> Schedule:
+
+def make_schedule(
+    plan: BatchPlan, split: CpuSplit, tables: ProgramTables, columns: Columns, panels: Panels
+) -> Schedule:
+    ways = split.ways(plan)
+    placed = columns.place({segment.handle: split.rank(segment.handle) for segment in ways.gathered})
+    gathered = [segment for segment in ways.gathered if segment.handle in placed]
+    gathers = Gathers(gathered, {handle: columns.starts[handle] for handle in placed}, tables) if gathered else None
+    homes, parts = _panel_homes(ways.masked, panels)
+    lone = frozenset(plan.segments).difference(gathered, ways.masked)
+    return Schedule(parts, homes, lone, gathers, columns.generation)
+
+
+def _panel_homes(masked: Sequence[Segment], panels: Panels) -> tuple[dict[tuple[int, int], int], tuple[PanelRows, ...]]:
     handles = sorted({segment.handle for segment in masked})
     placed = panels.place(handles) if handles else []
     numbers = {handle: number for number, (_, members) in enumerate(placed) for handle in members}
     homes = {(segment.start, segment.handle): numbers[segment.handle] for segment in masked}
     parts = [_panel_rows(panel, [s for s in masked if s.handle in members]) for panel, members in placed]
-    return Schedule(tuple(parts), homes)
+    return homes, tuple(parts)
 
 
 def make_step(site: int, plan: BatchPlan, schedule: Schedule, tables: ProgramTables, panels: Panels) -> SiteStep:
     """Fill the site's packs with what the plan needs there, and prepare its step."""
     solo: list[SoloStep] = []
     together: list[list[Use]] = [[] for _ in schedule.panels]
-    for use in tables.uses(site, plan):
+    for use in tables.uses(site, plan) if schedule.panels or schedule.lone else ():
         home = schedule.homes.get((use.segment.start, use.segment.handle))
+        if home is None and use.segment not in schedule.lone:
+            continue
         if home is None or (use.op.rank and not panels.packable(site, use.segment.handle, use.op)):
             solo.append(_solo(site, use, tables))
         else:
@@ -113,8 +141,7 @@ def make_step(site: int, plan: BatchPlan, schedule: Schedule, tables: ProgramTab
 
 def _panel_rows(panel: Panel, segments: Sequence[Segment]) -> PanelRows:
     rows = tuple(sorted({row for segment in segments for row in range(segment.start, segment.stop)}))
-    contiguous = rows[-1] - rows[0] + 1 == len(rows)
-    return PanelRows(panel, rows, slice(rows[0], rows[-1] + 1) if contiguous else torch.tensor(rows))
+    return PanelRows(panel, rows, run_of(np.array(rows)))
 
 
 def _solo(site: int, use: Use, tables: ProgramTables) -> SoloStep:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.cpu import CpuKernels
+from onebase.kernels.cpu_tuning import measured
 from onebase.kernels.reference import ReferenceKernels
 from onebase.kernels.tables import ProgramTables
 
@@ -27,7 +28,7 @@ def select_kernels(tables: ProgramTables, choice: Choice = "auto") -> LowRankKer
     if choice == "cpu":
         if device != "cpu":
             raise ValueError(f"choice: cpu needs an arena in host memory, not on {device}")
-        return CpuKernels(tables)
+        return CpuKernels(tables, measured(tables.buffer.dtype))
     if choice == "reference":
         return ReferenceKernels(tables)
     raise ValueError(f"choice: {choice!r} is not one of auto, triton, cpu, reference")

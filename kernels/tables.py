@@ -74,6 +74,7 @@ class ProgramTables:
         self.buffer = buffer
         self.sites = tuple(sites)
         self._programs: dict[int, Mapping[int, Operands]] = {}
+        self._tokens: dict[int, frozenset[int]] = {}
         self._rows: dict[int, int] = {}
         self._last_handle = -1
         self._removals = 0
@@ -103,12 +104,13 @@ class ProgramTables:
             self.alignment = 1
         self._last_handle = handle
         self._programs[handle] = ready.operands
+        self._tokens[handle] = frozenset(site for site, op in ready.operands.items() if op.token)
         self._rows[handle] = row = self._take_row()
         self._device_table[row].copy_(ready.table, non_blocking=True)
 
     def remove(self, handle: int) -> None:
         """Forget a program. Raises KeyError where it is not installed."""
-        del self._programs[handle]
+        del self._programs[handle], self._tokens[handle]
         self._free_rows.append(self._rows.pop(handle))
         self._removals += 1
 
@@ -133,6 +135,12 @@ class ProgramTables:
         """The plan's segments whose program touches the site, with its operands."""
         self.check(plan)
         return plan.memo((self, "uses", site, token), lambda: self._uses(site, plan, token))
+
+    def require_linear(self, sites: Sequence[int], handles: frozenset[int]) -> None:
+        """Raise ValueError where one of the programs has an embedding's operands at one of the sites."""
+        tokens = frozenset().union(*(self._tokens[handle] for handle in handles)).intersection(sites)
+        if tokens:
+            raise _wrong_operands(min(tokens))
 
     def max_rank(self, sites: Sequence[int], plan: BatchPlan) -> int:
         """The largest rank that the plan's programs have at any of the sites."""
@@ -164,7 +172,7 @@ class ProgramTables:
         found = ((segment, self._programs[segment.handle].get(site)) for segment in plan.segments)
         uses = tuple(Use(segment, op) for segment, op in found if op is not None)
         if token is not None and any(use.op.token is not token for use in uses):
-            raise ValueError(f"site {site}: token operands are read by token_low_rank, the others by expand")
+            raise _wrong_operands(site)
         return uses
 
     def _check(self, site: int, op: Operands) -> None:
@@ -210,3 +218,7 @@ class ProgramTables:
             self._device_table[: old.shape[0]].copy_(old)
             self._free_rows = list(range(old.shape[0], 2 * old.shape[0]))[::-1]
         return self._free_rows.pop()
+
+
+def _wrong_operands(site: int) -> ValueError:
+    return ValueError(f"site {site}: token operands are read by token_low_rank, the others by expand")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.cpu import CpuKernels
-from onebase.kernels.cpu_split import CpuTuning
+from onebase.kernels.cpu_tuning import CpuTuning
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import Operands, ProgramTables, SiteShape
@@ -23,9 +23,10 @@ SITES = (SiteShape(40, 24), SiteShape(40, 33), SiteShape(19, 16))  # two read on
 GROUP, TOKEN_SITE = (0, 1), 2
 GAP = 3
 TUNINGS = {
-    "cpu-solo": CpuTuning(call=0, mask=1e9),
-    "cpu-masked": CpuTuning(call=1e9, mask=0),
-    "cpu-prepacked": CpuTuning(call=1e9, mask=0, prepack_after=1),
+    "cpu-solo": CpuTuning(call=0, mask=1e9, gather=1e9),
+    "cpu-masked": CpuTuning(call=1e9, mask=0, gather=1e12),
+    "cpu-prepacked": CpuTuning(call=1e9, mask=0, gather=1e12, prepack_after=1),
+    "cpu-gathered": CpuTuning(call=1e9, gather=0),
 }
 CPU_BODIES = ["reference", "cpu", *TUNINGS]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from onebase.kernels.cpu import CpuKernels
-from onebase.kernels.cpu_split import CpuSplit, CpuTuning
+from onebase.kernels.cpu_split import CpuSplit, Ways
+from onebase.kernels.cpu_tuning import CpuTuning
 from onebase.kernels.packs import PANEL_PROGRAMS, SitePack
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.reference import ReferenceKernels
@@ -19,7 +21,14 @@ from onebase.kernels.tables import Operands, ProgramTables, SiteShape
 SITES = (SiteShape(32, 24), SiteShape(32, 16))
 MAX_RANK = 24
 BLOCK = MAX_RANK * (32 + 24) + 24  # room for one program at one site
-MASKED = CpuTuning(call=1e9, mask=0, prepack_after=2)
+MASKED = CpuTuning(call=1e9, mask=0, gather=1e12, prepack_after=2)
+GATHERED = CpuTuning(call=1e9, gather=0)
+TUNINGS = {
+    "masked": MASKED,
+    "gathered": GATHERED,
+    "auto": CpuTuning(),
+    "solo": CpuTuning(call=0, mask=1e9, gather=1e9),
+}
 
 
 class Server:
@@ -86,9 +95,9 @@ def random_plan(rng: random.Random, handles: list[int]) -> BatchPlan:
     return BatchPlan.from_runs(runs)
 
 
-@pytest.mark.parametrize("tuning", [MASKED, CpuTuning(), CpuTuning(call=0, mask=1e9)], ids=["masked", "auto", "solo"])
-def test_churn_never_serves_stale_data(tuning: CpuTuning) -> None:
-    rng, server, plans = random.Random(3), Server(40, tuning), list[BatchPlan]()
+@pytest.mark.parametrize("name", TUNINGS)
+def test_churn_never_serves_stale_data(name: str) -> None:
+    rng, server, plans = random.Random(3), Server(40, TUNINGS[name]), list[BatchPlan]()
     torch.manual_seed(0)
     for _ in range(300):
         if server.free and (not server.slot or rng.random() < 0.5):
@@ -104,8 +113,9 @@ def test_churn_never_serves_stale_data(tuning: CpuTuning) -> None:
             server.check(plan)
 
 
-def test_two_plans_in_turn_share_packs_without_mixing() -> None:
-    server = Server(8)
+@pytest.mark.parametrize("name", ["masked", "gathered"])
+def test_two_plans_in_turn_share_packs_without_mixing(name: str) -> None:
+    server = Server(8, TUNINGS[name])
     handles = [server.load(rank) for rank in (8, 16, 24, 3, 8, 1)]
     first = BatchPlan.from_rows([((handle, 1.0),) for handle in handles[:4]])
     second = BatchPlan.from_rows([((handle, 1.0),) for handle in handles[2:]])
@@ -143,7 +153,7 @@ def test_forgetting_everything_frees_the_packs() -> None:
 
 def test_prompts_between_decode_steps_do_not_delay_prepacking() -> None:
     """A prompt reads the arena and leaves the packs of the decoding rows as they stand, prepacked or counting."""
-    server = Server(17, CpuTuning(prepack_after=4))
+    server = Server(17, CpuTuning(gather=1e12, prepack_after=4))
     handles = [server.load(MAX_RANK) for _ in range(17)]
     decode = [(1, ((handle, 1.0),)) for handle in handles[:16]]
     plans = [BatchPlan.from_runs(decode), BatchPlan.from_runs([*decode, (3000, ((handles[16], 1.0),))])]
@@ -154,7 +164,7 @@ def test_prompts_between_decode_steps_do_not_delay_prepacking() -> None:
 
 
 def test_plans_that_are_kept_do_not_keep_dissolved_packs() -> None:
-    server = Server(3 * PANEL_PROGRAMS, CpuTuning(call=1e9, mask=0))  # none is prepacked so soon
+    server = Server(3 * PANEL_PROGRAMS, CpuTuning(call=1e9, mask=0, gather=1e12))  # none is prepacked so soon
     handles = [server.load(4) for _ in range(3 * PANEL_PROGRAMS)]
     thirds = [handles[i::3] for i in range(3)]
     plans = [BatchPlan.from_rows([((handle, 1.0),) for handle in third]) for third in thirds]
@@ -181,8 +191,9 @@ def test_sites_that_differ_only_in_the_program_do_not_share_a_mask() -> None:
     server.check(BatchPlan.from_rows([((first, 1.0), (second, 0.5))]))
 
 
-def test_more_programs_than_a_panel_holds() -> None:
-    server = Server(3 * PANEL_PROGRAMS)
+@pytest.mark.parametrize("name", ["masked", "gathered"])
+def test_more_programs_than_a_panel_holds(name: str) -> None:
+    server = Server(3 * PANEL_PROGRAMS, TUNINGS[name])
     handles = [server.load(4) for _ in range(3 * PANEL_PROGRAMS)]
     random.Random(0).shuffle(handles)
     server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles]))
@@ -192,8 +203,9 @@ def test_more_programs_than_a_panel_holds() -> None:
 
 @pytest.mark.parametrize("part", ["a", "b"])
 @pytest.mark.parametrize("value", [3e38, float("inf"), float("nan")])
-def test_a_neighbour_that_overflows_does_not_reach_other_rows(part: str, value: float) -> None:
-    server = Server(3)
+@pytest.mark.parametrize("name", ["masked", "gathered"])
+def test_a_neighbour_that_overflows_does_not_reach_other_rows(name: str, part: str, value: float) -> None:
+    server = Server(3, TUNINGS[name])
     bad, good, other = (server.load(8) for _ in range(3))
     for site, op in server.tables.operands(bad).items():
         server.tables.factors(site, op)[part == "b"].fill_(value)
@@ -214,5 +226,7 @@ def test_the_split_leaves_long_segments_and_lone_ones_to_themselves() -> None:
     split = CpuSplit(tables, CpuTuning())
     decode = [(1, ((handle, 1.0),)) for handle in range(15)]
     plan = BatchPlan.from_runs([*decode, (500, ((15, 1.0),))])
-    assert split.masked(plan) == frozenset(plan.segments[:15])
-    assert split.masked(BatchPlan(64, (Segment(0, 64, 3),))) == frozenset()
+    assert split.ways(plan) == Ways(gathered=plan.segments[:15])
+    assert split.ways(BatchPlan(64, (Segment(0, 64, 3),))) == Ways()
+    without = CpuSplit(tables, CpuTuning(gather=math.inf))
+    assert without.ways(plan) == Ways(masked=plan.segments[:15])

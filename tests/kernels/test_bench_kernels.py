@@ -1,0 +1,85 @@
+"""The kernel benchmark: its sides do the same work, its floor is the formula, its files can be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from onebase.bench.kernels import run
+from onebase.bench.kernels_case import MIXED, Case, World, cases
+from onebase.bench.kernels_sides import DENSE, GROUPED, OURS, sides
+from onebase.kernels.dispatch import select_kernels
+
+CPU = torch.device("cpu")
+
+
+def test_the_floor_is_the_formula() -> None:
+    case = Case(hidden=128, rank=8, rows=6, programs=3)
+    assert case.floor_bytes(2) == 2 * (6 * 128 + 3 * 8 * 256 + 2 * 6 * 8 + 2 * 6 * 128)
+
+
+def test_mixed_ranks_count_as_what_they_are() -> None:
+    case = Case(hidden=64, rank=MIXED, rows=7, programs=7)
+    assert case.ranks == (8, 16, 32, 64, 128, 8, 16)
+    assert case.floor_bytes(4) == 4 * (7 * 64 + sum(case.ranks) * 128 + 2 * sum(case.ranks) + 2 * 7 * 64)
+
+
+def test_the_grid_has_every_case_once_and_every_row_a_program() -> None:
+    grid = list(cases((64,), (8,), (1, 5, 16), ("one", "half", "all")))
+    assert [(case.rows, case.programs) for case in grid] == [(1, 1), (5, 1), (5, 2), (5, 5), (16, 1), (16, 8), (16, 16)]
+    assert all(sum(case.lengths) == case.rows and min(case.lengths) > 0 for case in grid)
+
+
+@pytest.mark.parametrize("case", [Case(64, 8, 5, 5), Case(64, MIXED, 12, 5), Case(128, 16, 16, 1)], ids=str)
+def test_all_sides_compute_the_same(case: Case) -> None:
+    world = World(case, torch.float32, CPU, cold_bytes=1 << 18)
+    found = dict(sides(world, select_kernels(world.tables, "reference")))
+    found.pop(DENSE)
+    assert len(found) >= 3
+    results = {}
+    for name, side in found.items():
+        world.y.zero_()
+        side()
+        results[name] = world.y.clone()
+    assert results[OURS].abs().max() > 0.01
+    for name, y in results.items():
+        torch.testing.assert_close(y, results[OURS], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_run_stores_what_it_shows(tmp_path: Path) -> None:
+    results = run(
+        "cpu", hidden=(64,), ranks=(8, MIXED), rows=(4,), rounds=1, out=tmp_path / "k.json", table=tmp_path / "k.csv"
+    )
+    assert len(results) == 6
+    stored = json.loads((tmp_path / "k.json").read_text())
+    assert stored["results"] == json.loads(json.dumps(results))
+    with (tmp_path / "k.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["ours, us"]) for row in rows] == [round(1e6 * r["seconds"][OURS], 3) for r in results]
+    for result in results:
+        spent = result["floor_bytes"] / result["seconds"][OURS]
+        assert result["share_of_copy_bandwidth"] == pytest.approx(spent / stored["copy_bytes_per_second"])
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run("cpu", hidden=(64, 96), ranks=(8,), rows=(4,), rounds=1, plot=tmp_path / "k.png")
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_grouped_mm_is_among_the_sides_where_torch_has_it() -> None:
+    world = World(Case(64, 8, 4, 4), torch.bfloat16, CPU, cold_bytes=1)
+    has = hasattr(torch.nn.functional, "grouped_mm")
+    assert (GROUPED in sides(world, select_kernels(world.tables, "reference"))) == has
+
+
+def test_it_imports_without_the_server_and_the_command_line() -> None:
+    blocked = ("fastapi", "msgspec", "zmq", "typer", "pydantic", "uvicorn", "matplotlib")
+    program = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import onebase.bench.kernels"
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False, timeout=120).returncode == 0
