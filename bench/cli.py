@@ -68,7 +68,8 @@ def lifecycle(
     out: Out = None,
 ) -> None:
     """More adapters than the device holds, beside the same load on those that fit; cold starts, beside their floor."""
-    from onebase.bench.lifecycle import SCENARIOS, Plan, run
+    from onebase.bench.bed import Plan
+    from onebase.bench.lifecycle import SCENARIOS, run
     from onebase.bench.workload import SHAPES
 
     if unknown := set(scenario or ()) - SCENARIOS.keys():
