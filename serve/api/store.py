@@ -198,9 +198,10 @@ class AdapterStore:
         for forget in self.on_delete:
             forget(name)
         await self._changed(name, (), pinned=any(entry.pinned for entry in gone.entries))
-        digests = {entry.digest for entry in gone.entries}
-        named = await asyncio.to_thread(self.registry.names_of, digests) if force else digests
-        await asyncio.gather(*(self._free(digest, force=True) for digest in digests.difference(named)))
+        if force:
+            digests = {entry.digest for entry in gone.entries}
+            named = await asyncio.to_thread(self.registry.names_of, digests)
+            await asyncio.gather(*(self._free(digest, force=True) for digest in digests - named.keys()))
         await asyncio.gather(*map(self._free, gone.unused))
         return gone.entries
 
