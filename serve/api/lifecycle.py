@@ -77,6 +77,7 @@ async def _boot(server: Server) -> Loaded:
         await _add_adapters(server, store)
         await imports.resume()
     except BaseException:
+        await store.close()
         registry.close()
         raise
     return Loaded(info, codec, store, imports, int(time.time()))
