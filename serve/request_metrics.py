@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -14,8 +13,8 @@ from prometheus_client.registry import Collector
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.metric_labels import MAX_MODEL_LABELS, ModelLabels
 from onebase.serve.metrics import EngineCollector, Names
+from onebase.serve.model_metrics import ModelMetrics
 
-FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 WHOLE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
 READY = "ready"
@@ -23,37 +22,22 @@ READY = "ready"
 States = Mapping[str, str]  # adapter name -> importing | failed
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSeries:
-    """The series of one model, looked up once. They may have left the registry, with their adapter, before the end."""
-
-    prompt: Counter
-    generated: Counter
-    first: Histogram
-
-
 class Metrics:
     """One registry per server; nothing global. Both callables answer from memory.
 
-    names: digest -> names of adapters; states: of imports that are under way, or failed;
-    base: the base model's name, which is no adapter's.
+    names: digest -> names of adapters; states: of imports that are under way, or failed; base: the base model's name,
+    which is no adapter's.
     """
 
     def __init__(
         self, engine: EngineClient, names: Callable[[], Names], states: Callable[[], States] = dict, base: str = ""
     ) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine, names))
-        self._labels = ModelLabels()
-        self._errors_of: dict[str, set[str]] = {}  # label -> kinds
-        self.registry.register(StateCollector(self._labels, states, base))
-        self._http = self._counter("http_requests", "HTTP requests by route and status.", "route", "status")
-        self._requests = self._counter("requests", "Requests that named a model.", "model")
-        self._errors = self._counter("request_errors", "Those that failed, by code.", "model", "kind")
-        self._prompt = self._counter("request_prompt_tokens", "Prompt tokens of answered requests.", "model")
-        self._generated = self._counter("request_generated_tokens", "Tokens sent to clients.", "model")
-        self._first = self._histogram(
-            "time_to_first_token_seconds", "From request to first token.", FIRST_TOKEN_BUCKETS, "model"
+        self.models = ModelMetrics()
+        self._rest = CollectorRegistry()
+        self._rest.register(EngineCollector(engine, names))
+        self._rest.register(StateCollector(self.models.labels, states, base))
+        self._http = Counter(
+            "onebase_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=self._rest
         )
         self._next = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of a choice.", NEXT_TOKEN_BUCKETS
@@ -66,20 +50,6 @@ class Metrics:
     def http_request(self, route: str, status: int) -> None:
         self._http.labels(route, str(status)).inc()
 
-    def request(self, model: str) -> None:
-        """A request whose model is known. Its label is taken here."""
-        self._requests.labels(self._labels.take(model)).inc()
-
-    def failed(self, model: str, kind: str) -> None:
-        """kind: the code of the error. A model without a label, a deleted one too, takes none for it."""
-        label = self._labels.of(model)
-        self._errors_of.setdefault(label, set()).add(kind)
-        self._errors.labels(label, kind).inc()
-
-    def series(self, model: str) -> ModelSeries:
-        label = self._labels.of(model)
-        return ModelSeries(self._prompt.labels(label), self._generated.labels(label), self._first.labels(label))
-
     def next_tokens(self, seconds: float, tokens: int) -> None:
         """Tokens that arrive together share the gap before them."""
         for _ in range(tokens):
@@ -91,25 +61,18 @@ class Metrics:
             self._each.observe((whole - first) / (tokens_of_longest - 1))
 
     def classified(self, model: str, whole: float, prompt_tokens: int) -> None:
-        self.series(model).prompt.inc(prompt_tokens)
+        self.models.of(model).prompt += prompt_tokens
         self._whole.observe(whole)
 
-    def forget(self, adapter: str) -> None:
-        """The adapter was deleted: its series go, and its label is free."""
-        for label in self._labels.give_back(adapter):
-            for metric in (self._requests, self._prompt, self._generated, self._first):
-                metric.remove(label)
-            for kind in self._errors_of.pop(label, ()):
-                self._errors.remove(label, kind)
+    def families(self) -> list[Metric]:
+        """All that is served, as prometheus_client has it."""
+        return [*self._rest.collect(), *self.models.collect()]
 
     def render(self) -> tuple[bytes, str]:
-        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+        return generate_latest(self._rest) + self.models.text(), CONTENT_TYPE_PLAIN_0_0_4
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"onebase_{name}", text, labels, registry=self.registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"onebase_{name}", text, labels, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"onebase_{name}", text, buckets=buckets, registry=self._rest)
 
 
 class RequestTimer:
@@ -117,7 +80,7 @@ class RequestTimer:
 
     def __init__(self, metrics: Metrics, model: str, prompt_tokens: int, started: float) -> None:
         self._metrics = metrics
-        self._series = metrics.series(model)
+        self._series = metrics.models.of(model)
         self._prompt_tokens = prompt_tokens
         self._start = started
         self._first: float | None = None
@@ -130,13 +93,12 @@ class RequestTimer:
         now = time.monotonic()
         if self._first is None:
             self._first = now - self._start
-            self._series.first.observe(self._first)
-            self._series.prompt.inc(self._prompt_tokens)
+            self._series.first_token(self._first, self._prompt_tokens)
         if choice in self._last:
             self._metrics.next_tokens(now - self._last[choice], count)
         self._last[choice] = now
         self._tokens[choice] = self._tokens.get(choice, 0) + count
-        self._series.generated.inc(count)
+        self._series.generated += count
 
     def finished(self) -> None:
         whole = time.monotonic() - self._start
@@ -147,10 +109,10 @@ class RequestTimer:
 class StateCollector(Collector):
     """The state of every adapter that has a label, and the imports of others that are under way or failed."""
 
-    def __init__(self, labels: ModelLabels, states: Callable[[], States], base_name: str) -> None:
+    def __init__(self, labels: ModelLabels, states: Callable[[], States], base: str) -> None:
         self._labels = labels
         self._states = states
-        self._base_name = base_name
+        self._base = base
 
     def describe(self) -> list[Metric]:
         """See EngineCollector."""
@@ -158,7 +120,7 @@ class StateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("onebase_adapter_state", "1 for the state of an adapter.", labels=("model", "state"))
-        adapters = [label for label in self._labels if label != self._base_name and "+" not in label]
+        adapters = [label for label in self._labels if label != self._base and "+" not in label]
         shown = dict.fromkeys(adapters, READY) | dict(self._states())
         for name in sorted(shown)[:MAX_MODEL_LABELS]:
             family.add_metric((name, shown[name]), 1)

@@ -42,7 +42,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
-        if self.status == 409:
+        if self.status in {409, 507}:
             return {"x-should-retry": "false"}
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in {429, 503} else {}
 

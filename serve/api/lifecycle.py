@@ -70,13 +70,14 @@ async def _boot(server: Server) -> Loaded:
         raise ModelRejected("The engine started without saying what it serves.")
     registry = await asyncio.to_thread(_open_registry, settings, info.fingerprint)
     store = AdapterStore(registry, server.engine, settings.base_name)
-    store.on_delete.append(server.metrics.forget)
+    store.on_delete.append(server.metrics.models.forget)
     server.engine.on_ready.append(store.send_pins_soon)
     try:
         imports = Importer(store, _sources(settings), registry)
         await _add_adapters(server, store)
         await imports.resume()
     except BaseException:
+        await store.close()
         registry.close()
         raise
     return Loaded(info, codec, store, imports, int(time.time()))

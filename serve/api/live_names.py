@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from onebase.adapters.errors import AdapterNotFound
 from onebase.adapters.registry import Registry
+from onebase.serve.api.registry_calls import RegistryCalls
 
 _FEW = 256  # names kept without asking whether anybody needs them
 
@@ -18,8 +19,9 @@ class LiveNames:
     is forgotten once there are many.
     """
 
-    def __init__(self, registry: Registry, in_play: Callable[[str], bool]) -> None:
+    def __init__(self, registry: Registry, call: RegistryCalls, in_play: Callable[[str], bool]) -> None:
         self._registry = registry
+        self._call = call
         self._in_play = in_play
         self._names: dict[str, tuple[str, ...]] = {}
         self._most = _FEW
@@ -42,11 +44,11 @@ class LiveNames:
             before = {digest for digest, names in self._names.items() if name in names}
             await self._read(before.union(digests))
             orphans = [digest for digest in before if not self._names[digest]]
-            kept = await asyncio.to_thread(_aliased, self._registry, name) if orphans else frozenset()
+            kept = await self._call(_aliased, self._registry, name) if orphans else frozenset()
             return [digest for digest in orphans if digest not in kept]
 
     async def _read(self, digests: Collection[str]) -> None:
-        found = await asyncio.to_thread(self._registry.names_of, digests)
+        found = await self._call(self._registry.names_of, digests)
         self._names.update({digest: found.get(digest, ()) for digest in digests})
         if len(self._names) > self._most:
             self._names = {d: names for d, names in self._names.items() if d in digests or self._in_play(d)}

@@ -68,7 +68,7 @@ class RequestContext:
     def _record_failure(self, state: Mapping[str, Any]) -> None:
         """``model`` is what answers, once that is known; ``failure`` the code of the error that the client was told."""
         if "model" in state and "failure" in state:
-            self._metrics.failed(state["model"], state["failure"])
+            self._metrics.models.failed(state["model"], state["failure"])
 
 
 def request_id_of(given: str | None) -> str:

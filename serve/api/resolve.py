@@ -49,7 +49,7 @@ async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[
     for entry, _, _ in found:
         loaded.store.uses.add(entry.name, entry.version)
     request.state.model = "+".join(entry.name for entry, _, _ in found) or server.settings.base_name
-    server.metrics.request(request.state.model)
+    server.metrics.models.request(request.state.model)
     return Target(
         label="+".join([model, *(item.name for item in extra)]),
         metric=request.state.model,

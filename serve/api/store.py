@@ -20,6 +20,7 @@ from onebase.serve.api.holds import Holds
 from onebase.serve.api.import_states import ImportStates
 from onebase.serve.api.live_names import LiveNames
 from onebase.serve.api.pins import Pins
+from onebase.serve.api.registry_calls import RegistryCalls
 from onebase.serve.api.uses import Uses
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.messages import AdapterGone, AdapterUse
@@ -31,7 +32,7 @@ _PLACING_SECONDS = 5.0
 
 
 class AdapterStore:
-    """Adds, finds, changes and removes adapters. The registry's calls block, so all of them run in a thread.
+    """Adds, finds, changes and removes adapters.
 
     Whatever changes what a name means ends in ``_changed``: the engine is told of pins, and lets go of what no name
     means any more. Memory follows what the engine holds, not what the registry has.
@@ -41,9 +42,10 @@ class AdapterStore:
         self.registry = registry
         self.uses = Uses()
         self.import_states = ImportStates()
-        self.pins = Pins(registry, engine)
+        self._call = RegistryCalls()
+        self.pins = Pins(registry, self._call, engine)
         self.on_delete: list[Callable[[str], None]] = []
-        self._names = LiveNames(registry, self._is_in_play)
+        self._names = LiveNames(registry, self._call, self._is_in_play)
         self._holds = Holds()
         self._engine = engine
         self._base_name = base_name
@@ -64,15 +66,16 @@ class AdapterStore:
         pinned: bool | None = None,
     ) -> Page:
         """Current versions by name. See Registry.list."""
-        work = partial(self.registry.list, after=after, limit=limit, prefix=prefix, labels=labels or {}, pinned=pinned)
-        return await asyncio.to_thread(work)
+        return await self._call(
+            self.registry.list, after=after, limit=limit, prefix=prefix, labels=labels or {}, pinned=pinned
+        )
 
     async def get(self, reference: str) -> AdapterEntry:
-        return await asyncio.to_thread(self.registry.get, reference)
+        return await self._call(self.registry.get, reference)
 
     async def hold(self, reference: str, until: AsyncExitStack) -> AdapterEntry:
         """As ``get``, and its files stay until the stack closes: the engine may have to read them again."""
-        entry, ticket = await asyncio.to_thread(self.registry.hold, reference)
+        entry, ticket = await self._call(self.registry.hold, reference)
         self._holds.take(entry.digest)
         until.push_async_callback(self._release, entry.digest, ticket)
         await self._names.note(entry.digest)
@@ -80,15 +83,15 @@ class AdapterStore:
 
     async def imports(self, *, unfinished: bool = False) -> tuple[Import, ...]:
         """Newest first."""
-        return await asyncio.to_thread(partial(self.registry.imports, unfinished=unfinished))
+        return await self._call(self.registry.imports, unfinished=unfinished)
 
     async def last_import(self, reference: str) -> Import | None:
         """The newest import of a name; None where the reference is no plain name."""
         is_name = ADAPTER_NAME.fullmatch(reference) is not None
-        return await asyncio.to_thread(self.registry.last_import, reference) if is_name else None
+        return await self._call(self.registry.last_import, reference) if is_name else None
 
     async def versions(self, name: str) -> list[AdapterEntry]:
-        return await asyncio.to_thread(self.registry.versions, check_name(name))
+        return await self._call(self.registry.versions, check_name(name))
 
     def check_new_name(self, name: str) -> str:
         """Raises AdapterNameInvalid, or AdapterConflict for the base's own name."""
@@ -131,7 +134,7 @@ class AdapterStore:
             commit = partial(
                 self.registry.commit, family=ready.family, rank=ready.rank, nbytes=ready.nbytes, revision=revision
             )
-            entry = await asyncio.to_thread(commit, name, blob, source, by=by, job=job)
+            entry = await self._call(commit, name, blob, source, by=by, job=job)
         except BaseException:
             self._free_soon(await asyncio.shield(asyncio.to_thread(self.registry.release, blob.ticket)))
             raise
@@ -159,7 +162,7 @@ class AdapterStore:
 
     async def rollback(self, name: str, version: int | None) -> AdapterEntry:
         """Makes another version current. See Registry.rollback."""
-        entry = await asyncio.to_thread(self.registry.rollback, check_name(name), version)
+        entry = await self._call(self.registry.rollback, check_name(name), version)
         await self._changed(name, {entry.digest}, pinned=entry.pinned)
         return entry
 
@@ -173,8 +176,9 @@ class AdapterStore:
         dropped: Collection[str],
     ) -> AdapterEntry:
         """See Registry.change. Pinned: the current version stays on the device, whichever it is."""
-        work = partial(self.registry.change, pinned=pinned, labels=labels, aliases=aliases, dropped=dropped)
-        entry = await asyncio.to_thread(work, name)
+        entry = await self._call(
+            self.registry.change, name, pinned=pinned, labels=labels, aliases=aliases, dropped=dropped
+        )
         if pinned is not None:
             await self._names.note(entry.digest)
             await self.pins.send()
@@ -182,7 +186,7 @@ class AdapterStore:
 
     async def pinned_digests(self) -> frozenset[str]:
         """Of the current versions of pinned names."""
-        return frozenset(entry.digest for entry in await asyncio.to_thread(self.registry.pinned))
+        return frozenset(entry.digest for entry in await self._call(self.registry.pinned))
 
     def send_pins_soon(self) -> None:
         """For an engine that has just become ready, and knows of none."""
@@ -198,15 +202,16 @@ class AdapterStore:
         for forget in self.on_delete:
             forget(name)
         await self._changed(name, (), pinned=any(entry.pinned for entry in gone.entries))
-        digests = {entry.digest for entry in gone.entries}
-        named = await asyncio.to_thread(self.registry.names_of, digests) if force else digests
-        await asyncio.gather(*(self._free(digest, force=True) for digest in digests.difference(named)))
+        if force:
+            digests = {entry.digest for entry in gone.entries}
+            named = await self._call(self.registry.names_of, digests)
+            await asyncio.gather(*(self._free(digest, force=True) for digest in digests - named.keys()))
         await asyncio.gather(*map(self._free, gone.unused))
         return gone.entries
 
     async def gc(self, keep: int | None, *, dry_run: bool) -> GcReport:
         """See Registry.gc."""
-        report = await asyncio.to_thread(partial(self.registry.gc, keep=keep, dry_run=dry_run))
+        report = await asyncio.to_thread(self.registry.gc, keep=keep, dry_run=dry_run)
         if not dry_run:
             self._free_soon(report.unused)
         return report
@@ -215,6 +220,7 @@ class AdapterStore:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._call.close()
 
     async def _changed(self, name: str, digests: Collection[str], *, pinned: bool) -> None:
         """A name means something else. Requests finish on what they have; with the last one that leaves the device."""
@@ -239,7 +245,7 @@ class AdapterStore:
 
     async def _release(self, digest: str, ticket: str) -> None:
         leaves = self._holds.give_back(digest)
-        unused = await asyncio.to_thread(self.registry.release, ticket)
+        unused = await self._call(self.registry.release, ticket)
         self._free_soon([digest] if leaves else unused)
 
     def _free_soon(self, digests: Iterable[str], *, force: bool = False) -> None:

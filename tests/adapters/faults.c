@@ -27,10 +27,12 @@ static uint64_t per_million;
 static int episode_left;
 static int episode_errno;
 static int syncs_to_fail;
+static int ends_at_sync;
 
 void faults_configure(const char *folder, uint64_t seed, uint64_t rate)
 {
-    snprintf(root, sizeof root, "%s", folder);
+    if (folder != root)
+        snprintf(root, sizeof root, "%s", folder);
     state = seed;
     per_million = rate;
     episode_left = 0;
@@ -41,6 +43,13 @@ void faults_fail_syncs(const char *folder, int calls)
 {
     faults_configure(folder, 0, 0);
     syncs_to_fail = calls;
+}
+
+/* The next sync below the folder fails, and every change after it: the disk is gone. */
+void faults_end_at_sync(const char *folder)
+{
+    faults_configure(folder, 0, 0);
+    ends_at_sync = 1;
 }
 
 /* Every change below the folder fails until the next call of a function like this. */
@@ -160,6 +169,10 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t at) { return pwrite6
 /* What was written is seen after a kill -9 though its sync failed, as it may be after a power cut. */
 static int sync_fails(int here)
 {
+    if (here && ends_at_sync) {
+        faults_fail_all(root, EIO);
+        ends_at_sync = 0;
+    }
     if (here && syncs_to_fail > 0) {
         syncs_to_fail--;
         errno = EIO;

@@ -122,6 +122,7 @@ def test_threads(root: Path, registry: Registry, adapter: Path, tmp_path: Path) 
         edit_tensors(folder, lambda tensors, scale=index + 1: [tensor.mul_(scale) for tensor in tensors.values()])
         folders.append(folder)
     barrier = threading.Barrier(4)
+    push(registry, "n1", folders[0])
 
     def work(worker: int) -> list[int]:
         barrier.wait()
@@ -129,7 +130,11 @@ def test_threads(root: Path, registry: Registry, adapter: Path, tmp_path: Path) 
         for turn in range(6):
             versions.append(push(registry, f"n{(worker + turn) % 2}", folders[(worker + turn) % 4]).version)
             registry.discard(registry.stage_folder(folders[turn % 4]))
-            assert all(entry.path.is_dir() for entry in registry.list().entries)
+            held, ticket = registry.hold("n1")
+            assert (held.path / TENSORS).is_file()
+            registry.release(ticket)
+            if worker == 1:
+                registry.gc(keep=turn % 3, dry_run=False)
             if worker == 0 and turn % 2:
                 registry.delete("n0")
                 push(registry, "n0", folders[0])

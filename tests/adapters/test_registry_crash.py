@@ -30,7 +30,8 @@ from .crash_model import Model, Refused
 
 HERE = Path(__file__).parent
 RATES = {"sound": 0, "failing": 15_000, "dying": 120_000}  # of a million calls that change the disk
-LONGEST_LIFE = 0.4  # seconds
+LONGEST_LIFE = 40  # events
+LONGEST_DELAY = 0.02  # seconds from the last of them to the kill
 
 
 @dataclass
@@ -94,22 +95,22 @@ class Children:
     def __init__(self, mother: subprocess.Popen[bytes]) -> None:
         self._mother = mother
 
-    def events(self, root: Path, seed: int, rate: int, seconds: float) -> Iterator[dict[str, Any]]:
-        """What a child says until it is killed. The last line may be torn."""
+    def events(self, root: Path, seed: int, rate: int, life: int, delay: float) -> Iterator[dict[str, Any]]:
+        """What a child says until it is killed, ``delay`` seconds after so many events. The last line may be torn."""
         assert self._mother.stdin is not None
         assert self._mother.stdout is not None
         self._mother.stdin.write(json.dumps({"root": str(root), "seed": seed, "rate": rate}).encode() + b"\n")
         self._mother.stdin.flush()
         lines = map(_parsed, self._mother.stdout)
-        pid = next(lines)["pid"]
-        timer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
-        timer.start()
-        for event in lines:
+        killer = threading.Timer(delay, os.kill, (next(lines)["pid"], signal.SIGKILL))
+        for heard, event in enumerate(lines):
+            if heard == life:
+                killer.start()
             if "dead" in event:
                 break
             if event:
                 yield event
-        timer.join()
+        killer.join()
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def run_rounds(rounds: int, rate: int, seed: int, faults: Path, tmp_path: Path) 
     rng, follower, root = random.Random(seed), Follower(), tmp_path / "data"
     with children(faults, tmp_path / "contents") as lives:
         for turn in range(rounds):
-            for event in lives.events(root, seed + turn, rate, rng.random() * LONGEST_LIFE):
+            life, delay = rng.randrange(LONGEST_LIFE), rng.random() * LONGEST_DELAY
+            for event in lives.events(root, seed + turn, rate, life, delay):
                 follower.hear(event)
             follower.died()
             if rng.random() < 0.5 or turn == rounds - 1:
@@ -159,7 +161,7 @@ def run_rounds(rounds: int, rate: int, seed: int, faults: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("disk", RATES)
 def test_acknowledged_changes_hold_and_no_others(disk: str, faults: Path, tmp_path: Path) -> None:
-    counts = run_rounds(5, RATES[disk], 1, faults, tmp_path)
+    counts = run_rounds(10, RATES[disk], 1, faults, tmp_path)
     assert counts["done"] > 5
     assert bool(counts["failed"]) == bool(RATES[disk]), "the library reaches the child"
 

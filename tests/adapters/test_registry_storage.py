@@ -64,6 +64,7 @@ def on_failing_disk(registry: Registry, root: Path, faults: Path) -> Callable[[s
 def test_a_commit_whose_sync_fails_is_gone_after_a_crash(on_failing_disk: Callable[[str], None], root: Path) -> None:
     """Its frames lie in the log, whole: only the fence keeps them from being taken up again."""
     on_failing_disk("""
+registry.pin("a", True)  # the log has its header, so that the next sync is of frames
 disk.faults_fail_syncs(folder(), 1)
 fails(StorageFailed, lambda: registry.label("a", {"team": "x"}))
 assert not registry.get("a").labels
@@ -90,6 +91,26 @@ assert registry.get("a").labels == {"stage": "z"}
 """)
     registry = Registry(root, "base")
     assert (registry.get("a").labels, registry.get("a").pinned) == ({"stage": "z"}, False)
+    registry.close()
+
+
+def test_a_change_that_could_not_be_undone_holds_wholly_or_not_at_all(
+    on_failing_disk: Callable[[str], None], root: Path, other: Path
+) -> None:
+    """The disk goes when the change is written, so nobody can take it back; a restart finds it, and its files."""
+    on_failing_disk(f"""
+blob = registry.stage_folder(Path({str(other)!r}))
+registry.pin("a", True)
+disk.faults_end_at_sync(folder())
+fails(StorageUncertain, lambda: registry.commit("b", blob, "test", family="LORA", rank=4, nbytes=1))
+disk.faults_fail_syncs(folder(), 0)
+registry.discard(blob)
+assert registry.count() == 1
+""")
+    registry = Registry(root, "base")
+    assert registry.recovered == []
+    assert registry.get("b").version == 1
+    assert on_disk(root) == {registry.get("a").digest, registry.get("b").digest}
     registry.close()
 
 

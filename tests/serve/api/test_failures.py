@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -175,6 +176,24 @@ def test_a_client_that_leaves_aborts_its_sequences(
             admission = site.server.admission
             assert (admission.sequences.taken, admission.tokens.taken) == (0, 0)
             text = (await site.http.get("/metrics")).text
-            assert 'onebase_request_errors_total{kind="client_closed",model="base"} 1.0' in text
+            assert 'onebase_request_errors_total{model="base",kind="client_closed"} 1' in text
+
+    run(body())
+
+
+def test_slow_uploads_hold_up_no_request(run: Any, open_site: Any, adapter_folder: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            await site.upload("a", adapter_folder())
+            go, loop = threading.Event(), asyncio.get_running_loop()
+            busy = [loop.run_in_executor(None, go.wait) for _ in range(100)]  # as uploads that are being checked
+            try:
+                async with asyncio.timeout(10):
+                    assert (await site.complete(model="a", max_tokens=1)).status_code == 200
+                    assert (await site.http.get("/v1/adapters")).status_code == 200
+                    assert (await site.http.post("/v1/adapters/a/rollback")).status_code == 404
+            finally:
+                go.set()
+                await asyncio.gather(*busy)
 
     run(body())

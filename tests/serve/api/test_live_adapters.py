@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -147,5 +148,44 @@ def test_a_pinned_name_is_on_the_device_whatever_version(run: Any, open_real: An
         async with open_real() as site:
             await resident(site, "a")
             assert await say(site, "a")
+
+    run(body())
+
+
+async def act(site: Any, rng: Random, fitting: Any) -> None:
+    name = rng.choice(("a", "b"))
+    match rng.randrange(8):
+        case 0:
+            await site.upload(name, fitting(rng.randrange(4)))
+        case 1:
+            await site.http.post(f"/v1/adapters/{name}/rollback")
+        case 2:
+            await site.http.post(f"/v1/adapters/{name}/unload", params={"force": rng.choice(("true", "false"))})
+        case 3:
+            await site.http.delete(f"/v1/adapters/{name}", params={"force": rng.choice(("true", "false"))})
+        case 4:
+            await site.http.patch(f"/v1/adapters/{name}", json={"pinned": rng.random() < 0.5})
+        case _:
+            model = rng.choice((name, f"{name}@1", "base"))
+            response = await site.complete(model=model, max_tokens=20, ignore_eos=True, stream=rng.random() < 0.3)
+            assert response.status_code in {200, 404, 409}, response.text
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_engine_adds_up_after_random_changes(run: Any, open_real: Any, fitting: Any, seed: int) -> None:
+    async def work(site: Any, rng: Random) -> None:
+        for _ in range(15):
+            await act(site, rng, fitting)
+
+    async def body() -> None:
+        async with open_real() as site:
+            await asyncio.gather(*(work(site, Random(seed * 10 + index)) for index in range(4)))
+            for name in ("a", "b"):
+                await site.http.delete(f"/v1/adapters/{name}")
+            async with asyncio.timeout(20):
+                while site.engine.stats.resident or site.engine.stats.running or site.engine.stats.waiting:
+                    await asyncio.sleep(0.01)
+            assert site.engine.stats.adapter_bytes_used == 0
+        site.engine.engine.check()
 
     run(body())

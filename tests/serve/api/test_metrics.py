@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from onebase.serve.metric_labels import MAX_MODEL_LABELS
@@ -95,8 +97,8 @@ def test_exactly_one_lora_series_at_any_time(run: Any, open_site: Any) -> None:
 def test_labels_are_bounded(engine: Any) -> None:
     metrics = Metrics(engine, dict)
     for index in range(MAX_MODEL_LABELS * 3):
-        metrics.request(f"adapter-{index}")
-        metrics.series(f"adapter-{index}").generated.inc()
+        metrics.models.request(f"adapter-{index}")
+        metrics.models.of(f"adapter-{index}").generated += 1
     found = samples(metrics.render()[0].decode())
     assert len(found["onebase_request_generated_tokens_total"]) == MAX_MODEL_LABELS + 1
     assert value(found, "onebase_request_generated_tokens_total", model="other") == MAX_MODEL_LABELS * 2
@@ -105,20 +107,20 @@ def test_labels_are_bounded(engine: Any) -> None:
 def test_a_deleted_adapter_gives_its_label_back(engine: Any) -> None:
     metrics = Metrics(engine, dict)
     for index in range(MAX_MODEL_LABELS):
-        metrics.request(f"a{index}")
-    metrics.request("a0+a1")
-    metrics.failed("a0", "engine_dead")
-    running = metrics.series("a0")
-    metrics.forget("a0")
-    running.generated.inc()  # of a request that goes on: counted nowhere
-    metrics.failed("a0", "engine_dead")
+        metrics.models.request(f"a{index}")
+    metrics.models.request("a0+a1")
+    metrics.models.failed("a0", "engine_dead")
+    running = metrics.models.of("a0")
+    metrics.models.forget("a0")
+    running.generated += 1  # of a request that goes on: counted nowhere
+    metrics.models.failed("a0", "engine_dead")
     found = samples(metrics.render()[0].decode())
     for group in found.values():
         assert not any(s.labels.get("model") == "a0" for s in group)
     assert value(found, "onebase_request_errors_total", model="other", kind="engine_dead") == 1
     assert value(found, "onebase_requests_total", model="other") == 1, "a0+a1 came too late"
-    metrics.request("new")
-    metrics.request("newer")
+    metrics.models.request("new")
+    metrics.models.request("newer")
     found = samples(metrics.render()[0].decode())
     assert value(found, "onebase_requests_total", model="new") == 1
     assert value(found, "onebase_requests_total", model="other") == 2
@@ -128,16 +130,16 @@ def test_a_deleted_adapter_gives_its_label_back(engine: Any) -> None:
 def test_combinations_go_with_each_of_their_adapters(engine: Any) -> None:
     metrics = Metrics(engine, dict)
     for model in ("a", "b", "a+b", "ab"):
-        metrics.request(model)
-    metrics.forget("b")
+        metrics.models.request(model)
+    metrics.models.forget("b")
     found = samples(metrics.render()[0].decode())
     assert {s.labels["model"] for s in found["onebase_requests_total"]} == {"a", "ab"}
 
 
 def test_an_adapter_called_other_takes_no_label(engine: Any) -> None:
     metrics = Metrics(engine, dict)
-    metrics.request("other")
-    metrics.forget("other")
+    metrics.models.request("other")
+    metrics.models.forget("other")
     assert value(samples(metrics.render()[0].decode()), "onebase_requests_total", model="other") == 1
 
 
@@ -166,9 +168,45 @@ def test_errors_are_counted_by_model_and_kind(run: Any, open_site: Any, adapter_
     run(body())
 
 
+def test_the_quick_text_is_what_prometheus_client_would_write(engine: Any) -> None:
+    metrics = Metrics(engine, dict)
+    for index, model in enumerate(("a", "b.c-d_e", 'quo"ted\\ and\nbroken', "a+b")):
+        metrics.models.request(model)
+        series = metrics.models.of(model)
+        for seconds in (0.0, 0.005, 0.0051, index / 3, 59.9, 60.0, 1000.0):
+            series.first_token(seconds, index)
+        series.generated += index * 1000
+        for kind in ("engine_dead", "client_closed", "engine_dead"):
+            metrics.models.failed(model, kind)
+    plain = CollectorRegistry()
+    plain.register(metrics.models)
+
+    def parsed(text: str) -> list[tuple[Any, ...]]:
+        families = text_string_to_metric_families(text)
+        return sorted(
+            (family.name, family.type, family.documentation, sample.name, sorted(sample.labels.items()), sample.value)
+            for family in families
+            for sample in family.samples
+        )
+
+    assert parsed(metrics.models.text().decode()) == parsed(generate_latest(plain).decode())
+
+
+def test_two_hundred_models_cost_a_scrape_little(engine: Any) -> None:
+    metrics = Metrics(engine, dict)
+    for index in range(MAX_MODEL_LABELS):
+        metrics.models.request(f"adapter-{index}")
+        metrics.models.of(f"adapter-{index}").first_token(0.1, 5)
+        metrics.models.failed(f"adapter-{index}", "engine_dead")
+    started = time.process_time()
+    for _ in range(5):
+        metrics.models.text()
+    assert (time.process_time() - started) / 5 < 0.02
+
+
 def test_two_servers_in_one_process_do_not_share(engine: Any) -> None:
     one, two = Metrics(engine, dict), Metrics(engine, dict)
-    one.request("a")
+    one.models.request("a")
     assert "onebase_requests_total" not in samples(two.render()[0].decode())
 
 
