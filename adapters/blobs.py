@@ -98,6 +98,11 @@ class BlobStore:
         with self._lock:
             return digest in self._held.values()
 
+    def held(self) -> frozenset[str]:
+        """The digests that somebody holds."""
+        with self._lock:
+            return frozenset(self._held.values())
+
     def release(self, ticket: str) -> str | None:
         """Let go of a hold and say what it held; a second time does nothing."""
         with self._lock:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from onebase.adapters.blobs import DEFAULT_MAX_BYTES, Blob, BlobStore, Stage, copy_folder
-from onebase.adapters.errors import AdapterConflict, AdapterNotFound, StorageFailed
+from onebase.adapters.errors import AdapterConflict, AdapterNotFound, StorageFailed, StorageFull
 from onebase.adapters.names import check_name
 from onebase.adapters.registry_changes import Changes, NewVersion
 from onebase.adapters.registry_database import Database
@@ -28,13 +28,14 @@ from onebase.adapters.registry_queries import Queries
 from onebase.adapters.registry_reads import RegistryReads
 from onebase.adapters.registry_recovery import reconcile
 from onebase.adapters.registry_types import AdapterEntry, AdapterState, DeletedName, Deletion, GcReport, Import, Page
-from onebase.adapters.storage import make_folder, storage_errors
+from onebase.adapters.storage import Reserve, make_folder, storage_errors
 
 __all__ = ["AdapterEntry", "AdapterState", "DeletedName", "Deletion", "GcReport", "Import", "Page", "Registry"]
 
 log = logging.getLogger("onebase.adapters")
 
 Digests: TypeAlias = list[str]
+T = TypeVar("T")
 
 NO_LABELS: Mapping[str, str] = {}
 NO_ALIASES: Mapping[str, int | None] = {}
@@ -63,6 +64,7 @@ class Registry(RegistryReads):
         self._imports = Imports(self._db, fingerprint)
         try:
             self.recovered = reconcile(self._db, self._blobs)
+            self._reserve = Reserve(root / "reserve")
         except BaseException:
             self.close()
             raise
@@ -192,14 +194,7 @@ class Registry(RegistryReads):
 
     def delete(self, name: str) -> Deletion:
         """Remove a name with all its versions, and blobs that nobody refers to or holds. Raises AdapterNotFound."""
-        with self._db.lock:
-            with self._db.transaction():
-                gone = self.versions(name)
-                self._change.delete(name)
-                self._imports.name_deleted(name)
-            unused = self._collect(sorted({entry.digest for entry in gone}))
-        self._blobs.empty_trash()
-        return Deletion(gone, unused)
+        return self._making_room(lambda: self._delete(name))
 
     def begin_import(self, name: str, source: str, revision: str | None, by: str) -> Import:
         """A new import in state FETCHING, or the one under way for this name with the same source and revision.
@@ -220,18 +215,7 @@ class Registry(RegistryReads):
 
         Versions that are current, aliased or held stay; so do imports under way. dry_run: only say what would go.
         """
-        with self._db.lock:
-            versions = old_versions(self._read, self._blobs, keep)
-            imports = self._imports.count_finished()
-            folders = rubbish(self._db, self._blobs, versions)
-            unused = without_a_name(self._db, self._base, versions)
-            if not dry_run:
-                with self._db.transaction():
-                    self._change.delete_versions(versions)
-                    self._imports.forget_finished()
-                sweep_away(self._blobs, folders)
-        self._blobs.empty_trash()
-        return GcReport(versions, imports, folders.blobs, folders.compiled, folders.nbytes, unused)
+        return self._making_room(lambda: self._gc(keep, dry_run))
 
     def close(self) -> None:
         with self._db.lock:
@@ -243,6 +227,39 @@ class Registry(RegistryReads):
             fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise AdapterConflict(f"{root} is held by another server; give each its own data folder.") from None
+
+    def _delete(self, name: str) -> Deletion:
+        with self._db.lock:
+            with self._db.transaction():
+                gone = self.versions(name)
+                self._change.delete(name)
+                self._imports.name_deleted(name)
+            return Deletion(gone, self._collect(sorted({entry.digest for entry in gone})))
+
+    def _gc(self, keep: int | None, dry_run: bool) -> GcReport:
+        with self._db.lock:
+            versions = old_versions(self._read, self._blobs, keep)
+            imports = self._imports.count_finished()
+            folders = rubbish(self._db, self._blobs, versions)
+            unused = without_a_name(self._db, self._base, versions)
+            if not dry_run:
+                with self._db.transaction():
+                    self._change.delete_versions(versions)
+                    self._imports.forget_finished()
+                sweep_away(self._blobs, folders)
+        return GcReport(versions, imports, folders.blobs, folders.compiled, folders.nbytes, unused)
+
+    def _making_room(self, change: Callable[[], T]) -> T:
+        """A change that frees the disk is not refused because it is full: the reserve is spent on it."""
+        try:
+            done = change()
+        except StorageFull:
+            if not self._reserve.spend():
+                raise
+            done = change()
+        self._blobs.empty_trash()
+        self._reserve.fill()
+        return done
 
     def _existing(self, name: str) -> AdapterEntry:
         """The current version of what must be a name itself, not an alias."""

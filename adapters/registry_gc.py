@@ -33,7 +33,8 @@ def old_versions(read: Queries, blobs: BlobStore, keep: int | None) -> tuple[Ada
     """Beyond each name's newest ``keep`` (None: all are kept), and neither current, nor aliased, nor held."""
     if keep is None:
         return ()
-    return tuple(entry for entry in read.entries(_OLD, keep) if not blobs.is_held(entry.digest))
+    held = blobs.held()
+    return tuple(entry for entry in read.entries(_OLD, keep) if entry.digest not in held)
 
 
 def rubbish(db: Database, blobs: BlobStore, going: Sequence[AdapterEntry]) -> Rubbish:
@@ -41,7 +42,7 @@ def rubbish(db: Database, blobs: BlobStore, going: Sequence[AdapterEntry]) -> Ru
     versions = Counter(dict(db.rows("SELECT digest, COUNT(*) FROM versions GROUP BY digest")))
     versions.subtract(entry.digest for entry in going)
     there = blobs.digests()
-    unneeded = {digest for digest in there if versions[digest] <= 0 and not blobs.is_held(digest)}
+    unneeded = {digest for digest in there - blobs.held() if versions[digest] <= 0}
     compiled = blobs.compiled() - (there - unneeded)
     nbytes = sum(blobs.nbytes(digest) for digest in unneeded | compiled)
     return Rubbish(tuple(sorted(unneeded)), tuple(sorted(compiled)), tuple(sorted(blobs.leftovers())), nbytes)

@@ -81,3 +81,34 @@ def remove(path: Path) -> bool:
 def tree_bytes(path: Path) -> int:
     """What the files below a folder take, by their sizes; 0 where it is gone."""
     return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+class Reserve:
+    """A file whose blocks give a full disk room for a deletion, which then makes more.
+
+    Without it, nothing could be deleted from a full disk: a deletion is written to the database's log first.
+    """
+
+    NBYTES = 4 << 20
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.fill()
+
+    def fill(self) -> None:
+        """As far as there is room: it is for later, and whoever needs room now has it."""
+        if self._path.exists():
+            return
+        try:
+            with self._path.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, self.NBYTES)
+        except OSError:
+            self.spend()
+
+    def spend(self) -> bool:
+        """Give the blocks back to the disk. False where there are none."""
+        try:
+            self._path.unlink()
+        except OSError:
+            return False
+        return True

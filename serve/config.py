@@ -6,7 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -19,8 +19,10 @@ from pydantic_settings import (
 
 from onebase.adapters.errors import AdapterNameInvalid
 from onebase.adapters.names import check_name
-from onebase.adapters.sources import SourceOptions
 from onebase.serve.engine.config import GIB, EngineConfig
+
+if TYPE_CHECKING:
+    from onebase.adapters.sources import SourceOptions
 
 MAX_GIB = 1 << 20
 COMPILED = "compiled"  # below the data folder: the registry removes what is there with its blob
@@ -169,7 +171,9 @@ class Settings(BaseSettings):
 
     @property
     def sources(self) -> SourceOptions:
-        """Where adapters may come from besides uploads."""
+        """Where adapters may come from besides uploads. Raises ValueError, which names the option."""
+        from onebase.adapters.sources import SourceOptions  # brings torch along, which most commands do without
+
         return SourceOptions(
             allow_path=self.allow_path,
             allow_hub=self.allow_hub,

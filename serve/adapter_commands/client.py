@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import httpx
 
-from onebase.serve.adapter_commands.form import AdapterForm
+if TYPE_CHECKING:
+    from onebase.serve.adapter_commands.form import AdapterForm
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
@@ -26,10 +27,10 @@ class CallFailed(Exception):
 class AdapterClient:
     """One connection to one server. Every call raises CallFailed for an answer that is not 2xx."""
 
-    def __init__(self, url: str, key: str | None, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, key: str | None) -> None:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self

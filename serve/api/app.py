@@ -28,8 +28,8 @@ from onebase.serve.api.middleware import RequestContext
 from onebase.serve.api.state import VERSION, Server
 from onebase.serve.config import Settings
 from onebase.serve.engine.client import EngineClient
-from onebase.serve.metrics import Names
-from onebase.serve.request_metrics import Metrics
+from onebase.serve.engine_metrics import Names
+from onebase.serve.metrics import Metrics
 
 
 def create_app(settings: Settings, engine: EngineClient) -> FastAPI:

@@ -18,7 +18,7 @@ from onebase.serve.api.schemas import Generation
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.engine.logprobs import TokenLogprob, unpack
 from onebase.serve.engine.messages import Logprobs, Request, SamplingParams, TokenOutput
-from onebase.serve.request_metrics import RequestTimer
+from onebase.serve.metrics import RequestTimer
 
 SEED_RANGE = 1 << 63
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onebase.serve.api.imports import Importer
     from onebase.serve.api.store import AdapterStore
     from onebase.serve.api.tokenizer import TextCodec
-    from onebase.serve.request_metrics import Metrics
+    from onebase.serve.metrics import Metrics
 
 VERSION = version("onebase")
 PARSERS = 2

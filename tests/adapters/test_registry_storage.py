@@ -130,6 +130,38 @@ registry.discard(registry.stage_folder(Path({str(adapter)!r})))
     registry.close()
 
 
+@pytest.mark.parametrize("change", ["delete", "gc"])
+def test_a_full_disk_lets_itself_be_emptied(
+    change: str, registry: Registry, root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(registry, "a", other)
+    run = registry._db.run
+
+    def full_but_for_the_reserve(sql: str, *values: object) -> int:
+        if (root / "reserve").exists():
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return run(sql, *values)
+
+    assert (root / "reserve").stat().st_blocks * 512 >= 4 << 20
+    with monkeypatch.context() as patch:
+        patch.setattr(registry._db, "run", full_but_for_the_reserve)
+        for refused in (lambda: registry.pin("a", True), lambda: registry.label("a", {"team": "x"})):
+            with pytest.raises(StorageFull):
+                refused()
+        assert (root / "reserve").exists(), "it is for what makes room"
+        if change == "delete":
+            registry.delete("a")
+        else:
+            assert len(registry.gc(keep=1, dry_run=False).versions) == 1
+    assert registry.count() == (change == "gc")
+    assert (root / "reserve").exists(), "and filled again"
+    (root / "reserve").unlink()
+    registry.gc(keep=None, dry_run=True)
+    assert (root / "reserve").exists()
+
+
 def failing(error: int) -> Callable[..., Any]:
     def fails(*args: object, **options: object) -> None:
         raise OSError(error, os.strerror(error), "/secret/path")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,6 +245,11 @@ class Hostile(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing on stderr, where the tests look."""
+
+
+def test_commands_that_only_ask_do_not_wait_for_torch() -> None:
+    lines = "import sys, onebase.serve.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", lines], check=False).returncode == 0
 
 
 def test_answers_have_no_power_over_the_terminal() -> None:

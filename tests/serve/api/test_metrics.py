@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from onebase.serve.metric_labels import MAX_MODEL_LABELS
-from onebase.serve.request_metrics import Metrics
+from onebase.serve.metrics import Metrics
 
 
 def samples(text: str) -> dict[str, list[Any]]:
