@@ -94,10 +94,6 @@ class PageCache:
         place = (slots // self.page_size, slots % self.page_size)
         self.k[place], self.v[place] = k, v
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy pages to other ones. Both int64 [n], no number in both."""
-        self.data[:, targets] = self.data[:, sources]
-
     @property
     def k(self) -> Tensor:
         """[num_pages, page_size, kv_heads, head_dim]"""
