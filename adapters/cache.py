@@ -12,6 +12,8 @@ called by the engine's thread. References are held by running sequences; who is 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection, Mapping
 
 from onebase.adapters.arena import Arena
@@ -29,6 +31,8 @@ from onebase.adapters.transit import Transit
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables
+
+_SURVEY_EVERY = 60.0  # seconds; ten thousand files take a thread some 0.1 s
 
 
 class AdapterCache:
@@ -60,8 +64,8 @@ class AdapterCache:
         fetcher = Fetcher(compile, forms, arena.buffer.dtype, pinned=arena.buffer.is_cuda)
         self.transit = Transit(fetcher, self.device, self.host, self.shared, installer, left=self._forget)
         self._entries, self._moving = self.transit.entries, self.transit.moving
-        if forms is not None:
-            self.transit.loader.submit(forms.survey)
+        self._surveyed = -math.inf
+        self.survey()
 
     # What is where
 
@@ -115,6 +119,12 @@ class AdapterCache:
             return entry.traits
         packed = self.host.get(digest)
         return None if packed is None else packed.traits
+
+    def survey(self) -> None:
+        """Have the compiled forms on disk counted, now and then: the server deletes them with their adapters."""
+        if self.forms is not None and time.monotonic() - self._surveyed > _SURVEY_EVERY:
+            self._surveyed = time.monotonic()
+            self.transit.loader.submit(self.forms.survey)
 
     # What is asked for
 
@@ -181,7 +191,7 @@ class AdapterCache:
         """Take up what threads have done; the entries that are now known to be good (compiled, and small enough) or
         failed. wanted: digests that host memory keeps, because requests wait for them."""
         changed: list[Entry] = []
-        protected = {*wanted, *self.pins.paths, *self._moving}
+        protected = {*wanted, *self._moving, *(pin for pin in self.pins.paths if pin not in self._entries)}
         for entry in list(self._moving.values()):
             before = entry.state
             self.transit.advance(entry, protected)

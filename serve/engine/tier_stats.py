@@ -48,5 +48,6 @@ def tier_stats(adapters: AdapterCache) -> TierFields:
 def _disk(adapters: AdapterCache) -> TierStats:
     if adapters.forms is None:
         return TierStats()
+    adapters.survey()
     counts = adapters.forms.counts
     return TierStats(bytes=counts.nbytes, adapters=counts.files, hits=counts.hits, misses=counts.misses)
