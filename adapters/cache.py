@@ -12,29 +12,27 @@ called by the engine's thread. References are held by running sequences; who is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
-from functools import partial
-from pathlib import Path
 
 from onebase.adapters.arena import Arena
 from onebase.adapters.compiled import CompiledForms
 from onebase.adapters.device import DeviceTier
 from onebase.adapters.entry import Entry, State
-from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
 from onebase.adapters.fetching import Compile, Fetcher
 from onebase.adapters.host import HostTier
 from onebase.adapters.installer import Installer
-from onebase.adapters.loader import Loader
-from onebase.adapters.meters import LoadMeters
-from onebase.adapters.packing import PackedProgram
 from onebase.adapters.pins import Pins
 from onebase.adapters.policy import Lrfu
 from onebase.adapters.shared_blocks import SharedBlocks
 from onebase.adapters.traits import Traits
+from onebase.adapters.transit import Transit
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables
+
+_SURVEY_EVERY = 60.0  # seconds; ten thousand files take a thread some 0.1 s
 
 
 class AdapterCache:
@@ -57,20 +55,17 @@ class AdapterCache:
         self.shared = SharedBlocks(arena)
         self.policy = Lrfu()
         self.host = HostTier(host_bytes, self.policy, evicted=self._forget)
-        self.fetcher = Fetcher(compile, forms, arena.buffer.dtype, pinned=arena.buffer.is_cuda)
         self.forms = forms
         self.pins = Pins()
-        self.meters = LoadMeters()
         self.blocked = False
-        self.loads = self.hits = self.misses = self.num_references = 0
-        self._installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
-        self.device = DeviceTier(arena, self.shared, self._installer, self.policy, evicted=self._remove)
-        self._loader = Loader(arena.buffer)
-        self._reads = self._read_bytes = 0
-        self._entries: dict[str, Entry] = {}
-        self._moving: dict[str, Entry] = {}  # those that are not ready
-        if forms is not None:
-            self._loader.submit(forms.survey)
+        self.hits = self.misses = self.num_references = 0
+        installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
+        self.device = DeviceTier(arena, self.shared, installer, self.policy, evicted=self._evicted)
+        fetcher = Fetcher(compile, forms, arena.buffer.dtype, pinned=arena.buffer.is_cuda)
+        self.transit = Transit(fetcher, self.device, self.host, self.shared, installer, left=self._forget)
+        self._entries, self._moving = self.transit.entries, self.transit.moving
+        self._surveyed = -math.inf
+        self.survey()
 
     # What is where
 
@@ -87,11 +82,6 @@ class AdapterCache:
     def resident(self) -> dict[str, int]:
         """digest -> bytes on the device."""
         return {entry.digest: entry.nbytes for entry in self.device.entries if entry.state is State.READY}
-
-    @property
-    def mean_bytes(self) -> int:
-        """What an adapter takes on the device, on average of those that came to host memory so far."""
-        return self._read_bytes // max(self._reads, 1)
 
     def running(self) -> set[str]:
         """Digests that running sequences hold references on."""
@@ -130,6 +120,12 @@ class AdapterCache:
         packed = self.host.get(digest)
         return None if packed is None else packed.traits
 
+    def survey(self) -> None:
+        """Have the compiled forms on disk counted, now and then: the server deletes them with their adapters."""
+        if self.forms is not None and time.monotonic() - self._surveyed > _SURVEY_EVERY:
+            self._surveyed = time.monotonic()
+            self.transit.loader.submit(self.forms.survey)
+
     # What is asked for
 
     def fetch(self, digest: str, path: str) -> Entry:
@@ -146,16 +142,9 @@ class AdapterCache:
 
     def _entry(self, digest: str, path: str) -> Entry:
         entry = self._entries.get(digest)
-        if entry is not None and entry.state is not State.FAILED:
-            return entry
-        entry = Entry(digest, path, State.COMPILING, asked_at=time.monotonic())
-        self._entries[digest] = self._moving[digest] = entry
-        self.policy.know(digest)
-        packed = self.host.look(digest)
-        if packed is not None:
-            entry.take(packed)
-        else:
-            entry.reading = self._loader.submit(self.fetcher.fetch, Path(path), digest)
+        if entry is None or entry.state is State.FAILED:
+            self.policy.know(digest)
+            entry = self.transit.start(digest, path)
         return entry
 
     def acquire(self, digest: str) -> Entry:
@@ -177,7 +166,7 @@ class AdapterCache:
         entry.references -= 1
         self.num_references -= 1
         if entry.doomed and entry.references == 0:
-            self._drop(entry)
+            self.transit.drop(entry)
 
     def unload(self, digest: str) -> bool:
         """Drop an adapter from host and device, now or with its last reference. False where it is in neither."""
@@ -189,7 +178,7 @@ class AdapterCache:
             return was_in_host
         entry.doomed = True
         if entry.references == 0 and not entry.working:
-            self._drop(entry)
+            self.transit.drop(entry)
         return True
 
     def set_pins(self, paths: Mapping[str, str]) -> None:
@@ -202,15 +191,16 @@ class AdapterCache:
         """Take up what threads have done; the entries that are now known to be good (compiled, and small enough) or
         failed. wanted: digests that host memory keeps, because requests wait for them."""
         changed: list[Entry] = []
+        protected = {*wanted, *self._moving, *(pin for pin in self.pins.paths if pin not in self._entries)}
         for entry in list(self._moving.values()):
             before = entry.state
-            self._advance(entry, wanted)
+            self.transit.advance(entry, protected)
             if entry.state is State.FAILED or (before is State.COMPILING and entry.state is not State.COMPILING):
                 changed.append(entry)
         for entry in changed:
             if entry.state is State.FAILED:
                 self.pins.fail(entry.digest)
-                self._remove(entry)
+                self.transit.remove(entry)
         return changed
 
     def place(self, planned: Mapping[str, bool] | None = None, wanted: Collection[str] = ()) -> None:
@@ -227,13 +217,13 @@ class AdapterCache:
         for digest, has_room in planned.items():
             entry = self._moving.get(digest)
             if entry is not None and entry.state is State.PLACING and (has_room or not self.blocked):
-                self._place(entry, reserved, awaited=True)
+                self.transit.place(entry, reserved, awaited=True)
             self.blocked |= entry is not None and entry.block < 0
         for entry in [e for e in self._moving.values() if e.state is State.PLACING and e.digest not in planned]:
-            placed = entry.wants_room and self._place(entry, reserved, awaited=False)
+            placed = entry.wants_room and self.transit.place(entry, reserved, awaited=False)
             needed = entry.digest in wanted and entry.digest not in self.host
             if not placed and not needed and entry.digest not in self.device.pinned:
-                self._remove(entry)
+                self.transit.remove(entry)
 
     def _fetch_pins(self) -> Mapping[str, str]:
         """Start the loads of pins; those that have room on the device."""
@@ -247,86 +237,8 @@ class AdapterCache:
                 self.fetch(digest, path)
         return pins
 
-    def _advance(self, entry: Entry, wanted: Collection[str]) -> None:
-        if entry.reading is not None and entry.reading.done():
-            self._read(entry, wanted)
-        elif entry.copying is not None and entry.copying.done():
-            self._copied(entry)
-        if entry.working or entry.state is State.FAILED:
-            return
-        if entry.doomed and entry.references == 0:
-            self._drop(entry)
-        elif entry.state is State.COPYING:
-            self._make_ready(entry)
-
-    def _read(self, entry: Entry, wanted: Collection[str]) -> None:
-        reading, entry.reading = entry.reading, None
-        assert reading is not None
-        try:
-            fetched = reading.result()
-        except AdapterError as error:
-            return entry.fail(error)
-        except Exception as error:  # a hostile file must not end the loop, whatever a library makes of it
-            return entry.fail(AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
-        self.meters.add(fetched.step, fetched.seconds)
-        needed = self._bytes_of(fetched.packed)
-        self._reads, self._read_bytes = self._reads + 1, self._read_bytes + needed
-        if needed > self.arena.limit_bytes:
-            message = f"the adapter takes {needed} bytes, the device budget for adapters is {self.arena.limit_bytes}"
-            return entry.fail(AdapterTooLarge(message))
-        packed = fetched.packed
-        if not entry.doomed:
-            packed = self.host.put(packed, {*wanted, *self.pins.paths, *self._moving})
-        return entry.take(packed)
-
-    def _bytes_of(self, packed: PackedProgram) -> int:
-        return sum(self.arena.block_bytes(part.numel()) for part in (packed.data, *packed.shared.values()))
-
-    def _place(self, entry: Entry, protected: Collection[str], *, awaited: bool) -> bool:
-        found = None if entry.doomed else self.device.place(entry, protected, awaited=awaited)
-        if found is None or entry.packed is None:
-            return False
-        entry.state = State.COPYING
-        targets = {found.start: entry.packed.data}
-        targets |= {start: entry.packed.shared[key] for key, start in found.new.items()}
-        starts = self.shared.starts(entry.shared)
-        entry.copying = self._loader.copy(targets, partial(self._installer.prepare, entry, found.start, starts))
-        return True
-
-    def _copied(self, entry: Entry) -> None:
-        copying, entry.copying, entry.packed = entry.copying, None, None
-        assert copying is not None
-        failed = copying.exception()
-        self.shared.filled(entry.filling, broken=failed is not None)
-        if failed is not None:  # the block holds anything now
-            return self._give_up(entry, failed)
-        copied = copying.result()
-        entry.installable = copied.installable
-        return self.meters.add("copy", copied.seconds)
-
-    def _make_ready(self, entry: Entry) -> None:
-        if not self.shared.are_filled(entry.shared):
-            return None  # another adapter's copy is filling what this one shares
-        if self.shared.any_broken(entry.shared):
-            return self._give_up(entry, "what it shares with another one could not be copied")
-        self._installer.install(entry)
-        entry.state = State.READY
-        del self._moving[entry.digest]
-        self.loads += 1
-        return self.meters.add("wait", time.monotonic() - entry.asked_at)
-
-    def _give_up(self, entry: Entry, reason: object) -> None:
-        self.device.drop(entry)
-        entry.fail(AdapterError(f"the adapter could not be copied to the device: {reason}"))
-
-    def _drop(self, entry: Entry) -> None:
-        self.device.drop(entry)
-        self._remove(entry)
-
-    def _remove(self, entry: Entry) -> None:
-        del self._entries[entry.digest]
-        self._moving.pop(entry.digest, None)
-        self._forget(entry.digest)
+    def _evicted(self, entry: Entry) -> None:
+        self.transit.remove(entry)
 
     def _forget(self, digest: str) -> None:
         """Its uses count as long as some tier has it."""
@@ -337,20 +249,10 @@ class AdapterCache:
         """Prove that blocks, entries and host memory agree. Raises RuntimeError where they do not."""
         self.arena.check()
         self.host.check()
-        held = sum(1 for entry in self._entries.values() if entry.block >= 0)
-        if held != len(self.device.entries) or held + len(self.shared) != self.arena.num_blocks:
-            raise RuntimeError(
-                f"adapters: {held} entries hold blocks, {len(self.shared)} are shared, the arena has "
-                f"{self.arena.num_blocks}, the device tier {len(self.device.entries)}"
-            )
-        users = sum(len(entry.shared) for entry in self._entries.values() if entry.block >= 0)
-        if users != self.shared.num_references:
-            raise RuntimeError(f"adapters: {users} uses of shared blocks, counted {self.shared.num_references}")
+        self.transit.check()
         references = [entry.references for entry in self._entries.values()]
         if min(references, default=0) < 0 or sum(references) != self.num_references:
             raise RuntimeError(f"adapters: references {references}, counted {self.num_references}")
-        if {d for d, e in self._entries.items() if e.state is not State.READY} != self._moving.keys():
-            raise RuntimeError("adapters: those that are not ready are not those that move")
 
     def close(self) -> None:
-        self._loader.close()
+        self.transit.loader.close()

@@ -86,16 +86,13 @@ class PageCache:
         _, *strides = self.data.stride()
         half = self.data[0, 0].numel()
         shape = (2, 1, *self.data.shape[2:])
-        return PageCache(torch.empty_strided(shape, (half, *strides), dtype=self.data.dtype, device=self.data.device))
+        data = torch.empty_strided(shape, (half, *strides), dtype=self.data.dtype, device=self.data.device)
+        return PageCache(data.zero_())
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [T, kv_heads, head_dim] at flat slots (page * page_size + offset), int64 [T]."""
         place = (slots // self.page_size, slots % self.page_size)
         self.k[place], self.v[place] = k, v
-
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy pages to other ones. Both int64 [n], no number in both."""
-        self.data[:, targets] = self.data[:, sources]
 
     @property
     def k(self) -> Tensor:

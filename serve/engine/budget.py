@@ -26,7 +26,7 @@ from onebase.serve.engine.waiting import WaitingRoom
 
 CALM = 32  # steps without a shortage after which a side gives: longer than a burst of short requests takes to pass
 SHARES = 32  # of the budget; one of them is the least that moves without need
-MOVED_BYTES = 64 << 20  # of held pages, copied between two steps: some 10 ms of a host's memory, less of a GPU's
+MOVED_BYTES = 16 << 20  # of held pages, copied between two steps: some 10 ms of a host's memory, less of a GPU's
 _LONG_AGO = -CALM
 
 

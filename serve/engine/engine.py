@@ -294,7 +294,7 @@ class Engine:
             adapter_bytes=self.adapters.arena.capacity_bytes,
             budget_moves=self.budget.moves,
             adapter_bytes_used=self.adapters.arena.used_bytes,
-            adapter_loads=self.adapters.loads,
+            adapter_loads=self.adapters.transit.loads,
             adapter_evictions=self.adapters.device.evictions,
             resident=resident,
             running_adapters=_distinct(self.scheduler.running),

@@ -37,7 +37,7 @@ def tier_stats(adapters: AdapterCache) -> TierFields:
         ),
         host=TierStats(host.used, host.capacity, len(host), host.hits, host.misses, host.evictions),
         disk=_disk(adapters),
-        load_seconds={step: Seconds(*histogram) for step, histogram in adapters.meters.histograms().items()},
+        load_seconds={step: Seconds(*histogram) for step, histogram in adapters.transit.meters.histograms().items()},
         pinned=pinned,
         pinned_bytes=sum(taken.values()),
         pins_waiting=tuple(digest for digest in adapters.pins.paths if digest not in pinned),
@@ -48,5 +48,6 @@ def tier_stats(adapters: AdapterCache) -> TierFields:
 def _disk(adapters: AdapterCache) -> TierStats:
     if adapters.forms is None:
         return TierStats()
+    adapters.survey()
     counts = adapters.forms.counts
     return TierStats(bytes=counts.nbytes, adapters=counts.files, hits=counts.hits, misses=counts.misses)

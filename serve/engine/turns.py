@@ -158,4 +158,4 @@ class Turns:
         self._parts = {digest: self._adapters.parts(digest) or self._parts.get(digest, {}) for digest in digests}
 
     def _parts_of(self, digest: str) -> Parts:
-        return self._parts[digest] or {digest: self._adapters.mean_bytes}
+        return self._parts[digest] or {digest: self._adapters.transit.mean_bytes}

@@ -60,8 +60,8 @@ class GatedCache(AdapterCache):
         self.fail = False
         self.copied: list[int] = []
         super().__init__(arena, tables, select_kernels(tables), self.table, {"site": 0}, self._slowly)
-        self._copy_plainly = self._loader._copy
-        self._loader._copy = self._copy  # type: ignore[method-assign]
+        self._copy_plainly = self.transit.loader._copy
+        self.transit.loader._copy = self._copy  # type: ignore[method-assign]
 
     def _slowly(self, path: Path, digest: str) -> AdapterProgram:
         if gate := self.compile_gates.get(digest):

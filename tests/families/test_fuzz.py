@@ -39,7 +39,7 @@ class Bench:
     def verdict(self, case: Case, folder: Path) -> str | None:
         """What is wrong with how an edited folder is treated. None: nothing."""
         try:
-            self.driver.engine.adapters.fetcher.compile(folder, "d")
+            self.driver.engine.adapters.transit.fetcher.compile(folder, "d")
         except (AdapterRejected, AdapterTooLarge) as error:
             return None if error.param else f"refused without a param: {error}"
         expected = self.expected(case, folder)

@@ -173,7 +173,7 @@ def test_more_adapters_than_fit_are_served_in_turns(
         tight.run()
         assert [tight.outputs[request_id] for request_id in ids] == expected
     assert tight.engine.adapters.device.evictions > 0
-    assert tight.engine.adapters.loads <= 2 * len(sixteen), "one load a request at the most: no thrash"
+    assert tight.engine.adapters.transit.loads <= 2 * len(sixteen), "one load a request at the most: no thrash"
 
 
 def test_an_adapter_larger_than_the_budget_fails_by_name(sixteen: list[Path], make_driver: Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ class Programs:
         self.driver = driver
         self.made: dict[str, AdapterProgram] = {}
         self.compiled: list[str] = []
-        driver.engine.adapters.fetcher.compile = self._compile
+        driver.engine.adapters.transit.fetcher.compile = self._compile
 
     def add(self, name: str, ops: Mapping[str, SiteOps], **rest: Any) -> None:
         self.made[name] = AdapterProgram(name, "MADE", ops, **rest)

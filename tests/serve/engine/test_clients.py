@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onebase.adapters.errors import AdapterRejected, EngineDead, ModelRejected, RequestRejected
+from onebase.adapters.errors import AdapterRejected, AdapterUnloaded, EngineDead, ModelRejected, RequestRejected
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.inprocess import InProcessEngine
@@ -73,9 +73,20 @@ async def _contract(client: EngineClient, adapter: AdapterUse) -> None:
     ready = await client.load_adapter(adapter)
     assert (ready.family, ready.rank, ready.sites) == ("LORA", 2, 1)
     await _tokens(client, _request("c", 6, adapter))
-    await _until(lambda: adapter.digest in client.stats.resident)
+    await _until(lambda: client.tier(adapter.digest) == "device")
+    assert adapter.digest in client.stats.resident
     assert (await client.unload_adapter(adapter.digest)).was_resident
     assert not (await client.unload_adapter(adapter.digest)).was_resident
+    await _until(lambda: client.tier(adapter.digest) == "disk")
+    client.set_pins([adapter])
+    await _until(lambda: client.stats.pinned == (adapter.digest,))
+    client.set_pins([])
+    await _until(lambda: client.stats.pinned == ())
+    lost = asyncio.create_task(_tokens(client, _request("g", 240, adapter)))
+    await _until(lambda: client.stats.running == 1)
+    assert (await client.unload_adapter(adapter.digest, force=True)).aborted == 1
+    with pytest.raises(AdapterUnloaded):
+        await lost
     with pytest.raises(AdapterRejected):
         await client.load_adapter(AdapterUse("e" * 64, "/nowhere"))
     with pytest.raises(AdapterRejected):

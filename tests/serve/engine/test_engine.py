@@ -207,7 +207,7 @@ def test_a_copy_that_fails_is_not_served(
     def broken(*_: object) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(driver.engine.adapters._loader, "_copy", broken)
+    monkeypatch.setattr(driver.engine.adapters.transit.loader, "_copy", broken)
     lost = driver.submit([1, 2], driver.use(adapters[0]))
     driver.run()
     assert "the device is gone" in driver.failures[lost].message
@@ -256,7 +256,7 @@ def test_loading_adapters_does_not_make_teams_of_workers(adapters: list[Path], m
     """A loader thread with OpenMP workers of its own makes every parallel operation of the loop sleep and wake."""
     driver = make_driver("llama")
     before = torch.get_num_threads()
-    threads = driver.engine.adapters._loader._readers
+    threads = driver.engine.adapters.transit.loader._readers
     for folder in adapters:
         driver.generate([1, 2], driver.use(folder), max_tokens=1)
     assert {threads.submit(torch.get_num_threads).result() for _ in range(8)} == {1}

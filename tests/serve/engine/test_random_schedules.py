@@ -203,6 +203,16 @@ def moving(make_driver: Callable[..., Any], bench: Bench) -> Bench:
     return Bench(Client(driver), bench.alone)
 
 
+@pytest.fixture(scope="module")
+def tiered(make_driver: Callable[..., Any], bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """An engine as small, that keeps a few adapters in host memory and the compiled forms of all on disk."""
+    driver = make_driver(
+        "llama", max_model_len=72, kv_memory=0.00006, adapter_memory=0.00005, max_num_seqs=6, host_cache=0.00003,
+        compiled_dir=str(tmp_path_factory.mktemp("compiled")),
+    )  # fmt: skip
+    return Bench(Client(driver), bench.alone)
+
+
 _TOKENS = st.sampled_from([20, 21, 22])
 _PROMPTS = st.tuples(
     st.integers(0, 20), st.lists(_TOKENS, max_size=6), st.sampled_from([(), INVOCATION]), st.lists(_TOKENS, min_size=1)
@@ -264,6 +274,24 @@ def test_so_it_has_while_the_border_between_pages_and_adapters_moves(
     moving: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
 ) -> None:
     _hold(moving, events, max_batch_tokens)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+@_SCHEDULES
+def test_so_it_has_from_whichever_tier_its_adapter_comes(
+    tiered: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
+) -> None:
+    _hold(tiered, events, max_batch_tokens)
+
+
+def test_adapters_come_from_every_tier(tiered: Bench) -> None:
+    """Else the schedules above prove little."""
+    jobs = [Job((30, 31, 20 + turn), (name,), 1.0, 3, 0.0, None, None) for turn in range(4) for name in KINDS]
+    _hold(tiered, [(job, 0) for job in jobs], 64)
+    stats = tiered.crowded.engine.stats()
+    assert min(stats.device.hits, stats.host.hits, stats.disk.hits) > 0
+    assert min(stats.device.evictions, stats.host.evictions) > 0
+    assert stats.disk.misses <= len(KINDS), "compiled once"
 
 
 def test_the_border_moves_both_ways_over_held_pages_and_resident_adapters(
