@@ -63,6 +63,7 @@ def kernels(
     out: Out = None,
     csv: Annotated[Path | None, typer.Option(help="Store the table as CSV.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it; needs the extra `plot`.")] = None,
+    tune: Annotated[Path | None, typer.Option(help="Make this CUDA device's table in the folder instead.")] = None,
 ) -> None:
     """The low-rank kernels by themselves, beside a loop, gather + bmm, grouped_mm and the base's product."""
     import torch
@@ -74,6 +75,11 @@ def kernels(
         raise typer.BadParameter(f"allowed: {', '.join(kinds)}", param_hint="--dtype")
     if unknown := set(distinct or ()) - set(SHARES):
         raise typer.BadParameter(f"{', '.join(unknown)}: allowed is {', '.join(SHARES)}", param_hint="--distinct")
+    if tune is not None:
+        from onebase.bench.kernels_tune import tune as make_table
+
+        make_table(device, tune, dtype=kinds[dtype])
+        return
     run(
         device,
         hidden=hidden or (),
