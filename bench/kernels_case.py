@@ -16,7 +16,7 @@ from onebase.kernels.tables import Operands, ProgramTables, SiteShape
 MIXED = 0  # a case's rank: 8 to 128, mixed
 _MIXED_RANKS = (8, 16, 32, 64, 128)
 _ALIGN = 64  # elements; as the arena lays blocks out
-_MOST_COPIES = 64
+_MOST_COPIES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Case:
         return tuple(each + (number < extra) for number in range(self.programs))
 
     def floor_bytes(self, itemsize: int) -> int:
-        """x once, each program's factors once, xa written and read, y read and written (docs/architecture.md)."""
+        """x once, each program's factors once, xa written and read, y read and written (docs/kernels.md)."""
         factors = sum(self.ranks) * 2 * self.hidden
         xa = sum(length * rank for length, rank in zip(self.lengths, self.ranks, strict=True))
         return itemsize * (self.rows * self.hidden + factors + 2 * xa + 2 * self.rows * self.hidden)

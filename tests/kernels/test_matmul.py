@@ -161,8 +161,8 @@ def test_bodies_match_the_formula(name: str, dtype: str, programs: list, runs: l
     check_drawn(name, dtype, programs, runs, seed)
 
 
-def check_drawn(name: str, dtype: str, programs: list, runs: list, seed: int) -> None:
-    world = World(DTYPES[dtype], seed)
+def check_drawn(name: str, dtype: str, programs: list, runs: list, seed: int, device: str = "cpu") -> None:
+    world = World(DTYPES[dtype], seed, device)
     for handle, (ranks, bias) in enumerate(programs):
         world.add(handle, ranks, bias)
     rows = [uses for length, uses in runs for _ in range(length)]
@@ -181,6 +181,18 @@ def check_drawn(name: str, dtype: str, programs: list, runs: list, seed: int) ->
 )
 def test_triton_interpreted_matches_the_formula(dtype: str, programs: list, runs: list, seed: int) -> None:
     check_drawn("triton", dtype, programs, runs, seed)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    dtype=st.sampled_from(["fp32", "bf16", "fp16"]),
+    programs=st.lists(PROGRAM, min_size=4, max_size=4),
+    runs=RUNS,
+    seed=st.integers(0, 99),
+)
+def test_cuda_matches_the_formula(dtype: str, programs: list, runs: list, seed: int) -> None:
+    check_drawn("triton", dtype, programs, runs, seed, "cuda")
 
 
 EXAMPLES = {
