@@ -92,6 +92,10 @@ def kernels(
     out: Out = None,
     csv: Annotated[Path | None, typer.Option(help="Store the table as CSV.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it; needs the extra `plot`.")] = None,
+    decode: Annotated[
+        bool, typer.Option(help="A decode step's adapters on the CPU instead, also under churn.")
+    ] = False,
+    tune: Annotated[Path | None, typer.Option(help="Make this CUDA device's table in the folder instead.")] = None,
 ) -> None:
     """The low-rank kernels by themselves, beside a loop, gather + bmm, grouped_mm and the base's product."""
     import torch
@@ -103,6 +107,16 @@ def kernels(
         raise typer.BadParameter(f"allowed: {', '.join(kinds)}", param_hint="--dtype")
     if unknown := set(distinct or ()) - set(SHARES):
         raise typer.BadParameter(f"{', '.join(unknown)}: allowed is {', '.join(SHARES)}", param_hint="--distinct")
+    if decode:
+        from onebase.bench.kernels_decode import run as run_decode
+
+        run_decode(out=out)
+        return
+    if tune is not None:
+        from onebase.bench.kernels_tune import tune as make_table
+
+        make_table(device, tune, dtype=kinds[dtype])
+        return
     run(
         device,
         hidden=hidden or (),

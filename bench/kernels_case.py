@@ -16,7 +16,7 @@ from onebase.kernels.tables import Operands, ProgramTables, SiteShape
 MIXED = 0  # a case's rank: 8 to 128, mixed
 _MIXED_RANKS = (8, 16, 32, 64, 128)
 _ALIGN = 64  # elements; as the arena lays blocks out
-_MOST_COPIES = 64
+_MOST_COPIES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Case:
         return tuple(each + (number < extra) for number in range(self.programs))
 
     def floor_bytes(self, itemsize: int) -> int:
-        """x once, each program's factors once, xa written and read, y read and written (docs/architecture.md)."""
+        """x once, each program's factors once, xa written and read, y read and written (docs/kernels.md)."""
         factors = sum(self.ranks) * 2 * self.hidden
         xa = sum(length * rank for length, rank in zip(self.lengths, self.ranks, strict=True))
         return itemsize * (self.rows * self.hidden + factors + 2 * xa + 2 * self.rows * self.hidden)
@@ -63,7 +63,7 @@ class World:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, cold_bytes: int) -> None:
         """cold_bytes: what the copies of the factors should come to."""
         self.case = case
-        size = sum(_aligned(rank * case.hidden) * 2 for rank in case.ranks)
+        size = sum(aligned(rank * case.hidden) * 2 for rank in case.ranks)
         itemsize = torch.empty((), dtype=dtype).element_size()
         self.copies = max(1, min(_MOST_COPIES, math.ceil(cold_bytes / (size * itemsize))))
         buffer = torch.empty(size * self.copies, dtype=dtype, device=device).normal_(std=0.02)
@@ -93,11 +93,11 @@ class World:
     def _install(self, size: int) -> None:
         at = [site * size for site in range(self.copies)]
         for handle, rank in enumerate(self.case.ranks):
-            block = _aligned(rank * self.case.hidden)
+            block = aligned(rank * self.case.hidden)
             operands = {site: Operands(rank, 1.0, start, start + block) for site, start in enumerate(at)}
             self.tables.install(handle, operands)
             at = [start + 2 * block for start in at]
 
 
-def _aligned(elements: int) -> int:
+def aligned(elements: int) -> int:
     return -(-elements // _ALIGN) * _ALIGN

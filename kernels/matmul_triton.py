@@ -3,12 +3,12 @@
 A launch covers tiles (row blocks of one segment) of any mix of programs and ranks. A tile reads its program's offsets,
 rank and scale from the device table; rank tails are masked, a site that the program does not touch returns at once.
 
-Configuration, chosen by shape and never by trial at run time:
-- BLOCK_M 16 for decode, 32 or 64 where a segment is longer (tiles.block_rows).
-- shrink: BLOCK_K 256 bytes (128 for taller tiles), BLOCK_R the largest rank's power of two, 16 to 128 bytes' worth;
-  for decode, K is split into parts of 512 over the grid, because a few tiles alone leave most of the device idle.
-  Parts are summed in expand in a fixed order: no atomics, equal results run to run.
-- expand: BLOCK_N 64 for decode (more programs in flight), 128 for taller tiles; BLOCK_R as in shrink.
+BLOCK_M is 16 for decode, 32 or 64 where a segment is longer (tiles.block_rows); the other block shapes are config.py's,
+chosen by shape and never by trial at run time. Where K is split over the grid, its parts are summed in expand in a
+fixed order: no atomics, equal results run to run.
+
+A launch reads its plan from the tiles' device buffer alone. Tiles without rows return at once, so that a captured graph
+may be replayed over other plans (fixed_plan.py).
 
 Triton compiles anew for each class of an argument (one, a multiple of 16, aligned or not), which would stall a step.
 So what changes with the batch is exempt, or always a multiple of 16: xa's rows are padded to that.
@@ -18,6 +18,7 @@ So what changes with the batch is exempt, or always a multiple of 16: xa's rows 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from onebase.kernels.base import Shrunk, own
+from onebase.kernels.config import Config, Configs, Op, Shape
 from onebase.kernels.plan import BatchPlan, Segment
-from onebase.kernels.tables import FIELDS, Operands, ProgramTables
-from onebase.kernels.tiles import ROWS_BY_BLOCK, TILE_FIELDS, Tiles, tiles_of
-
-_SPLIT_SIZE = 512
-_MAX_SPLITS = 8
+from onebase.kernels.tables import FIELDS, ProgramTables, SiteShape
+from onebase.kernels.tiles import ROWS_BY_BLOCK, TILE_FIELDS, tiles_of
+from onebase.kernels.warm_up import warm_plan, zero_programs
 
 
 @triton.jit
@@ -67,6 +67,9 @@ def _shrink_kernel(
 ):
     """Grid: (tiles, rank blocks, group * SPLITS)."""
     tile = tiles + tl.program_id(0) * TILE_FIELDS
+    count = tl.load(tile + 2)
+    if count == 0:
+        return
     member = tl.program_id(2) // SPLITS
     split = tl.program_id(2) % SPLITS
     entry = table + (tl.load(tile + 3).to(tl.int64) * n_sites + tl.load(sites + member)) * FIELDS
@@ -76,7 +79,7 @@ def _shrink_kernel(
         return
     m = tl.arange(0, BLOCK_M)
     r = first_r + tl.arange(0, BLOCK_R)
-    here = m < tl.load(tile + 2)
+    here = m < count
     a_rows = arena + tl.multiple_of(tl.load(entry), ALIGN) + r.to(tl.int64)[:, None] * in_features
     x_rows = x + (tl.load(tile) + m).to(tl.int64)[:, None] * x_stride
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -118,6 +121,9 @@ def _expand_kernel(
 ):
     """Grid: (tiles of the layer, column blocks)."""
     tile = tiles + tl.program_id(0) * TILE_FIELDS
+    count = tl.load(tile + 2)
+    if count == 0:
+        return
     at = (tl.load(tile + 3).to(tl.int64) * n_sites + site) * FIELDS
     rank = tl.load(table + at + 3)
     add_out = tl.load(table + at + 2)
@@ -125,7 +131,7 @@ def _expand_kernel(
         return
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    here = m < tl.load(tile + 2)
+    here = m < count
     rows = tl.load(tile) + m
     b_start = arena + tl.multiple_of(tl.load(table + at + 1), ALIGN) + n[None, :]
     if TOKEN:
@@ -167,91 +173,122 @@ class TritonKernels:
 
     name = "triton"
 
-    def __init__(self, tables: ProgramTables) -> None:
+    def __init__(self, tables: ProgramTables, configs: Configs | None = None) -> None:
+        """configs: the device's where not given."""
         self._tables = tables
+        self._configs = Configs.of_device(tables.buffer.device) if configs is None else configs
         self._groups: dict[tuple[int, ...], Tensor] = {}
 
     def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> TritonShrunk:
         tables, tiles = self._tables, tiles_of(plan, self._tables)
         _require_rows("x", x)
-        width = _padded(tables.max_rank(group, plan))
-        in_features = x.shape[1]
-        splits = _splits(tiles, in_features)
+        width, config = self._choose("shrink", group, plan)
+        splits = config.splits
         xa = torch.empty((splits, len(group), tiles.packed_rows, width), dtype=torch.float32, device=x.device)
-        block_r = _block_r(width, tables.buffer)
-        _shrink_kernel[(tiles.count, triton.cdiv(width, block_r), len(group) * splits)](
+        _shrink_kernel[(tiles.count, triton.cdiv(width, config.block_r), len(group) * splits)](
             x, tables.buffer, tables.device_table, tiles.data, self._group(group), xa,
-            x.stride(0), in_features, len(tables.sites), tiles.packed_rows, width, len(group),
-            BLOCK_M=tiles.block_m, BLOCK_R=block_r, BLOCK_K=_block_k(tiles, tables.buffer), SPLITS=splits,
+            x.stride(0), x.shape[1], len(tables.sites), tiles.packed_rows, width, len(group),
+            BLOCK_M=tiles.block_m, BLOCK_R=config.block_r, BLOCK_K=config.block, SPLITS=splits,
             WIDE=not x.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return TritonShrunk(group, xa)
 
     def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
         mine = own(shrunk, TritonShrunk)
-        if not self._tables.uses(site, plan):
+        if not (tiles_of(plan, self._tables).fixed or self._tables.uses(site, plan)):
             return
-        splits, _, packed_rows, width = mine.xa.shape
         member = mine.xa[:, mine.group.index(site)]
-        stride = len(mine.group) * packed_rows * width
-        self._expand(y, member, site, plan, splits=splits, split_stride=stride, width=width, token=False)
+        self._expand(y, member, site, plan, splits=len(mine.xa), split_stride=mine.xa.stride(0), op="expand")
 
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
-        if self._tables.uses(site, plan, token=True):
-            width = _padded(self._tables.max_rank((site,), plan))
-            self._expand(y, tokens.contiguous(), site, plan, splits=1, split_stride=0, width=width, token=True)
+        if tiles_of(plan, self._tables).fixed or self._tables.uses(site, plan, token=True):
+            self._expand(y, tokens.contiguous(), site, plan, splits=1, split_stride=0, op="token")
 
     def forget(self, handle: int) -> None:
         """Nothing is cached of a program."""
 
     def warm_up(self) -> None:
-        """Every block shape at every shape of site, with programs of zeros."""
-        buffer, sites = self._tables.buffer, self._tables.sites
-        shapes = {shape: site for site, shape in enumerate(sites)}
+        """Every block shape at every shape of site, with programs of zeros; and every tuned one that may come."""
+        shapes = {shape: site for site, shape in enumerate(self._tables.sites)}
         widest = max(max(shape.in_features, shape.out_features) for shape in shapes)
-        ranks = [rank for rank in (16, 32, 64, 128) if rank == _block_r(rank, buffer)]
+        ranks = [rank for rank in (16, 32, 64, 128) if rank <= 128 // self._tables.buffer.element_size()]
+        zeros = self._tables.buffer.new_zeros(ranks[-1] * widest)
         for token in (False, True):
-            tables = ProgramTables(buffer.new_zeros(ranks[-1] * widest), sites)
-            for handle, rank in enumerate(ranks):
-                tables.install(handle, {site: Operands(rank, 1.0, 0, 0, token=token) for site in shapes.values()})
+            for rank in ranks:
+                programs = zero_programs(zeros, self._tables.sites, rank, 1, token)
                 for rows in ROWS_BY_BLOCK:
-                    plan = BatchPlan(rows, (Segment(0, rows, handle),))
+                    plan = BatchPlan(rows, (Segment(0, rows, 0),))
                     for site in shapes.values():
-                        TritonKernels(tables)._launch_once(site, plan, token)
+                        TritonKernels(programs, Configs())._launch_once((site,), plan, token)
+        self._warm_up_tuned(shapes)
 
-    def _launch_once(self, site: int, plan: BatchPlan, token: bool) -> None:
-        shape, buffer = self._tables.sites[site], self._tables.buffer
-        y = buffer.new_zeros(plan.num_rows, shape.out_features)
-        if token:
-            self.token_low_rank(y, torch.zeros(plan.num_rows, dtype=torch.int64, device=buffer.device), site, plan)
-        else:
-            x = buffer.new_zeros(plan.num_rows, shape.in_features)
-            self.expand(y, self.shrink(x, (site,), plan), site, plan)
+    def _warm_up_tuned(self, shapes: Mapping[SiteShape, int]) -> None:
+        sites = self._tables.sites
+        for shape in self._configs.tuned:
+            group = tuple(shapes.get(SiteShape(shape.h_in, width), -1) for width in shape.slices)
+            if -1 in group or shape.dtype != str(self._tables.buffer.dtype).removeprefix("torch."):
+                continue
+            zeros = self._tables.buffer.new_zeros(shape.rank * max(shape.h_in, *shape.slices))
+            programs = zero_programs(zeros, sites, shape.rank, shape.distinct, shape.op == "token")
+            plan = warm_plan(shape)
+            TritonKernels(programs, self._configs)._launch_once(group, plan, shape.op == "token")
+
+    def _launch_once(self, group: tuple[int, ...], plan: BatchPlan, token: bool) -> None:
+        buffer, site = self._tables.buffer, self._tables.sites[group[0]]
+        tokens = torch.zeros(plan.num_rows, dtype=torch.int64, device=buffer.device)
+        shrunk = None if token else self.shrink(buffer.new_zeros(plan.num_rows, site.in_features), group, plan)
+        for member in group:
+            y = buffer.new_zeros(plan.num_rows, self._tables.sites[member].out_features)
+            if shrunk is None:
+                self.token_low_rank(y, tokens, member, plan)
+            else:
+                self.expand(y, shrunk, member, plan)
 
     def _expand(
-        self,
-        y: Tensor,
-        source: Tensor,
-        site: int,
-        plan: BatchPlan,
-        *,
-        splits: int,
-        split_stride: int,
-        width: int,
-        token: bool,
+        self, y: Tensor, source: Tensor, site: int, plan: BatchPlan, *, splits: int, split_stride: int, op: Op
     ) -> None:
         _require_rows("y", y)
         tables, tiles = self._tables, tiles_of(plan, self._tables)
-        block_n, block_r = 64 if tiles.block_m == 16 else 128, _block_r(width, tables.buffer)
+        width, config = self._choose(op, (site,), plan)
+        if op == "expand":
+            width = source.shape[-1]  # of the group's widest
         for start, stop in tiles.layers:
             layer = tiles.data[start:stop]
-            _expand_kernel[(stop - start, triton.cdiv(y.shape[1], block_n))](
+            _expand_kernel[(stop - start, triton.cdiv(y.shape[1], config.block))](
                 y, tables.buffer, tables.device_table, tables.device_table.view(torch.float64),
                 layer, layer.view(torch.float32), source,
                 y.stride(0), y.shape[1], site, len(tables.sites), split_stride, width,
-                BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLITS=splits, TOKEN=token,
+                BLOCK_M=tiles.block_m, BLOCK_N=config.block, BLOCK_R=config.block_r, SPLITS=splits, TOKEN=op == "token",
                 WIDE=not y.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
+                num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
+
+    def shape(self, op: Op, group: tuple[int, ...], plan: BatchPlan) -> Shape:
+        """What a launch's configuration is looked up by. An expand's group is its one site."""
+        tables, tiles = self._tables, tiles_of(plan, self._tables)
+        return Shape.of(
+            op,
+            tables.buffer.dtype,
+            tables.sites[group[0]].in_features,
+            tuple(tables.sites[site].out_features for site in group),
+            rank=self._rank(group, plan),
+            block_m=tiles.block_m,
+            rows=plan.num_rows,
+            distinct=tiles.fixed.max_tiles if tiles.fixed else len(plan.handles),
+        )
+
+    def _choose(self, op: Op, group: tuple[int, ...], plan: BatchPlan) -> tuple[int, Config]:
+        """The width of xa, a multiple of 16, and the configuration; once per plan."""
+
+        def choose() -> tuple[int, Config]:
+            return _padded(self._rank(group, plan)), self._configs.get(self.shape(op, group, plan))
+
+        return plan.memo((self, "config", op, group), choose)
+
+    def _rank(self, group: tuple[int, ...], plan: BatchPlan) -> int:
+        fixed = tiles_of(plan, self._tables).fixed
+        return fixed.max_rank if fixed else self._tables.max_rank(group, plan)
 
     def _group(self, group: tuple[int, ...]) -> Tensor:
         if group not in self._groups:
@@ -261,23 +298,8 @@ class TritonKernels:
         return self._groups[group]
 
 
-def _splits(tiles: Tiles, in_features: int) -> int:
-    if tiles.block_m > 16:
-        return 1
-    return max(1, min(_MAX_SPLITS, in_features // _SPLIT_SIZE))
-
-
 def _padded(rank: int) -> int:
     return max(16, -(-rank // 16) * 16)
-
-
-def _block_r(rank: int, buffer: Tensor) -> int:
-    """Rank block: a power of two from 16 to 128 bytes' worth."""
-    return max(16, min(128 // buffer.element_size(), 1 << max(0, rank - 1).bit_length()))
-
-
-def _block_k(tiles: Tiles, buffer: Tensor) -> int:
-    return (256 if tiles.block_m == 16 else 128) // buffer.element_size()
 
 
 def _require_rows(name: str, tensor: Tensor) -> None:

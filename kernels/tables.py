@@ -131,6 +131,10 @@ class ProgramTables:
         self.check(plan)
         return site in plan.memo((self, "active"), lambda: self._touched(plan))
 
+    def touch_all(self, plan: BatchPlan) -> None:
+        """Count every site as active in a plan without segments, before anything asks: others are written over it."""
+        plan.memo((self, "active"), lambda: frozenset(range(len(self.sites))))
+
     def uses(self, site: int, plan: BatchPlan, *, token: bool = False) -> tuple[Use, ...]:
         """The plan's segments whose program touches the site, with its operands."""
         self.check(plan)

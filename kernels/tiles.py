@@ -7,6 +7,7 @@ has its own packed row in xa, hence all layers shrink in one launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +20,29 @@ from onebase.kernels.tables import ProgramTables
 TILE_FIELDS = 8  # row, packed row, rows, program's table row, scale (the bits of a float32), 3 unused: 32-byte rows
 ROWS_BY_BLOCK = (16, 17, 65)  # a segment length for each answer of block_rows
 
+TileRow = tuple[int, int, int, int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a captured graph has room for: tiles and ranks."""
+
+    max_tiles: int
+    max_rank: int
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """data: [n_tiles, TILE_FIELDS] int32 on the device. layers: tile ranges [start, stop) of each layer."""
+    """data: [n_tiles, TILE_FIELDS] int32 on the device. layers: tile ranges [start, stop) of each layer.
+
+    fixed: the bounds of a buffer that other plans are written into between replays (fixed_plan.py); None: of one plan.
+    """
 
     data: Tensor
     layers: tuple[tuple[int, int], ...]
     block_m: int
     packed_rows: int
+    fixed: Bounds | None = None
 
     @property
     def count(self) -> int:
@@ -48,28 +63,32 @@ def block_rows(plan: BatchPlan) -> int:
 
 def _cut(plan: BatchPlan, tables: ProgramTables) -> Tiles:
     block_m, packed = block_rows(plan), 0
-    rows: list[tuple[int, int, int, int, float]] = []
+    rows: list[TileRow] = []
     layers: list[tuple[int, int]] = []
     for layer in plan.layers:
         first = len(rows)
         for segment in layer:
-            rows.extend(_blocks(segment, packed, tables.row(segment.handle), block_m))
+            rows.extend(blocks(segment, packed, tables.row(segment.handle), block_m))
             packed += segment.length
         layers.append((first, len(rows)))
-    return Tiles(_upload(rows, tables.buffer.device), tuple(layers), block_m, packed)
+    return Tiles(upload(encode(rows, len(rows)), tables.buffer.device), tuple(layers), block_m, packed)
 
 
-def _blocks(segment: Segment, packed: int, program: int, block_m: int) -> list[tuple[int, int, int, int, float]]:
+def blocks(segment: Segment, packed: int, program: int, block_m: int) -> list[TileRow]:
     return [
         (segment.start + at, packed + at, min(block_m, segment.length - at), program, segment.scale)
         for at in range(0, segment.length, block_m)
     ]
 
 
-def _upload(rows: list[tuple[int, int, int, int, float]], device: torch.device) -> Tensor:
-    data = np.zeros((len(rows), TILE_FIELDS), dtype=np.int32)
+def encode(rows: Sequence[TileRow], count: int) -> Tensor:
+    """[count, TILE_FIELDS] int32 on the host; what is beyond the rows is zeros: tiles without rows."""
+    data = np.zeros((count, TILE_FIELDS), dtype=np.int32)
     if rows:
-        data[:, :4] = [row[:4] for row in rows]
-        data.view(np.float32)[:, 4] = [row[4] for row in rows]
-    host = torch.from_numpy(data)
+        data[: len(rows), :4] = [row[:4] for row in rows]
+        data.view(np.float32)[: len(rows), 4] = [row[4] for row in rows]
+    return torch.from_numpy(data)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -36,9 +36,10 @@ def source_packages() -> Iterator[str]:
 
 
 def source_files() -> set[str]:
-    """Every module and every demo asset, as the wheel names it."""
+    """Every module, demo asset and table of configurations, as the wheel names it."""
     modules = {file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
-    assets = {file for file in (ROOT / "serve/demo/assets").rglob("*") if file.is_file()}
+    folders = ("serve/demo/assets", "kernels/tuned")
+    assets = {file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()}
     return {f"onebase/{file.relative_to(ROOT).as_posix()}" for file in modules | assets}
 
 

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from onebase.bench import kernels_decode
 from onebase.bench.kernels import run
 from onebase.bench.kernels_case import MIXED, Case, World, cases
 from onebase.bench.kernels_sides import DENSE, GROUPED, OURS, sides
 from onebase.kernels.dispatch import select_kernels
 
 CPU = torch.device("cpu")
+SMALL = LlamaConfig(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
 
 
 def test_the_floor_is_the_formula() -> None:
@@ -83,3 +88,34 @@ def test_it_imports_without_the_server_and_the_command_line() -> None:
     blocked = ("fastapi", "msgspec", "zmq", "typer", "pydantic", "uvicorn", "matplotlib")
     program = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import onebase.bench.kernels"
     assert subprocess.run([sys.executable, "-P", "-c", program], check=False, timeout=120).returncode == 0
+
+
+def test_decode_steps_are_measured_beside_floor_and_under_churn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a shape that is small enough to be quick; every program has its slot, and none is left behind."""
+    monkeypatch.setitem(kernels_decode.SHAPES, "135m", SMALL)
+    result = kernels_decode.run(rows=4, steps=8, out=tmp_path / "d.json")
+    assert json.loads((tmp_path / "d.json").read_text())["floor"] == result["floor"]
+    assert result["floor"]["ours / floor"] > 0
+    assert len(result["churn"]) == 4
+    assert all(p50 <= p99 for p50, p99, _ in result["churn"].values())
+
+
+def test_a_step_of_the_decode_benchmark_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels_decode.SHAPES, "135m", SMALL)
+    decoding = kernels_decode.Decoding("135m", 6)
+    for rank in (8, 16, 32):
+        decoding.join(rank)
+    decoding.leave(1, select_kernels(decoding.tables, "reference"))
+    decoding.join(64)
+    assert decoding.live == [0, 2, 3]
+    assert [len(group) for group in decoding.groups] == [3, 1, 2, 1] * 2
+    widths = sum(site.in_features + site.out_features for site in decoding.tables.sites)
+    assert decoding.factor_bytes == 2 * widths * (8 + 32 + 64)
+    kept = {width: rows.clone() for width, rows in decoding.rows.items()}
+    decoding.step(select_kernels(decoding.tables, "reference"), decoding.plan)
+    wanted, decoding.rows = decoding.rows, kept
+    decoding.step(select_kernels(decoding.tables), decoding.plan)
+    for width, rows in wanted.items():
+        torch.testing.assert_close(decoding.rows[width], rows, rtol=0.05, atol=0.05)

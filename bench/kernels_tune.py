@@ -1,0 +1,191 @@
+"""Makes a table of configurations for the device at hand, for the Triton kernels to read at start.
+
+For every site group, rank, number of rows and of adapters, each field of the configuration is varied in turn from the
+heuristic's, twice over; what is at least 3 % faster than the heuristic becomes an entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from onebase.bench.kernels_case import aligned
+from onebase.bench.kernels_clock import medians
+from onebase.bench.kernels_sides import Side
+from onebase.kernels.config import Config, Configs, Op, Shape, dump, file_name, heuristic
+from onebase.kernels.matmul_triton import TritonKernels
+from onebase.kernels.plan import BatchPlan
+from onebase.kernels.tables import Operands, ProgramTables, SiteShape
+
+Clock = Callable[[Side], float]
+Slices = tuple[int, ...]
+
+# The site groups of the 8B Llama shape: width read, widths given.
+GROUPS: tuple[tuple[int, Slices], ...] = (
+    (4096, (4096, 1024, 1024)),
+    (4096, (4096,)),
+    (4096, (14336, 14336)),
+    (14336, (4096,)),
+)
+RANKS = (16, 32, 64, 128)
+ROWS = (1, 16, 64, 256, 2048)
+_COLD_BYTES = 1 << 29
+_WORTH = 0.97  # of the heuristic's time
+_ROUNDS = 5
+
+_BLOCKS = {"block_r": (16, 32, 64), "block": (32, 64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
+_OPTIONS: Mapping[Op, Mapping[str, Sequence[int]]] = {
+    "shrink": _BLOCKS | {"splits": (1, 2, 4, 8, 16)},
+    "expand": _BLOCKS,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bench:
+    """One group of sites, several times over so that caches stay cold, under programs of one rank."""
+
+    tables: ProgramTables
+    groups: tuple[tuple[int, ...], ...]
+    x: Tensor
+    plan: BatchPlan
+
+    @classmethod
+    def of(
+        cls, group: tuple[int, Slices], rank: int, rows: int, programs: int, buffer: Tensor, cold_bytes: int
+    ) -> Bench:
+        """Programs share the buffer's factors from different places: what is read, not what it holds, takes time."""
+        h_in, slices = group
+        size = programs * rank * sum(h_in + width for width in slices) * buffer.element_size()
+        copies = max(1, math.ceil(min(cold_bytes, buffer.nbytes) / size))
+        tables = ProgramTables(buffer, [SiteShape(h_in, width) for width in slices] * copies)
+        at = 0
+        for handle in range(programs):
+            operands = {}
+            for site, shape in enumerate(tables.sites):
+                need = aligned(rank * (shape.in_features + shape.out_features))
+                at = at if at + need <= buffer.numel() else 0
+                operands[site] = Operands(rank, 1.0, at, at + rank * shape.in_features)
+                at += need
+            tables.install(handle, operands)
+        each, extra = divmod(rows, programs)
+        runs = [(each + (handle < extra), ((handle, 1.0),)) for handle in range(programs)]
+        groups = tuple(tuple(range(at, at + len(slices))) for at in range(0, len(tables.sites), len(slices)))
+        x = torch.zeros((rows, h_in), dtype=buffer.dtype, device=buffer.device)
+        return cls(tables, groups, x, BatchPlan.from_runs(runs))
+
+    def shape(self, op: Op, member: int | None = None) -> Shape:
+        """Of a shrink of the group, or of the expand of one of its sites."""
+        group = self.groups[0] if member is None else (self.groups[0][member],)
+        return TritonKernels(self.tables, Configs()).shape(op, group, self.plan)
+
+    def shrink(self, configs: Configs) -> Side:
+        kernels, plan = TritonKernels(self.tables, configs), _fresh(self.plan)
+
+        def run() -> None:
+            for group in self.groups:
+                kernels.shrink(self.x, group, plan)
+
+        return run
+
+    def expand(self, configs: Configs, member: int) -> Side:
+        kernels, plan = TritonKernels(self.tables, configs), _fresh(self.plan)
+        shrunk = [kernels.shrink(self.x, group, plan) for group in self.groups]
+        y = self.x.new_zeros((len(self.x), self.tables.sites[member].out_features))
+
+        def run() -> None:
+            for group, one in zip(self.groups, shrunk, strict=True):
+                kernels.expand(y, one, group[member], plan)
+
+        return run
+
+
+def tune(
+    device: str,
+    folder: Path,
+    *,
+    groups: Sequence[tuple[int, Slices]] = GROUPS,
+    ranks: Sequence[int] = RANKS,
+    rows: Sequence[int] = ROWS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write the table of this device into the folder; its path. Needs a CUDA device to itself."""
+    kind = torch.device(device)
+    if kind.type != "cuda":
+        raise ValueError(f"device: {device}: tables are for the Triton kernels on CUDA")
+    name = torch.cuda.get_device_name(kind)
+    buffer = torch.zeros(_COLD_BYTES // dtype.itemsize, dtype=dtype, device=kind)
+    path = folder / file_name(name)
+    with torch.inference_mode():
+        found = tuned(buffer, groups, ranks, rows, lambda side: medians({"": side}, kind, _ROUNDS)[""])
+    folder.mkdir(parents=True, exist_ok=True)
+    dump(path, name, found)
+    Console().print(f"{path}: {len(found)} entries")
+    return path
+
+
+def tuned(
+    buffer: Tensor, groups: Sequence[tuple[int, Slices]], ranks: Sequence[int], rows: Sequence[int], clock: Clock
+) -> dict[Shape, Config]:
+    """The entries that are worth having."""
+    found: dict[Shape, Config] = {}
+    for group in groups:
+        for rank in ranks:
+            for count in rows:
+                for programs in sorted({1, max(1, count // 2), count}):
+                    if programs <= 256:
+                        _tune(Bench.of(group, rank, count, programs, buffer, _COLD_BYTES), clock, found)
+    return found
+
+
+def _tune(bench: Bench, clock: Clock, found: dict[Shape, Config]) -> None:
+    sides: list[tuple[Shape, Callable[[Configs], Side]]] = [(bench.shape("shrink"), bench.shrink)]
+    for member in range(len(bench.groups[0])):
+        sides.append((bench.shape("expand", member), lambda configs, member=member: bench.expand(configs, member)))  # type: ignore[misc]
+    for shape, side in sides:
+        if shape not in found:
+            best = search(heuristic(shape), _OPTIONS[shape.op], _cost(shape, side, clock))
+            if best is not None:
+                found[shape] = best
+
+
+def _cost(shape: Shape, side: Callable[[Configs], Side], clock: Clock) -> Callable[[Config], float]:
+    from triton.runtime.errors import OutOfResources
+
+    def cost(config: Config) -> float:
+        try:
+            return clock(side(Configs({shape: config})))
+        except OutOfResources:  # more shared memory than the device has
+            return math.inf
+
+    return cost
+
+
+def search(start: Config, options: Mapping[str, Sequence[int]], cost: Callable[[Config], float]) -> Config | None:
+    """The cheapest that varying one field after the other finds from ``start``; None where it is hardly cheaper."""
+    costs = {start: cost(start)}
+    best = start
+    for _ in range(2):
+        for field, values in options.items():
+            for config in _variants(best, field, values):
+                if config not in costs:
+                    costs[config] = cost(config)
+            best = min(costs, key=lambda config: costs[config])
+    return best if costs[best] < _WORTH * costs[start] else None
+
+
+def _variants(config: Config, field: str, values: Sequence[int]) -> Iterator[Config]:
+    for value in values:
+        changes: dict[str, Any] = {field: value}
+        yield replace(config, **changes)
+
+
+def _fresh(plan: BatchPlan) -> BatchPlan:
+    """Without what was derived from it: a plan remembers the configuration of its launches."""
+    return BatchPlan(plan.num_rows, plan.segments)

@@ -1,0 +1,136 @@
+"""Which block shapes the Triton kernels run with: a tuned table of the device, else a heuristic. No trials here.
+
+The heuristic:
+- rank blocks are the largest rank's power of two, from 16 to 128 bytes' worth;
+- shrink: BLOCK_K 256 bytes for tiles of 16 rows (decode), 128 for taller ones. For decode, K is split into parts of
+  512 over the grid, 8 at most, because a few tiles alone leave most of the device idle;
+- expand: BLOCK_N 64 for decode (more programs in flight), 128 for taller tiles.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+TABLES = Path(__file__).parent / "tuned"
+_SPLIT_SIZE, _MOST_SPLITS = 512, 8
+_LARGEST_CLASS = 4096
+
+T = TypeVar("T")
+Op = Literal["shrink", "expand", "token"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """All that shapes a launch. Batch geometry comes in classes: powers of two, rounded up.
+
+    slices: output widths, of every site of a shrink's group, or of the one site. rank: of the widest program.
+    block_m: rows of a tile. rows, distinct: of the batch, and its programs.
+    """
+
+    op: Op
+    dtype: str
+    h_in: int
+    slices: tuple[int, ...]
+    rank: int
+    block_m: int
+    rows: int
+    distinct: int
+
+    @classmethod
+    def of(
+        cls, op: Op, dtype: torch.dtype, h_in: int, slices: tuple[int, ...], *, rank: int, block_m: int, rows: int,
+        distinct: int,
+    ) -> Shape:  # fmt: skip
+        name = str(dtype).removeprefix("torch.")
+        return cls(op, name, h_in, slices, rank_class(rank), block_m, size_class(rows), size_class(distinct))
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """block: BLOCK_K of a shrink, BLOCK_N of an expand. splits: parts of K; 1 for an expand."""
+
+    block_r: int
+    block: int
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+class Configs:
+    """The configuration of any shape. ``tuned`` goes before the heuristic."""
+
+    def __init__(self, tuned: Mapping[Shape, Config] = {}) -> None:
+        self.tuned = tuned
+
+    def get(self, shape: Shape) -> Config:
+        return self.tuned.get(shape) or heuristic(shape)
+
+    @classmethod
+    def of_device(cls, device: torch.device) -> Configs:
+        """With the table shipped for it, if there is one. Raises ValueError for a table that is not well formed."""
+        if device.type != "cuda":
+            return cls()
+        return cls(load(TABLES / file_name(torch.cuda.get_device_name(device))))
+
+
+def heuristic(shape: Shape) -> Config:
+    flat = shape.block_m == 16
+    block_r = max(16, min(128 // shape.itemsize, shape.rank))
+    if shape.op != "shrink":
+        return Config(block_r, 64 if flat else 128)
+    splits = max(1, min(_MOST_SPLITS, shape.h_in // _SPLIT_SIZE)) if flat else 1
+    return Config(block_r, (256 if flat else 128) // shape.itemsize, splits)
+
+
+def rank_class(rank: int) -> int:
+    """The power of two from 16 up to 512 that holds the rank."""
+    return max(16, min(512, size_class(rank)))
+
+
+def size_class(count: int) -> int:
+    return min(_LARGEST_CLASS, 1 << max(0, count - 1).bit_length())
+
+
+def file_name(device_name: str) -> str:
+    """NVIDIA H200 -> nvidia_h200.json"""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
+
+
+@cache
+def load(path: Path) -> Mapping[Shape, Config]:
+    """A table's entries; none where there is no such file."""
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text())["entries"]
+    return {_shape(path, entry): _made(path, Config, entry.get("config", {})) for entry in entries}
+
+
+def dump(path: Path, device_name: str, tuned: Mapping[Shape, Config]) -> None:
+    """Write a table that ``load`` reads back."""
+    entries = [{**asdict(shape), "config": asdict(config)} for shape, config in tuned.items()]
+    path.write_text(json.dumps({"device": device_name, "entries": entries}, indent=1) + "\n")
+
+
+def _shape(path: Path, entry: Mapping[str, Any]) -> Shape:
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "config"}
+    return _made(path, Shape, given)
+
+
+def _made(path: Path, kind: type[T], given: Mapping[str, Any]) -> T:
+    """Every field must be there, and no other: a key that lacks one would stand for kernels that differ."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if wrong := names ^ given.keys():
+        raise ValueError(f"{path.name}: {', '.join(sorted(wrong))}: each entry has exactly {', '.join(sorted(names))}")
+    return kind(**given)

@@ -1,0 +1,75 @@
+"""One plan object that stands for many: its tiles live in a device buffer that is rewritten between launches.
+
+A CUDA graph freezes grids, pointers and sizes. Kernels that were captured over ``FixedPlan.plan`` have a grid for as
+many tiles as the buffer holds, and read what they do from it; tiles without rows return at once. Whatever would need
+more than was captured raises before the buffer is touched: a segment can never be skipped in silence.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from onebase.kernels.plan import BatchPlan
+from onebase.kernels.tables import ProgramTables
+from onebase.kernels.tiles import TILE_FIELDS, Bounds, TileRow, Tiles, blocks, encode
+
+BLOCK_M = 16  # decode: what is captured
+
+
+class FixedPlan:
+    """``plan`` goes to the kernels and to whoever captures them; ``fill`` says what they do from then on."""
+
+    def __init__(
+        self, tables: ProgramTables, num_rows: int, *, max_tiles: int, max_rank: int, num_layers: int = 1
+    ) -> None:
+        """max_tiles: per layer, for segments of up to 16 rows one each; num_layers: adapters that a row may have."""
+        self.plan = BatchPlan(num_rows)
+        self._tables = tables
+        self._bounds = Bounds(max_tiles, max_rank)
+        self._num_layers = num_layers
+        self._table = tables.device_table
+        device = tables.buffer.device
+        self._data = torch.zeros((num_layers * max_tiles, TILE_FIELDS), dtype=torch.int32, device=device)
+        layers = tuple((at * max_tiles, (at + 1) * max_tiles) for at in range(num_layers))
+        tiles = Tiles(self._data, layers, BLOCK_M, num_layers * num_rows, self._bounds)
+        self.plan.memo((tables, "tiles"), lambda: tiles)
+        tables.touch_all(self.plan)
+
+    def fill(self, plan: BatchPlan) -> None:
+        """From the next launch or replay on, do what ``plan`` says; rows beyond its own are base rows.
+
+        Raises ValueError where it does not fit into what was captured, KeyError for a program that is not installed.
+        """
+        self._tables.check(plan)
+        self._fits("rows", plan.num_rows, self.plan.num_rows)
+        self._fits("adapters on one row", len(plan.layers), self._num_layers)
+        self._fits("the largest rank", self._largest_rank(plan), self._bounds.max_rank)
+        if self._tables.device_table is not self._table:
+            raise ValueError("fixed plan: the table of programs has moved since the capture")
+        rows = self._cut(plan)
+        host = encode(rows, len(self._data))
+        pinned = host.pin_memory() if self._data.is_cuda else host
+        self._data.copy_(pinned, non_blocking=True)
+
+    def _cut(self, plan: BatchPlan) -> list[TileRow]:
+        """Each layer's tiles at the layer's place in the buffer."""
+        rows: list[TileRow] = []
+        packed = 0
+        for number, layer in enumerate(plan.layers):
+            rows += [_EMPTY] * (number * self._bounds.max_tiles - len(rows))
+            first = len(rows)
+            for segment in layer:
+                rows += blocks(segment, packed, self._tables.row(segment.handle), BLOCK_M)
+                packed += segment.length
+            self._fits("tiles", len(rows) - first, self._bounds.max_tiles)
+        return rows
+
+    def _largest_rank(self, plan: BatchPlan) -> int:
+        return max((op.rank for handle in plan.handles for op in self._tables.operands(handle).values()), default=0)
+
+    def _fits(self, what: str, count: int, most: int) -> None:
+        if count > most:
+            raise ValueError(f"fixed plan: {what}: the batch has {count}, captured were {most}")
+
+
+_EMPTY: TileRow = (0, 0, 0, 0, 0.0)

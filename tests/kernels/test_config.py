@@ -1,0 +1,103 @@
+"""Configurations: the table goes first, the heuristic answers for the rest, and no key lacks what shapes a kernel."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onebase.kernels.config import TABLES, Config, Configs, Shape, dump, file_name, heuristic, load, rank_class
+
+SHAPE = Shape.of("shrink", torch.bfloat16, 4096, (4096, 1024, 1024), rank=30, block_m=16, rows=60, distinct=60)
+OTHER = Config(block_r=64, block=64, splits=4, num_warps=8, num_stages=2)
+
+
+def test_the_table_goes_before_the_heuristic() -> None:
+    configs = Configs({SHAPE: OTHER})
+    assert configs.get(SHAPE) == OTHER
+    assert Configs().get(SHAPE) == heuristic(SHAPE) != OTHER
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"op": "expand"},
+    {"dtype": "float16"},
+    {"h_in": 2048},
+    {"slices": (4096, 1024)},
+    {"slices": (4096, 1024, 2048)},
+    {"rank": 64},
+    {"block_m": 32},
+    {"rows": 128},
+    {"distinct": 32},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_every_field_keeps_entries_apart(change: dict[str, Any]) -> None:
+    configs = Configs({SHAPE: OTHER})
+    assert configs.get(replace(SHAPE, **change)) != OTHER
+
+
+def test_every_field_of_the_key_is_tried_above() -> None:
+    """So that a field that is added gets its case."""
+    assert {name for change in CHANGES for name in change} == {field.name for field in fields(Shape)}
+
+
+def test_classes_round_up_and_are_few() -> None:
+    assert [rank_class(rank) for rank in (0, 1, 16, 17, 77, 256, 300, 512, 4000)] == [
+        16, 16, 16, 32, 128, 256, 512, 512, 512,
+    ]  # fmt: skip
+    assert (SHAPE.rank, SHAPE.rows, SHAPE.distinct) == (32, 64, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+def test_the_heuristic_keeps_to_its_rules(dtype: torch.dtype, block_m: int) -> None:
+    size = dtype.itemsize
+    for rank in (1, 16, 77, 512):
+        shape = Shape.of("shrink", dtype, 8192, (64,), rank=rank, block_m=block_m, rows=64, distinct=64)
+        shrink, expand = heuristic(shape), heuristic(replace(shape, op="expand"))
+        assert 16 <= shrink.block_r <= 128 // size
+        assert shrink.block * size == (256 if block_m == 16 else 128)
+        assert shrink.splits == (8 if block_m == 16 else 1)
+        assert (expand.block, expand.splits) == (64 if block_m == 16 else 128, 1)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / file_name("NVIDIA H200")
+    assert path.name == "nvidia_h200.json"
+    tuned = {SHAPE: OTHER, replace(SHAPE, op="expand", slices=(1024,)): Config(32, 128)}
+    dump(path, "NVIDIA H200", tuned)
+    assert load(path) == tuned
+
+
+@pytest.mark.parametrize("field", [*(f.name for f in fields(Shape)), "config"])
+def test_an_entry_that_lacks_a_field_is_refused(tmp_path: Path, field: str) -> None:
+    entry = {**asdict(SHAPE), "config": asdict(OTHER)}
+    del entry[field]
+    path = tmp_path / "device.json"
+    path.write_text(json.dumps({"device": "d", "entries": [entry]}))
+    with pytest.raises(ValueError, match="block_r" if field == "config" else field):
+        load(path)
+
+
+def test_unknown_fields_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    entry = {**asdict(SHAPE), "config": asdict(OTHER) | {"maxnreg": 64}}
+    path.write_text(json.dumps({"device": "d", "entries": [entry]}))
+    with pytest.raises(ValueError, match="maxnreg"):
+        load(path)
+
+
+def test_shipped_tables_can_be_read() -> None:
+    for path in TABLES.glob("*.json"):
+        assert load(path)
+        assert file_name(json.loads(path.read_text())["device"]) == path.name
+
+
+def test_no_table_no_entries(tmp_path: Path) -> None:
+    assert load(tmp_path / "none.json") == {}
+    assert Configs.of_device(torch.device("cpu")).tuned == {}
