@@ -43,11 +43,11 @@ def _overcommit_at(bench: Bench, alpha: float) -> dict[str, Any]:
         for side, adapters in sides.items():
             arrivals = bench.arrivals(adapters, alpha, plan.requests, 1.0, seed + 1)
             jobs = bench.jobs(arrivals, [a.adapter for a in arrivals], timed=False, watched=True)
-            before = bench.engine.adapters.loads
+            before = bench.engine.stats().adapter_loads
             done = Driver(bench.engine, plan.clients).run(jobs)
             if seed >= 0:
                 runs.setdefault(side, []).append(done)
-                loads[side] = loads.get(side, 0) + bench.engine.adapters.loads - before
+                loads[side] = loads.get(side, 0) + bench.engine.stats().adapter_loads - before
     few, many = runs.values()
     figures = {f"{side}, tokens/s": [run.tokens_per_second for run in several] for side, several in runs.items()} | {
         f"{side}, longest TTFT s": [run.ttft(100) for run in several] for side, several in runs.items()
