@@ -128,6 +128,7 @@ class AdapterStore:
 
         Content that equals the name's current version adds no version. job: the import that this finishes.
         """
+        self._holds.take(blob.digest)  # a replaced version of the same content does not leave meanwhile
         try:
             self.check_new_name(name)
             ready = await self._engine.load_adapter(AdapterUse(blob.digest, str(blob.path)))
@@ -135,12 +136,11 @@ class AdapterStore:
                 self.registry.commit, family=ready.family, rank=ready.rank, nbytes=ready.nbytes, revision=revision
             )
             entry = await self._call(commit, name, blob, source, by=by, job=job)
-        except BaseException:
-            self._free_soon(await asyncio.shield(asyncio.to_thread(self.registry.release, blob.ticket)))
-            raise
-        self.import_states.clear(name)
-        await asyncio.shield(self._changed(name, {entry.digest}, pinned=entry.pinned))
-        return entry
+            self.import_states.clear(name)
+            await asyncio.shield(self._changed(name, {entry.digest}, pinned=entry.pinned))
+            return entry
+        finally:
+            await asyncio.shield(self._release(blob.digest, blob.ticket))
 
     async def load(self, reference: str) -> AdapterEntry:
         """Loads a version and gives it some seconds to reach the device, which may be full. Raises AdapterError."""

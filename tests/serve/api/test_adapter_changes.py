@@ -246,6 +246,38 @@ def test_a_rollback_in_time_keeps_what_was_to_leave(run: Any, open_site: Any, ad
     run(body())
 
 
+def test_what_is_uploaded_again_does_not_leave_under_the_uploaders_feet(
+    run: Any, open_site: Any, adapter_folder: Any
+) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            (old,) = await versions(site, adapter_folder, 1)
+            site.engine.pause = asyncio.Event()
+            call = asyncio.create_task(site.complete(model="a", max_tokens=1))
+            while not site.engine.requests:
+                await asyncio.sleep(0.001)
+            await site.upload("a", adapter_folder("new", 9))
+            load, loading, go = site.engine.load_adapter, asyncio.Event(), asyncio.Event()
+
+            async def slow(use: Any) -> Any:
+                loading.set()
+                await go.wait()
+                assert old in site.engine.stats.resident, "its last request has ended meanwhile"
+                return await load(use)
+
+            site.engine.load_adapter = slow
+            again = asyncio.create_task(site.upload("a", adapter_folder("again", 0)))
+            await loading.wait()
+            site.engine.pause.set()
+            assert (await call).status_code == 200
+            await settled(site)
+            go.set()
+            card = (await again).json()
+            assert (card["version"], card["digest"], card["tier"]) == (3, old, "device")
+
+    run(body())
+
+
 def test_unload_waits_or_not_and_says_what_it_aborted(run: Any, open_site: Any, adapter_folder: Any) -> None:
     async def body() -> None:
         async with open_site() as site:
