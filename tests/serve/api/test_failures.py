@@ -170,7 +170,7 @@ def test_a_client_that_leaves_aborts_its_sequences(
         async with open_site() as site:
             site.engine.reply = replies([70] * 100_000, "length")
             site.engine.delay = 10 if after == 0 else 0.001
-            await asyncio.wait_for(call_and_leave(site, after, stream=stream, n=n, max_tokens=100), 5)
+            await asyncio.wait_for(call_and_leave(site, after, stream=stream, n=n, max_tokens=100), 60)
             assert len(site.engine.requests) == n
             assert sorted(site.engine.aborted) == sorted(r.id for r in site.engine.requests)
             admission = site.server.admission
