@@ -159,6 +159,12 @@ class Site:
         if self.server.loaded is None and self.server.failure is None:
             await done.wait()
 
+    async def idle(self) -> None:
+        """Until what the store does in the background is done."""
+        async with asyncio.timeout(10):
+            while self.server.loaded.store._tasks:
+                await asyncio.sleep(0.001)
+
     async def post(self, path: str, **body: Any) -> httpx.Response:
         return await self.http.post(path, json=body)
 

@@ -186,12 +186,6 @@ def test_the_engine_knows_the_pins_after_every_change_and_start(run: Any, open_s
     run(body())
 
 
-async def settled(site: Any) -> None:
-    """Until what the store does in the background is done."""
-    while site.server.loaded.store._tasks:
-        await asyncio.sleep(0.001)
-
-
 def test_a_replaced_version_leaves_with_its_last_request(run: Any, open_site: Any, adapter_folder: Any) -> None:
     async def body() -> None:
         async with open_site() as site:
@@ -201,11 +195,11 @@ def test_a_replaced_version_leaves_with_its_last_request(run: Any, open_site: An
             while not site.engine.requests:
                 await asyncio.sleep(0.001)
             new = (await site.upload("a", adapter_folder("new", 9))).json()["digest"]
-            await settled(site)
+            await site.idle()
             assert set(site.engine.stats.resident) == {old, new}
             site.engine.pause.set()
             assert (await call).status_code == 200
-            await settled(site)
+            await site.idle()
             assert set(site.engine.stats.resident) == {new}
             assert (await site.complete(model="a@1", max_tokens=1)).status_code == 200, "it may come back"
 
@@ -218,11 +212,11 @@ def test_a_version_that_an_alias_means_stays(run: Any, open_site: Any, adapter_f
             (old,) = await versions(site, adapter_folder, 1)
             await patch(site, aliases={"stable": 1})
             new = (await site.upload("a", adapter_folder("new", 9))).json()["digest"]
-            await settled(site)
+            await site.idle()
             assert set(site.engine.stats.resident) == {old, new}
             await patch(site, aliases={"stable": None})
             await site.upload("a", adapter_folder("newer", 8))
-            await settled(site)
+            await site.idle()
             assert new not in site.engine.stats.resident
 
     run(body())
@@ -240,7 +234,7 @@ def test_a_rollback_in_time_keeps_what_was_to_leave(run: Any, open_site: Any, ad
             await site.http.post("/v1/adapters/a/rollback")
             site.engine.pause.set()
             await call
-            await settled(site)
+            await site.idle()
             assert set(site.engine.stats.resident) == {old}
 
     run(body())
@@ -270,7 +264,7 @@ def test_what_is_uploaded_again_does_not_leave_under_the_uploaders_feet(
             await loading.wait()
             site.engine.pause.set()
             assert (await call).status_code == 200
-            await settled(site)
+            await site.idle()
             go.set()
             card = (await again).json()
             assert (card["version"], card["digest"], card["tier"]) == (3, old, "device")

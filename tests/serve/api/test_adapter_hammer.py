@@ -53,8 +53,7 @@ def test_nothing_is_left_behind(run: Any, open_site: Any, adapter_folder: Any, t
             seen = await asyncio.gather(*(work(site, seed * WORKERS + index, folders) for index in range(WORKERS)))
             assert set().union(*seen) <= ALLOWED
             store = site.server.loaded.store
-            while store._tasks:
-                await asyncio.sleep(0.001)
+            await site.idle()
             assert (store._holds._held, store._holds._retired) == ({}, set())
             named: dict[str, set[str]] = {name: set() for name in NAMES}
             for name in NAMES:

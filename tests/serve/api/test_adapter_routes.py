@@ -126,6 +126,7 @@ def test_requests_in_flight_keep_the_files_of_a_deleted_adapter(
             assert len(site.engine.stats.resident) == 2
             site.engine.pause.set()
             assert [(await call).status_code for call in calls] == [200, 200, 200]
+            await site.idle()
             assert not any(path.exists() for path in paths)
             assert site.engine.stats.resident == {}
 
