@@ -14,10 +14,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase.adapters.blobs import DEFAULT_MAX_BYTES
 from onebase.adapters.check import CONFIG_FILE, check_finite, check_folder, read_config
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge
 from onebase.adapters.family_names import family_of
+from onebase.adapters.registry.blobs import DEFAULT_MAX_BYTES
 
 PICKLES = {
     "adapter_model.bin": "adapter_model.safetensors",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from onebase.adapters.blobs import copy_folder
 from onebase.adapters.errors import AdapterNotFound, AdapterRejected
+from onebase.adapters.registry.blobs import copy_folder
 from onebase.adapters.sources.intake import Intake
 from onebase.adapters.sources.location import shown
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from onebase.adapters.blobs import Stage
 from onebase.adapters.check import CONFIG_FILE, FileRole, file_role
 from onebase.adapters.errors import AdapterRejected, SourceFailed
+from onebase.adapters.registry.blobs import Stage
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

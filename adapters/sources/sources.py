@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from onebase.adapters.blobs import Stage
 from onebase.adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
+from onebase.adapters.registry.blobs import Stage
 from onebase.adapters.sources.bucket import BucketSource
 from onebase.adapters.sources.folder import FolderSource
 from onebase.adapters.sources.hub import HubSource

@@ -7,8 +7,8 @@ import threading
 from concurrent.futures import Future, wait
 from functools import partial
 
-from onebase.adapters.blobs import Blob
 from onebase.adapters.registry import AdapterEntry, AdapterState, Registry
+from onebase.adapters.registry.blobs import Blob
 from onebase.adapters.sources import Fetched, Sources
 from onebase.serve.api.store import AdapterStore
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import structlog
 
-from onebase.adapters.blobs import Blob
 from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineError
 from onebase.adapters.names import ADAPTER_NAME, check_name
 from onebase.adapters.registry import AdapterEntry, GcReport, Import, Page, Registry
+from onebase.adapters.registry.blobs import Blob
 from onebase.serve.api.holds import Holds
 from onebase.serve.api.import_states import ImportStates
 from onebase.serve.api.live_names import LiveNames

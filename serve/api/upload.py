@@ -11,7 +11,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from onebase.adapters.blobs import Blob, Stage, StageFile
+from onebase.adapters.registry.blobs import Blob, Stage, StageFile
 from onebase.serve.api.body import capped
 from onebase.serve.api.errors import ApiError, bad_request
 from onebase.serve.api.state import server_of

@@ -14,9 +14,9 @@ from typing import Any
 
 import structlog
 
-from onebase.adapters.blobs import Blob, copy_folder
 from onebase.adapters.errors import AdapterNotFound, EngineError, OneBaseError, StorageFailed
 from onebase.adapters.registry import AdapterEntry
+from onebase.adapters.registry.blobs import Blob, copy_folder
 from onebase.adapters.watch import FolderWatch, Scan, Signature, scan, signature
 from onebase.serve.api.store import AdapterStore
 

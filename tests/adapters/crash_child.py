@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onebase.adapters.blobs import digest_of
 from onebase.adapters.errors import AdapterError, StorageFailed, StorageUncertain
 from onebase.adapters.registry import AdapterState, Registry
+from onebase.adapters.registry.blobs import digest_of
 
 NAMES = ["a", "b", "c"]
 ALIASES = ["stable", "beta", "c"]  # one of them may be a name too

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onebase.adapters.blobs import Blob, Stage
 from onebase.adapters.registry import AdapterEntry, Registry
+from onebase.adapters.registry.blobs import Blob, Stage
 
 TENSORS = "adapter_model.safetensors"
 

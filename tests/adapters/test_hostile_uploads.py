@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from onebase.adapters import check
-from onebase.adapters.blobs import Stage, StageFile
 from onebase.adapters.check import MAX_CONFIG_BYTES, MAX_FILES
 from onebase.adapters.errors import AdapterError, AdapterNameInvalid, AdapterRejected, AdapterTooLarge
 from onebase.adapters.registry import Registry
+from onebase.adapters.registry.blobs import Stage, StageFile
 
 from .registry_helpers import TENSORS, on_disk, push
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from onebase.adapters.blobs import digest_of
 from onebase.adapters.registry import Registry
+from onebase.adapters.registry.blobs import digest_of
 
 from .crash_child import state_of
 from .crash_model import Model, Refused

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from onebase.adapters import registry_schema
 from onebase.adapters.errors import AdapterConflict
 from onebase.adapters.registry import Registry
+from onebase.adapters.registry import schema as registry_schema
 
 # As OneBase 0.1.0 made it.
 FIRST_SCHEMA = """

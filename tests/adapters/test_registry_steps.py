@@ -24,15 +24,14 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-BLOBS, STAGE, PART, REGISTRY = (
-    f"onebase.adapters.{part}" for part in ("blobs", "stage", "registry", "registry:Registry")
-)
+PART = "onebase.adapters.registry"
+BLOBS, STAGE, REGISTRY = (f"{PART}.{part}" for part in ("blobs", "stage", "registry:Registry"))
 # (where, what, which call of it): four syncs make a push durable: two files, their folder, the folder of blobs
 PUSH = [(STAGE, name, 1) for name in ("check_folder", "check_finite", "digest_of")]
 PUSH += [(STAGE, "sync", call) for call in (1, 2, 3)] + [(BLOBS, "sync", 1)]
 PUSH += [(f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
-PUSH += [(f"{PART}_changes:Changes", "add_version", 1), (f"{PART}_database:Database", "_commit", 1)]
-PUSH += [(REGISTRY, "_collect", 1), (f"{PART}_queries:Queries", "_entry", 1)]
+PUSH += [(f"{PART}.changes:Changes", "add_version", 1), (f"{PART}.database:Database", "_commit", 1)]
+PUSH += [(REGISTRY, "_collect", 1), (f"{PART}.queries:Queries", "_entry", 1)]
 DELETE = [(REGISTRY, "_collect", 1), (f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from onebase.adapters import blobs, registry_database, stage, storage
 from onebase.adapters.errors import AdapterError, AdapterRejected, StorageFailed, StorageFull
-from onebase.adapters.registry import Registry
+from onebase.adapters.registry import Registry, blobs, database, stage, storage
 
 from .registry_helpers import on_disk, push
 
@@ -270,6 +269,6 @@ def test_a_file_that_is_no_database(root: Path) -> None:
 
 def test_a_disk_without_a_write_ahead_log_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory = sqlite3.connect(":memory:")
-    monkeypatch.setattr(registry_database.sqlite3, "connect", lambda *args, **options: in_memory)
+    monkeypatch.setattr(database.sqlite3, "connect", lambda *args, **options: in_memory)
     with pytest.raises(StorageFailed, match="write-ahead"):
         Registry(root, "base")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from onebase.adapters.blobs import BlobStore
+from onebase.adapters.registry.blobs import BlobStore
 from onebase.adapters.sources import Fetched, Limits, Sources
 
 MAX_BYTES = 1 << 20

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from onebase.adapters.blobs import Stage, copy_folder
 from onebase.adapters.errors import AdapterNotFound, AdapterRejected, SourceFailed
 from onebase.adapters.registry import Registry
+from onebase.adapters.registry.blobs import Stage, copy_folder
 from onebase.adapters.sources import Fetched
 from onebase.serve.api.imports import Importer
 from onebase.serve.api.store import AdapterStore

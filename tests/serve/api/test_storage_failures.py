@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from onebase.adapters import blobs
 from onebase.adapters.errors import StorageFailed, StorageFull, StorageUncertain
+from onebase.adapters.registry import blobs
 from onebase.serve.api.errors import as_api_error
 
 

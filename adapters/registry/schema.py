@@ -1,7 +1,7 @@
 """The registry's tables, and the way to them from every older schema.
 
 names.last outlives the versions, so that a number is never used for two adapters; current is NULL once deleted.
-aliases.version is NULL where the alias follows the current version. fence: see registry_database.py.
+aliases.version is NULL where the alias follows the current version. fence: see registry/database.py.
 """
 
 from __future__ import annotations

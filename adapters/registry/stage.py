@@ -21,7 +21,7 @@ from onebase.adapters.check import (
     served_files,
 )
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge, StorageFailed
-from onebase.adapters.storage import storage_errors, sync
+from onebase.adapters.registry.storage import storage_errors, sync
 
 
 @dataclass(frozen=True, slots=True)

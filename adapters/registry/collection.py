@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onebase.adapters.blobs import BlobStore
-from onebase.adapters.registry_database import Database
-from onebase.adapters.registry_queries import Queries
-from onebase.adapters.registry_types import AdapterEntry
+from onebase.adapters.registry.blobs import BlobStore
+from onebase.adapters.registry.database import Database
+from onebase.adapters.registry.entries import AdapterEntry
+from onebase.adapters.registry.queries import Queries
 
 _OLD = """
  AND v.version <> n.current

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from onebase.adapters.blobs import BlobStore
 from onebase.adapters.errors import StorageFailed
-from onebase.adapters.registry_database import Database
-from onebase.adapters.storage import storage_errors
+from onebase.adapters.registry.blobs import BlobStore
+from onebase.adapters.registry.database import Database
+from onebase.adapters.registry.storage import storage_errors
 
 
 def reconcile(db: Database, blobs: BlobStore) -> list[str]:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from onebase.adapters.errors import StorageFailed, StorageUncertain
-from onebase.adapters.registry_schema import upgrade
-from onebase.adapters.storage import storage_errors
+from onebase.adapters.registry.schema import upgrade
+from onebase.adapters.registry.storage import storage_errors
 
 _FENCE_TRIES = 3
 # The failures of a commit after which its last frame, the one that counts, is not whole.

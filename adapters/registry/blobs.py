@@ -17,8 +17,8 @@ from pathlib import Path
 
 from onebase.adapters.check import served_files
 from onebase.adapters.errors import AdapterError
-from onebase.adapters.stage import Blob, Stage, StageFile, copy_folder, digest_of
-from onebase.adapters.storage import make_folder, remove, storage_errors, sync, tree_bytes
+from onebase.adapters.registry.stage import Blob, Stage, StageFile, copy_folder, digest_of
+from onebase.adapters.registry.storage import make_folder, remove, storage_errors, sync, tree_bytes
 
 __all__ = ["Blob", "BlobStore", "Stage", "StageFile", "copy_folder", "digest_of"]
 

@@ -17,20 +17,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from onebase.adapters.blobs import DEFAULT_MAX_BYTES, Blob, BlobStore, Stage, copy_folder
 from onebase.adapters.errors import AdapterConflict, AdapterNotFound, StorageFailed, StorageFull
 from onebase.adapters.names import check_name
-from onebase.adapters.registry_changes import Changes, NewVersion
-from onebase.adapters.registry_database import Database
-from onebase.adapters.registry_gc import old_versions, rubbish, sweep_away, without_a_name
-from onebase.adapters.registry_imports import Imports
-from onebase.adapters.registry_queries import Queries
-from onebase.adapters.registry_reads import RegistryReads
-from onebase.adapters.registry_recovery import reconcile
-from onebase.adapters.registry_types import AdapterEntry, AdapterState, DeletedName, Deletion, GcReport, Import, Page
-from onebase.adapters.storage import Reserve, make_folder, storage_errors
-
-__all__ = ["AdapterEntry", "AdapterState", "DeletedName", "Deletion", "GcReport", "Import", "Page", "Registry"]
+from onebase.adapters.registry.blobs import DEFAULT_MAX_BYTES, Blob, BlobStore, Stage, copy_folder
+from onebase.adapters.registry.changes import Changes, NewVersion
+from onebase.adapters.registry.collection import old_versions, rubbish, sweep_away, without_a_name
+from onebase.adapters.registry.database import Database
+from onebase.adapters.registry.entries import AdapterEntry, AdapterState, Deletion, GcReport, Import
+from onebase.adapters.registry.imports import Imports
+from onebase.adapters.registry.queries import Queries
+from onebase.adapters.registry.reads import RegistryReads
+from onebase.adapters.registry.recovery import reconcile
+from onebase.adapters.registry.storage import Reserve, make_folder, storage_errors
 
 log = logging.getLogger("onebase.adapters")
 

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from onebase.adapters.errors import AdapterConflict, AdapterNotFound
-from onebase.adapters.registry_database import Database
-from onebase.adapters.registry_types import AdapterState, Import
+from onebase.adapters.registry.database import Database
+from onebase.adapters.registry.entries import AdapterState, Import
 
 _IMPORT = "SELECT id, name, source, revision, state, reason, created, by, version FROM imports WHERE base = ?"
 _UNFINISHED = " AND state IN ('fetching', 'checking')"

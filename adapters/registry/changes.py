@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from onebase.adapters.errors import AdapterConflict, AdapterNotFound, AdapterRejected
 from onebase.adapters.names import check_name
-from onebase.adapters.registry_database import Database
-from onebase.adapters.registry_types import AdapterEntry
+from onebase.adapters.registry.database import Database
+from onebase.adapters.registry.entries import AdapterEntry
 
 MAX_LABELS = 64
 MAX_ALIASES = 64

@@ -10,8 +10,8 @@ from typing import Any
 
 from onebase.adapters.errors import AdapterNotFound
 from onebase.adapters.names import Reference, parse_reference
-from onebase.adapters.registry_database import Database
-from onebase.adapters.registry_types import AdapterEntry, DeletedName, Page
+from onebase.adapters.registry.database import Database
+from onebase.adapters.registry.entries import AdapterEntry, DeletedName, Page
 
 # CROSS JOIN fixes the order of the loops, here and below: names first, whose key is the order of pages.
 _ENTRY = """

@@ -7,10 +7,10 @@ from typing import TypeAlias
 
 from onebase.adapters.errors import AdapterNotFound
 from onebase.adapters.names import check_name
-from onebase.adapters.registry_database import Database
-from onebase.adapters.registry_imports import Imports
-from onebase.adapters.registry_queries import Queries
-from onebase.adapters.registry_types import AdapterEntry, DeletedName, Import, Page
+from onebase.adapters.registry.database import Database
+from onebase.adapters.registry.entries import AdapterEntry, DeletedName, Import, Page
+from onebase.adapters.registry.imports import Imports
+from onebase.adapters.registry.queries import Queries
 
 Entries: TypeAlias = list[AdapterEntry]
 
