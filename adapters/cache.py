@@ -207,20 +207,21 @@ class AdapterCache:
         """Give room to those that want it.
 
         planned: the digests that requests are to find on the device, in their order, and whether there is room now;
-        these are not evicted for others. Those without wait for room in their order. ``blocked`` says whether any has
-        no place yet. What else found no room is dropped unless it is pinned, or ``wanted`` and not in host memory.
+        these are not evicted for others. Those without wait for room in their order, and nobody else gets any before
+        them. ``blocked`` says whether any has no place yet. What else found no room is dropped unless it is pinned, or
+        ``wanted`` and not in host memory.
         """
         planned = planned or {}
         reserved = {digest for digest, has_room in planned.items() if has_room}
         self.device.pinned = self._fetch_pins()
-        self.blocked = False
+        self.blocked = short = False
         for digest, has_room in planned.items():
             entry = self._moving.get(digest)
             if entry is not None and entry.state is State.PLACING and (has_room or not self.blocked):
-                self.transit.place(entry, reserved, awaited=True)
+                short |= not self.transit.place(entry, reserved, awaited=True)
             self.blocked |= entry is not None and entry.block < 0
         for entry in [e for e in self._moving.values() if e.state is State.PLACING and e.digest not in planned]:
-            placed = entry.wants_room and self.transit.place(entry, reserved, awaited=False)
+            placed = entry.wants_room and not short and self.transit.place(entry, reserved, awaited=False)
             needed = entry.digest in wanted and entry.digest not in self.host
             if not placed and not needed and entry.digest not in self.device.pinned:
                 self.transit.remove(entry)

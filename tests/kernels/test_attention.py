@@ -297,6 +297,22 @@ def test_touches_no_other_layer(name: str) -> None:
     assert torch.equal(world.buffer, before)
 
 
+@pytest.mark.parametrize("name", BODIES)
+def test_slots_beyond_two_thousand_million_elements(name: str) -> None:
+    """Places are computed in 64 bits. Of the 5 GiB only the few pages in use are ever touched."""
+    num_slots, slot_bytes = 80, 1 << 26
+    world = World(replace(SMALL, dtype=torch.bfloat16))
+    far = num_slots - world.num_pages
+    assert far * slot_bytes // 2 > 1 << 31
+    near, shape = world.cache(), LayerShape(world.case.kv_heads, world.case.dim, torch.bfloat16, CPU)
+    buffer = torch.empty(num_slots * slot_bytes, dtype=torch.uint8)
+    cache = PageCache.within(buffer, shape, world.case.page_size, num_slots, 0, slot_bytes)
+    cache.data[:, far:] = near.data
+    want = run(select_attention(CPU, name), world, near)
+    world.pages = [[far + page for page in held] for held in world.pages]
+    assert torch.equal(run(select_attention(CPU, name), world, cache), want)
+
+
 def test_a_slot_holds_all_of_a_page() -> None:
     """A body gives the same bits over slots that were copied elsewhere."""
     world = World(replace(SMALL, slots=True))

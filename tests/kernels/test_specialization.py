@@ -39,8 +39,13 @@ CPU, rng = torch.device("cpu"), random.Random(0)
 ATTENTION = """
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache
 from onebase.kernels.attention_triton import TritonAttention
+from onebase.kernels.pages import LayerShape, SlotLayout
 
-body, cache = TritonAttention(processors=132), PageCache.allocate(2, 16, 3, 64, torch.bfloat16, CPU)
+shape = LayerShape(3, 64, torch.bfloat16, CPU)
+layout = SlotLayout.of([shape] * 30, 16)
+buffer = torch.zeros(2 * layout.nbytes, dtype=torch.uint8)
+cache = PageCache.within(buffer, shape, 16, 2, layout.offsets[7], layout.nbytes)
+body = TritonAttention(processors=132)
 body.warm_up(9, cache, AttentionOptions(0.125))
 report()
 
