@@ -62,8 +62,8 @@ class CpuKernels:
     def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> CpuShrunk:
         self._tables.check(plan)
         schedule, taken, sites = self._schedule(plan), dict[int, Tensor](), dict[int, SiteShrunk]()
-        if schedule.panels or schedule.lone:
-            sites = {site: _shrink(x, self._step(site, plan, schedule), taken) for site in group}
+        if schedule.others:
+            sites = {site: _shrink(x, self._step(site, schedule), taken) for site in group}
         if schedule.gathers is None:
             return CpuShrunk(sites, None, None)
         step = schedule.gathers.step(group)
@@ -99,10 +99,10 @@ class CpuKernels:
         for plan in [plan for plan, schedule in self._schedules.items() if not condition(plan, schedule)]:
             del self._schedules[plan]
 
-    def _step(self, site: int, plan: BatchPlan, schedule: Schedule) -> SiteStep:
+    def _step(self, site: int, schedule: Schedule) -> SiteStep:
         step = schedule.steps.get(site)
         if step is None or not step.stands:
-            step = schedule.steps[site] = make_step(site, plan, schedule, self._tables, self._panels)
+            step = schedule.steps[site] = make_step(site, schedule, self._tables, self._panels)
         return step
 
     def _schedule(self, plan: BatchPlan) -> Schedule:
@@ -115,7 +115,7 @@ class CpuKernels:
         return schedule
 
     def _gather(self, x: Tensor, step: BagStep) -> Tensor | None:
-        if step.index is None or step.bags is None:
+        if not len(step.index):
             return None
         samples = bags.dots(x, self._rows_of_a[x.shape[1]], step.index, step.bags)
         return samples if step.scale is None else samples.mul_(step.scale)

@@ -7,7 +7,7 @@ more than the addresses of A.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.kernels.plan import Segment
-from onebase.kernels.tables import ProgramTables, Use
+from onebase.kernels.tables import ProgramTables, Use, wrong_operands
 
 Ints = NDArray[np.int64]
 Rows = slice | Tensor  # a run of rows, or their int64 indices
@@ -39,6 +39,22 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """What groups of sites have in common where their programs have equal ranks and scales at sites of equal widths.
+
+    profiles: by site of the group. slices: each site's samples. starts, steps: for each sample, which A it is of, and
+    how many elements behind its start. bags: of each sample. scale: fp32 (fp64), None if all are 1.
+    """
+
+    profiles: tuple[Profile | None, ...]
+    slices: tuple[slice, ...]
+    starts: Ints
+    steps: Ints
+    bags: Tensor
+    scale: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One site of a group. samples: its part of the group's. bias: what its rows get beside, or None."""
 
@@ -49,33 +65,28 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class BagStep:
-    """One group of sites. index: elements of the arena where rows of A start; scale: fp32 (fp64), None if all are 1."""
+    """One group of sites. index: elements of the arena where rows of A start. bags, scale: see Layout."""
 
-    index: Tensor | None
-    bags: Tensor | None
+    index: Tensor
+    bags: Tensor
     scale: Tensor | None
     members: Mapping[int, Member]
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The (row, segment) pairs of a plan in order of rows, and what the programs of its segments have at every site.
-
-    rows, segments: [pairs]. entries: [segments, sites, FIELDS]. columns: [segments], the first column of each program.
-    """
+    """The (row, segment) pairs of a plan in order of rows. columns: [segments], the first column of each program."""
 
     rows: Ints
     segments: Ints
-    entries: Ints
     columns: Ints
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], starts: Mapping[int, int], tables: ProgramTables) -> Pairs:
+    def of(cls, segments: Sequence[Segment], starts: Mapping[int, int]) -> Pairs:
         rows = np.concatenate([np.arange(segment.start, segment.stop) for segment in segments])
         numbers = np.repeat(np.arange(len(segments)), [segment.length for segment in segments])
         order = np.argsort(rows, kind="stable")
-        entries = tables.device_table.numpy()[[tables.row(segment.handle) for segment in segments]]  # a copy
-        return cls(rows[order], numbers[order], entries, np.array([starts[segment.handle] for segment in segments]))
+        return cls(rows[order], numbers[order], np.array([starts[segment.handle] for segment in segments]))
 
 
 class Gathers:
@@ -86,54 +97,63 @@ class Gathers:
         self.starts = starts
         self._segments = segments
         self._tables = tables
-        self._handles = frozenset(starts)
-        self._pairs = Pairs.of(segments, starts, tables)
-        self._scales = _scales(segments, self._pairs)
-        self._biased = frozenset(np.flatnonzero((self._pairs.entries[:, :, 2] >= 0).any(axis=0)).tolist())
+        self._tokens = tables.token_sites(starts)
+        self._pairs = Pairs.of(segments, starts)
+        entries = tables.device_table.numpy()[[tables.row(segment.handle) for segment in segments]]
+        self._a, self._ranks = _by_site(entries[:, :, 0]), _by_site(entries[:, :, 3])
+        weights = np.array([segment.scale for segment in segments])
+        self._scales = _by_site(entries.view(np.float64)[:, :, 4]) * weights
+        self._biased = frozenset(np.flatnonzero((entries[:, :, 2] >= 0).any(axis=0)).tolist())
+        self._kinds = [(r.tobytes(), s.tobytes()) for r, s in zip(self._ranks, self._scales, strict=True)]
         self._steps: dict[tuple[int, ...], BagStep] = {}
+        self._layouts: dict[Hashable, Layout] = {}
         self._profiles: dict[bytes, Profile] = {}
-        self._shared: dict[Hashable, Tensor] = {}
 
     def step(self, group: tuple[int, ...]) -> BagStep:
+        """Raises ValueError where one of the programs has an embedding's operands at one of the sites."""
         step = self._steps.get(group)
         if step is None:
             step = self._steps[group] = self._make(group)
         return step
 
     def _make(self, group: tuple[int, ...]) -> BagStep:
-        self._tables.require_linear(group, self._handles)
-        ranks = self._pairs.entries[:, group, 3]
-        profiles = [self._profile(ranks[:, at]) if ranks[:, at].any() else None for at in range(len(group))]
-        members, start = {}, 0
-        for site, profile in zip(group, profiles, strict=True):
-            stop = start + (0 if profile is None else len(profile.pair))
-            members[site] = Member(slice(start, stop), profile, self._bias(site))
-            start = stop
-        if start == 0:
-            return BagStep(None, None, None, members)
-        index = [self._index(site, one) for site, one in zip(group, profiles, strict=True) if one is not None]
-        return BagStep(
-            torch.from_numpy(np.concatenate(index)),
-            self._share(("bags", ranks.tobytes()), lambda: _joined([p.bags for p in profiles if p is not None])),
-            self._scale(group, profiles, ranks),
-            members,
+        if not self._tokens.isdisjoint(group):
+            raise wrong_operands(min(self._tokens.intersection(group)))
+        width = self._tables.sites[group[0]].in_features
+        key = (width, *(self._kinds[site] for site in group))
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = self._lay_out(group, width)
+        members = {
+            site: Member(samples, profile, self._bias(site))
+            for site, samples, profile in zip(group, layout.slices, layout.profiles, strict=True)
+        }
+        index = self._a[list(group)].ravel()[layout.starts] + layout.steps
+        return BagStep(torch.from_numpy(index), layout.bags, layout.scale, members)
+
+    def _lay_out(self, group: tuple[int, ...], width: int) -> Layout:
+        profiles = tuple(self._profile(site) for site in group)
+        used = [(at, one) for at, one in enumerate(profiles) if one is not None]
+        ends = np.cumsum([0 if one is None else len(one.pair) for one in profiles]).tolist()
+        slices = tuple(slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False))
+        segments = [at * len(self._segments) + self._pairs.segments[one.pair] for at, one in used]
+        starts = _joined(segments)
+        scale = self._scales[list(group)].ravel()[starts]
+        wide = np.float64 if self._tables.buffer.dtype is torch.float64 else np.float32
+        return Layout(
+            profiles,
+            slices,
+            starts,
+            _joined([one.rank for _, one in used]) * width,
+            torch.from_numpy(_joined([one.bags for _, one in used])),
+            None if (scale == 1).all() else torch.from_numpy(scale.astype(wide)),
         )
 
-    def _index(self, site: int, profile: Profile) -> Ints:
-        starts = self._pairs.entries[:, site, 0][self._pairs.segments]
-        index: Ints = starts[profile.pair] + profile.rank * self._tables.sites[site].in_features
-        return index
-
-    def _scale(self, group: tuple[int, ...], profiles: Sequence[Profile | None], ranks: Ints) -> Tensor | None:
-        scales = self._scales[:, group]
-        if (scales[ranks > 0] == 1).all():
+    def _profile(self, site: int) -> Profile | None:
+        """None where no program has a rank."""
+        ranks = self._ranks[site]
+        if not ranks.any():
             return None
-        wide = np.float64 if self._tables.buffer.dtype is torch.float64 else np.float32
-        parts = [(scales[self._pairs.segments, at], one) for at, one in enumerate(profiles) if one is not None]
-        key = ("scale", ranks.tobytes(), scales.tobytes())
-        return self._share(key, lambda: _joined([scale[one.pair].astype(wide) for scale, one in parts]))
-
-    def _profile(self, ranks: Ints) -> Profile:
         key = ranks.tobytes()
         if key not in self._profiles:
             self._profiles[key] = self._draw(ranks[self._pairs.segments])
@@ -165,17 +185,6 @@ class Gathers:
             bias[first : first + segment.length] += segment.scale * self._tables.add_out(site, op)
         return run_of(np.array(rows)), bias.to(self._tables.buffer.dtype)
 
-    def _share(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
-        if key not in self._shared:
-            self._shared[key] = build()
-        return self._shared[key]
-
-
-def _scales(segments: Sequence[Segment], pairs: Pairs) -> NDArray[np.float64]:
-    """The segment's scale times its program's, by site: [segments, sites]."""
-    scales: NDArray[np.float64] = pairs.entries.view(np.float64)[:, :, 4]
-    return np.array([segment.scale for segment in segments])[:, None] * scales
-
 
 def run_of(rows: Ints) -> Rows:
     """Sorted, distinct rows as a slice where they are a run."""
@@ -184,8 +193,13 @@ def run_of(rows: Ints) -> Rows:
     return torch.from_numpy(rows)
 
 
-def _joined(parts: Sequence[NDArray[Any]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts))
+def _by_site(values: NDArray[Any]) -> NDArray[Any]:
+    """[segments, sites] as contiguous [sites, segments]."""
+    return np.ascontiguousarray(values.T)
+
+
+def _joined(parts: Sequence[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _narrow(values: Ints) -> Tensor:

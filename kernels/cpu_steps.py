@@ -76,13 +76,13 @@ class PanelRows:
 class Schedule:
     """A plan's split into gathers, panels and lone segments, and the steps by site made so far.
 
-    homes: the panel's number of each masked segment, by (start, handle). lone: the segments on their own.
+    others: the segments of panels, and those on their own. homes: the panel's number of the first, by (start, handle).
     generation: of the columns, when the gathers' programs were last seen to have theirs.
     """
 
     panels: tuple[PanelRows, ...]
     homes: dict[tuple[int, int], int]
-    lone: frozenset[Segment]
+    others: tuple[Segment, ...]
     gathers: Gathers | None
     generation: int
     steps: dict[int, SiteStep] = field(default_factory=dict)
@@ -107,11 +107,12 @@ def make_schedule(
 ) -> Schedule:
     ways = split.ways(plan)
     placed = columns.place({segment.handle: split.rank(segment.handle) for segment in ways.gathered})
-    gathered = [segment for segment in ways.gathered if segment.handle in placed]
+    chosen = frozenset(segment for segment in ways.gathered if segment.handle in placed)
+    gathered = [segment for segment in plan.segments if segment in chosen]
     gathers = Gathers(gathered, {handle: columns.starts[handle] for handle in placed}, tables) if gathered else None
     homes, parts = _panel_homes(ways.masked, panels)
-    lone = frozenset(plan.segments).difference(gathered, ways.masked)
-    return Schedule(parts, homes, lone, gathers, columns.generation)
+    others = tuple(segment for segment in plan.segments if segment not in chosen)
+    return Schedule(parts, homes, others, gathers, columns.generation)
 
 
 def _panel_homes(masked: Sequence[Segment], panels: Panels) -> tuple[dict[tuple[int, int], int], tuple[PanelRows, ...]]:
@@ -123,14 +124,12 @@ def _panel_homes(masked: Sequence[Segment], panels: Panels) -> tuple[dict[tuple[
     return homes, tuple(parts)
 
 
-def make_step(site: int, plan: BatchPlan, schedule: Schedule, tables: ProgramTables, panels: Panels) -> SiteStep:
+def make_step(site: int, schedule: Schedule, tables: ProgramTables, panels: Panels) -> SiteStep:
     """Fill the site's packs with what the plan needs there, and prepare its step."""
     solo: list[SoloStep] = []
     together: list[list[Use]] = [[] for _ in schedule.panels]
-    for use in tables.uses(site, plan) if schedule.panels or schedule.lone else ():
+    for use in tables.uses_of(site, schedule.others):
         home = schedule.homes.get((use.segment.start, use.segment.handle))
-        if home is None and use.segment not in schedule.lone:
-            continue
         if home is None or (use.op.rank and not panels.packable(site, use.segment.handle, use.op)):
             solo.append(_solo(site, use, tables))
         else:

@@ -231,8 +231,9 @@ class TritonKernels:
                 continue
             zeros = self._tables.buffer.new_zeros(shape.rank * max(shape.h_in, *shape.slices))
             programs = zero_programs(zeros, sites, shape.rank, shape.distinct, shape.op == "token")
-            plan = warm_plan(shape)
-            TritonKernels(programs, self._configs)._launch_once(group, plan, shape.op == "token")
+            alone = Configs({shape: self._configs.get(shape)})  # beside a shrink that splits K as the heuristic does
+            for configs in (self._configs, alone):
+                TritonKernels(programs, configs)._launch_once(group, warm_plan(shape), shape.op == "token")
 
     def _launch_once(self, group: tuple[int, ...], plan: BatchPlan, token: bool) -> None:
         buffer, site = self._tables.buffer, self._tables.sites[group[0]]

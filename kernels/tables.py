@@ -7,7 +7,7 @@ is one int64 array that Triton kernels read, so that a new program costs one sma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,11 +140,18 @@ class ProgramTables:
         self.check(plan)
         return plan.memo((self, "uses", site, token), lambda: self._uses(site, plan, token))
 
-    def require_linear(self, sites: Sequence[int], handles: frozenset[int]) -> None:
-        """Raise ValueError where one of the programs has an embedding's operands at one of the sites."""
-        tokens = frozenset().union(*(self._tokens[handle] for handle in handles)).intersection(sites)
-        if tokens:
-            raise _wrong_operands(min(tokens))
+    def token_sites(self, handles: Iterable[int]) -> frozenset[int]:
+        """Sites where one of the programs has an embedding's operands."""
+        return frozenset().union(*(self._tokens[handle] for handle in handles))
+
+    def uses_of(self, site: int, segments: Iterable[Segment]) -> Iterator[Use]:
+        """As ``uses``, of these segments only. The programs must be installed."""
+        for segment in segments:
+            op = self._programs[segment.handle].get(site)
+            if op is not None:
+                if op.token:
+                    raise wrong_operands(site)
+                yield Use(segment, op)
 
     def max_rank(self, sites: Sequence[int], plan: BatchPlan) -> int:
         """The largest rank that the plan's programs have at any of the sites."""
@@ -170,13 +177,13 @@ class ProgramTables:
         return True
 
     def _touched(self, plan: BatchPlan) -> frozenset[int]:
-        return frozenset(site for handle in plan.handles for site in self._programs[handle])
+        return frozenset().union(*(self._programs[handle] for handle in plan.handles))
 
     def _uses(self, site: int, plan: BatchPlan, token: bool | None = None) -> tuple[Use, ...]:
         found = ((segment, self._programs[segment.handle].get(site)) for segment in plan.segments)
         uses = tuple(Use(segment, op) for segment, op in found if op is not None)
         if token is not None and any(use.op.token is not token for use in uses):
-            raise _wrong_operands(site)
+            raise wrong_operands(site)
         return uses
 
     def _check(self, site: int, op: Operands) -> None:
@@ -224,5 +231,6 @@ class ProgramTables:
         return self._free_rows.pop()
 
 
-def _wrong_operands(site: int) -> ValueError:
+def wrong_operands(site: int) -> ValueError:
+    """What is raised where a site reads its operands by the wrong one of expand and token_low_rank."""
     return ValueError(f"site {site}: token operands are read by token_low_rank, the others by expand")

@@ -280,3 +280,11 @@ def test_bf16_is_at_most_twice_as_far_as_the_plain_bf16_path() -> None:
         body, plan, mine = make_body(name, world.tables), BatchPlan.from_rows(rows), y.clone()
         body.expand(mine, body.shrink(x, (0,), plan), 0, plan)
         assert (mine.double() - want).square().mean().sqrt() <= 2 * yardstick
+
+
+@pytest.mark.parametrize("name", CPU_BODIES)
+def test_an_embedding_is_not_read_as_a_linear_site(name: str) -> None:
+    world = example_world("fp32")
+    body, plan = make_body(name, world.tables), BatchPlan.from_rows([((0, 1.0),), ((3, 1.0),)])
+    with pytest.raises(ValueError, match="token operands are read by token_low_rank"):
+        body.shrink(torch.zeros(2, 19), (TOKEN_SITE,), plan)

@@ -175,16 +175,43 @@ def test_plans_that_are_kept_do_not_keep_dissolved_packs() -> None:
         assert pack_bytes(server.tables) == one
 
 
-def test_sites_that_differ_only_in_a_rank_do_not_share_a_mask() -> None:
-    server = Server(1)
+@pytest.mark.parametrize("name", ["masked", "gathered"])
+def test_sites_that_differ_only_in_a_scale_do_not_share_it(name: str) -> None:
+    server = Server(2, TUNINGS[name])
+    server.buffer.normal_()
+    for handle, scales in enumerate(((1.0, 3.0), (0.5, 0.5))):
+        ops = {site: Operands(3, scale, site * BLOCK, site * BLOCK + 96) for site, scale in enumerate(scales)}
+        server.tables.install(handle, ops)
+    server.check(BatchPlan.from_rows([((0, 1.0),), ((1, 2.0),)]))
+
+
+def test_groups_of_equal_kind_and_unequal_width_do_not_share_addresses() -> None:
+    """Their samples step through A by different widths."""
+    buffer = torch.randn(1 << 14)
+    tables = ProgramTables(buffer, (SiteShape(32, 24), SiteShape(48, 24)))
+    for handle in range(3):
+        tables.install(handle, {site: Operands(5, 1.0, 640 * handle + 64 * site, 4096) for site in range(2)})
+    body, reference = CpuKernels(tables, GATHERED), ReferenceKernels(tables)
+    plan = BatchPlan.from_rows([((handle, 1.0),) for handle in range(3)])
+    for site, shape in enumerate(tables.sites):
+        x, y, want = torch.randn(3, shape.in_features), torch.zeros(3, 24), torch.zeros(3, 24)
+        body.expand(y, body.shrink(x, (site,), plan), site, plan)
+        reference.expand(want, reference.shrink(x, (site,), plan), site, plan)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["masked", "gathered"])
+def test_sites_that_differ_only_in_a_rank_do_not_share_a_mask(name: str) -> None:
+    server = Server(1, TUNINGS[name])
     server.buffer.normal_()
     server.tables.install(0, {0: Operands(3, 1.0, 0, 96), 1: Operands(8, 1.0, BLOCK, BLOCK + 256)})
     server.tables.install(1, {})
     server.check(BatchPlan.from_rows([((0, 1.0),), ((1, 1.0),)]))
 
 
-def test_sites_that_differ_only_in_the_program_do_not_share_a_mask() -> None:
-    server = Server(2)
+@pytest.mark.parametrize("name", ["masked", "gathered"])
+def test_sites_that_differ_only_in_the_program_do_not_share_a_mask(name: str) -> None:
+    server = Server(2, TUNINGS[name])
     first, second = server.load(3, sites=(0,)), server.next_handle + 2
     server.tables.install(second, {1: Operands(3, 1.0, 0, 96)})
     server.buffer[:BLOCK].normal_()
