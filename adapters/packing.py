@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onebase.adapters.arena import aligned
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.program import AdapterProgram, Head, SiteOps
+from onebase.adapters.tiers.arena import aligned
 from onebase.adapters.traits import Traits
 from onebase.kernels.ops.instruction import Instruction
 from onebase.kernels.tables import Operands

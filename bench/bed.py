@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from onebase.adapters.arena import BLOCK_ALIGN, aligned
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.packing import pack
+from onebase.adapters.tiers.arena import BLOCK_ALIGN, aligned
 from onebase.bench.drive import Job
 from onebase.bench.ours import adapter_use, load_all
 from onebase.bench.step import save_adapter

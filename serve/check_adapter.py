@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from onebase.adapters.arena import BLOCK_ALIGN, aligned
 from onebase.adapters.base import BaseModel, SiteKind
 from onebase.adapters.errors import AdapterError, AdapterRejected
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.packing import pack
 from onebase.adapters.program import AdapterProgram, SiteOps
+from onebase.adapters.tiers.arena import BLOCK_ALIGN, aligned
 from onebase.serve.model.loader import LoadedModel
 
 _MIB = 1 << 20

@@ -12,7 +12,7 @@ from itertools import accumulate, islice
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from onebase.adapters.meters import LOAD_BUCKETS
+from onebase.adapters.tiers.meters import LOAD_BUCKETS
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.messages import EngineInfo, EngineStats
 from onebase.serve.metric_labels import MAX_MODEL_LABELS

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from onebase.adapters.cache import AdapterCache
+from onebase.adapters.tiers.cache import AdapterCache
 from onebase.serve.engine.memory import MemoryPlan
 from onebase.serve.engine.scheduler import Scheduler
 from onebase.serve.engine.waiting import WaitingRoom

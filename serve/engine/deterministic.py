@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onebase.adapters.entry import Entry
+from onebase.adapters.tiers.entry import Entry
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine import classes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterConflict, AdapterUnloaded, EngineError, OneBaseError, RequestRejected
+from onebase.adapters.tiers.entry import Entry, State
 from onebase.kernels.instructions import InstructionTable
 from onebase.serve.engine.budget import DeviceBudget
 from onebase.serve.engine.classes import NO_HEAD

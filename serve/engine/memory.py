@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from onebase.adapters.arena import Arena
 from onebase.adapters.errors import ModelRejected
+from onebase.adapters.tiers.arena import Arena
 from onebase.serve.engine.config import GIB, EngineConfig
 from onebase.serve.model.loader import LoadedModel
 

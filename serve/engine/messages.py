@@ -215,8 +215,8 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """A histogram of durations: counts[i] took no longer than LOAD_BUCKETS[i] (adapters/meters.py), and longer than the
-    one before; the last count is of all that took longer."""
+    """A histogram of durations: counts[i] took no longer than LOAD_BUCKETS[i] (adapters/tiers/meters.py), and longer
+    than the one before; the last count is of all that took longer."""
 
     counts: tuple[int, ...] = ()
     total: float = 0.0

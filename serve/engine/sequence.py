@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 
-from onebase.adapters.entry import Entry
+from onebase.adapters.tiers.entry import Entry
 from onebase.kernels.plan import Run, Uses
 from onebase.serve.engine.layout import Layout, span_at
 from onebase.serve.engine.messages import AdapterUse, FinishReason, Request

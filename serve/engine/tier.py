@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from onebase.adapters.arena import Arena
-from onebase.adapters.cache import AdapterCache
-from onebase.adapters.compiled import CompiledForms
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
+from onebase.adapters.tiers.arena import Arena
+from onebase.adapters.tiers.cache import AdapterCache
+from onebase.adapters.tiers.compiled import CompiledForms
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape

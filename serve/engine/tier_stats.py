@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from onebase.adapters.cache import AdapterCache
+from onebase.adapters.tiers.cache import AdapterCache
 from onebase.serve.engine.messages import Seconds, TierStats
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from onebase.adapters.cache import AdapterCache
+from onebase.adapters.tiers.cache import AdapterCache
 from onebase.serve.engine.messages import AdapterUse
 from onebase.serve.engine.sequence import Sequence
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onebase.adapters.cache import AdapterCache
 from onebase.adapters.errors import AdapterTooLarge, OneBaseError, RequestRejected
+from onebase.adapters.tiers.cache import AdapterCache
 from onebase.adapters.traits import Traits
 from onebase.serve.engine.classes import check_heads, read_slots
 from onebase.serve.engine.combine import check_combination, check_windows

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase.adapters.arena import BLOCK_ALIGN, Arena
 from onebase.adapters.errors import AdapterRejected
 from onebase.adapters.packing import pack, shifted
 from onebase.adapters.program import AdapterProgram, LowRank, SiteOps, TokenLowRank
+from onebase.adapters.tiers.arena import BLOCK_ALIGN, Arena
 
 
 def _arena(blocks: int = 10) -> Arena:

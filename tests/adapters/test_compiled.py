@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from onebase.adapters import compiled, compiled_codec
-from onebase.adapters.compiled import CompiledForms, compiler_version
 from onebase.adapters.packing import PackedProgram, pack
 from onebase.adapters.program import AdapterProgram, LowRank, SiteOps
+from onebase.adapters.tiers import codec, compiled
+from onebase.adapters.tiers.compiled import CompiledForms, compiler_version
 from onebase.kernels.ops.shared import SharedLowRank
 from onebase.kernels.ops.vector import ScaleOut
 
@@ -171,7 +171,7 @@ def test_the_survey_counts_what_is_there(forms: CompiledForms, tmp_path: Path) -
 
 
 def test_the_version_is_the_same_in_every_process() -> None:
-    code = "from onebase.adapters.compiled import compiler_version; print(compiler_version())"
+    code = "from onebase.adapters.tiers.compiled import compiler_version; print(compiler_version())"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == compiler_version()
 
@@ -180,7 +180,7 @@ def _edited(forms: CompiledForms, edit: Callable[[dict[str, Any]], object], monk
     """Write a form whose JSON is another one, with a right checksum."""
 
     def other(packed: PackedProgram) -> dict[str, Any]:
-        plain = compiled_codec.to_plain(packed)
+        plain = codec.to_plain(packed)
         edit(plain)
         return plain
 

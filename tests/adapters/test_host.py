@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebase.adapters.host import HostTier
 from onebase.adapters.packing import PackedProgram
-from onebase.adapters.policy import Lrfu
+from onebase.adapters.tiers.host import HostTier
+from onebase.adapters.tiers.policy import Lrfu
 from onebase.adapters.traits import Traits
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from onebase.adapters.arena import BLOCK_ALIGN, Arena
-from onebase.adapters.entry import Entry, State
 from onebase.adapters.packing import PackedProgram
-from onebase.adapters.placement import Placement
-from onebase.adapters.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.arena import BLOCK_ALIGN, Arena
+from onebase.adapters.tiers.entry import Entry, State
+from onebase.adapters.tiers.placement import Placement
+from onebase.adapters.tiers.shared_blocks import SharedBlocks
 from onebase.adapters.traits import Traits
 
 UNIT = BLOCK_ALIGN

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase.adapters.policy import Lrfu
+from onebase.adapters.tiers.policy import Lrfu
 
 KEYS = "abcdef"
 

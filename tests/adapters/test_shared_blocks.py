@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from onebase.adapters.arena import Arena
-from onebase.adapters.cache import AdapterCache
-from onebase.adapters.entry import Entry
 from onebase.adapters.packing import pack
 from onebase.adapters.program import AdapterProgram, SiteOps
-from onebase.adapters.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.arena import Arena
+from onebase.adapters.tiers.cache import AdapterCache
+from onebase.adapters.tiers.entry import Entry
+from onebase.adapters.tiers.shared_blocks import SharedBlocks
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.ops.shared import SharedLowRank

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from onebase.adapters.compiled import CompiledForms
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.packing import PackedInstruction, PackedProgram, pack
+from onebase.adapters.tiers.compiled import CompiledForms
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.loader import LoadedModel, load_model
 

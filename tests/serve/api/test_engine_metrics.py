@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from onebase.adapters.meters import LOAD_BUCKETS, LoadMeters
+from onebase.adapters.tiers.meters import LOAD_BUCKETS, LoadMeters
 from onebase.serve.engine.messages import EngineStats, Seconds, TierStats
 from onebase.serve.metrics import MAX_MODEL_LABELS, Metrics
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase.adapters.arena import Arena
+from onebase.adapters.tiers.arena import Arena
 from onebase.serve.engine.budget import CALM, SHARES, DeviceBudget
 from onebase.serve.engine.memory import Bounds, MemoryPlan, allocate, arena_in
 from onebase.serve.engine.messages import Request, SamplingParams

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onebase.adapters.entry import Entry, State
 from onebase.adapters.program import Window
+from onebase.adapters.tiers.entry import Entry, State
 from onebase.adapters.traits import Traits
 from onebase.serve.engine.layout import Layout, Span, last_match
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams

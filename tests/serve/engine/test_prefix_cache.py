@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase.adapters.entry import Entry, State
 from onebase.adapters.program import Window
+from onebase.adapters.tiers.entry import Entry, State
 from onebase.adapters.traits import Traits
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from onebase.adapters.arena import Arena
-from onebase.adapters.entry import Entry, State
-from onebase.adapters.installer import Installer
 from onebase.adapters.packing import PackedProgram
-from onebase.adapters.shared_blocks import SharedBlock, SharedBlocks
+from onebase.adapters.tiers.arena import Arena
+from onebase.adapters.tiers.entry import Entry, State
+from onebase.adapters.tiers.installer import Installer
+from onebase.adapters.tiers.shared_blocks import SharedBlock, SharedBlocks
 
 # Moved between two steps: some milliseconds of a host's memory, one of a GPU's. A block that is larger moves alone.
 _MOVED_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}

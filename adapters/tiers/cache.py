@@ -16,18 +16,18 @@ import math
 import time
 from collections.abc import Collection, Mapping
 
-from onebase.adapters.arena import Arena
-from onebase.adapters.compiled import CompiledForms
-from onebase.adapters.device import DeviceTier
-from onebase.adapters.entry import Entry, State
-from onebase.adapters.fetching import Compile, Fetcher
-from onebase.adapters.host import HostTier
-from onebase.adapters.installer import Installer
-from onebase.adapters.pins import Pins
-from onebase.adapters.policy import Lrfu
-from onebase.adapters.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.arena import Arena
+from onebase.adapters.tiers.compiled import CompiledForms
+from onebase.adapters.tiers.device import DeviceTier
+from onebase.adapters.tiers.entry import Entry, State
+from onebase.adapters.tiers.fetching import Compile, Fetcher
+from onebase.adapters.tiers.host import HostTier
+from onebase.adapters.tiers.installer import Installer
+from onebase.adapters.tiers.pins import Pins
+from onebase.adapters.tiers.policy import Lrfu
+from onebase.adapters.tiers.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.transit import Transit
 from onebase.adapters.traits import Traits
-from onebase.adapters.transit import Transit
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables

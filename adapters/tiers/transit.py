@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
-from onebase.adapters.device import DeviceTier
-from onebase.adapters.entry import Entry, State
 from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
-from onebase.adapters.fetching import Fetched, Fetcher
-from onebase.adapters.host import HostTier
-from onebase.adapters.installer import Installer
-from onebase.adapters.loader import Loader
-from onebase.adapters.meters import LoadMeters
 from onebase.adapters.packing import PackedProgram
-from onebase.adapters.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.device import DeviceTier
+from onebase.adapters.tiers.entry import Entry, State
+from onebase.adapters.tiers.fetching import Fetched, Fetcher
+from onebase.adapters.tiers.host import HostTier
+from onebase.adapters.tiers.installer import Installer
+from onebase.adapters.tiers.loader import Loader
+from onebase.adapters.tiers.meters import LoadMeters
+from onebase.adapters.tiers.shared_blocks import SharedBlocks
 
 
 class Transit:

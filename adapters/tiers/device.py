@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from onebase.adapters.arena import Arena, Neighbour
-from onebase.adapters.entry import Entry, State
-from onebase.adapters.installer import Installer
 from onebase.adapters.packing import PackedProgram
-from onebase.adapters.placement import Placed, Placement
-from onebase.adapters.policy import Lrfu
-from onebase.adapters.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.arena import Arena, Neighbour
+from onebase.adapters.tiers.entry import Entry, State
+from onebase.adapters.tiers.installer import Installer
+from onebase.adapters.tiers.placement import Placed, Placement
+from onebase.adapters.tiers.policy import Lrfu
+from onebase.adapters.tiers.shared_blocks import SharedBlocks
 
 
 class DeviceTier:

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from onebase.adapters import formats
-from onebase.adapters.compiled_codec import Unreadable, from_plain, to_plain
 from onebase.adapters.errors import AdapterError
 from onebase.adapters.packing import PackedProgram
 from onebase.adapters.safetensors_header import DTYPES, TensorInfo, read_header
-from onebase.kernels import ops
+from onebase.adapters.tiers.codec import Unreadable, from_plain, to_plain
+from onebase.kernels import ops, tables
 
 _ALIGN = 4096  # bytes: the tensors start at a border of pages
 _MOST_BUFFERS = 1024  # that one call of preadv fills
@@ -123,8 +123,9 @@ class CompiledForms:
 def compiler_version() -> str:
     """A digest of the source files that decide what an adapter compiles to, so that nobody has to count versions."""
     here = Path(__file__).parent
-    names = ("base", "check", "compiled", "compiled_codec", "packing", "program", "safetensors_header", "traits")
-    files = [*(here / f"{name}.py" for name in names), here.parent / "kernels" / "tables.py"]
+    names = ("base", "check", "packing", "program", "safetensors_header", "traits")
+    files = [here / "compiled.py", here / "codec.py", here / "arena.py", Path(tables.__file__)]
+    files += [here.parent / f"{name}.py" for name in names]
     files += sorted(Path(formats.__path__[0]).rglob("*.py")) + sorted(Path(ops.__path__[0]).rglob("*.py"))
     total = hashlib.sha256(torch.__version__.encode())
     for file in files:

@@ -9,14 +9,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from onebase.adapters.errors import AdapterError
-from onebase.adapters.fetching import Fetched
 from onebase.adapters.packing import PackedHead, PackedInstruction, PackedProgram
 from onebase.adapters.program import Head
+from onebase.adapters.tiers.fetching import Fetched
 from onebase.adapters.traits import Traits
 from onebase.kernels.tables import Operands
 
 if TYPE_CHECKING:
-    from onebase.adapters.installer import Installable
+    from onebase.adapters.tiers.installer import Installable
 
 
 class State(StrEnum):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from onebase.adapters.packing import PackedProgram
-from onebase.adapters.policy import Lrfu
+from onebase.adapters.tiers.policy import Lrfu
 
 _RECORD_BYTES = 256  # of Python objects for one operand or slot, about
 

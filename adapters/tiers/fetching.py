@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from onebase.adapters.compiled import CompiledForms
-from onebase.adapters.meters import LoadStep
 from onebase.adapters.packing import PackedProgram, pack
 from onebase.adapters.program import AdapterProgram
+from onebase.adapters.tiers.compiled import CompiledForms
+from onebase.adapters.tiers.meters import LoadStep
 
 Compile = Callable[[Path, str], AdapterProgram]  # (blob folder, digest) -> program; raises AdapterError
 

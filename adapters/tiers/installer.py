@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from onebase.adapters.entry import Entry
 from onebase.adapters.packing import shifted
 from onebase.adapters.program import Head
-from onebase.adapters.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.entry import Entry
+from onebase.adapters.tiers.shared_blocks import SharedBlocks
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.ops.instruction import Instruction

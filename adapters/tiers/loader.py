@@ -14,8 +14,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from onebase.adapters.entry import Copied
-from onebase.adapters.installer import Installable
+from onebase.adapters.tiers.entry import Copied
+from onebase.adapters.tiers.installer import Installable
 
 _READERS, _COPIERS = 2, 2
 P = ParamSpec("P")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from onebase.adapters.arena import Arena
+from onebase.adapters.tiers.arena import Arena
 
 
 @dataclass(slots=True, eq=False)
