@@ -257,3 +257,17 @@ def test_the_split_leaves_long_segments_and_lone_ones_to_themselves() -> None:
     assert split.ways(BatchPlan(64, (Segment(0, 64, 3),))) == Ways()
     without = CpuSplit(tables, CpuTuning(gather=math.inf))
     assert without.ways(plan) == Ways(masked=plan.segments[:15])
+
+
+@pytest.mark.parametrize("capacity", [0, 10, 40])
+def test_programs_without_room_for_their_columns_go_by_themselves(capacity: int) -> None:
+    server = Server(8, GATHERED)
+    server.body._columns.capacity = capacity
+    handles = [server.load(rank) for rank in (8, 16, MAX_RANK, 3, 0, 1)]
+    plan = BatchPlan.from_rows([((handle, 1.0),) for handle in handles])
+    for _ in range(2):
+        server.check(plan)
+    placed = server.body._columns.starts
+    assert sum(server.tables.operands(handle)[0].rank for handle in placed) <= capacity
+    server.unload(handles[0])
+    server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles[1:]]))
