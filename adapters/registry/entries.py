@@ -59,9 +59,13 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """The versions that went, and the digests that this base has no use for any more: no name, no hold."""
+    """The versions that went, by their digests too.
+
+    orphans: digests that no version of this base has any more; unused: those of them that nobody holds either.
+    """
 
     entries: list[AdapterEntry]
+    orphans: list[str]
     unused: list[str]
 
 

@@ -84,6 +84,16 @@ class Queries:
         by_digest = groupby(rows, key=lambda row: row[0])
         return {digest: tuple(name for _, name in some) for digest, some in by_digest}
 
+    def orphans(self, digests: Iterable[str]) -> list[str]:
+        """Those that no version of any name has, be it current or not."""
+        rows = self._db.rows(
+            "SELECT value FROM json_each(?) WHERE NOT EXISTS "
+            "(SELECT 1 FROM versions WHERE digest = value AND base = ?) ORDER BY value",
+            json.dumps(sorted(set(digests))),
+            self._base,
+        )
+        return [digest for (digest,) in rows]
+
     def aliases(self, name: str) -> dict[str, int | None]:
         sql = "SELECT alias, version FROM aliases WHERE base = ? AND name = ? ORDER BY alias"
         return dict(self._db.rows(sql, self._base, name))

@@ -232,7 +232,8 @@ class Registry(RegistryReads):
                 gone = self.versions(name)
                 self._change.delete(name)
                 self._imports.name_deleted(name)
-            return Deletion(gone, self._collect(sorted({entry.digest for entry in gone})))
+                orphans = self._read.orphans(entry.digest for entry in gone)
+            return Deletion(gone, orphans, self._collect(orphans))
 
     def _gc(self, keep: int | None, dry_run: bool) -> GcReport:
         with self._db.lock:

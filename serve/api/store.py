@@ -195,7 +195,7 @@ class AdapterStore:
     async def delete(self, name: str, *, force: bool = False) -> list[AdapterEntry]:
         """Removes all versions. Content that no other name has leaves the device with the last request that uses it.
 
-        force: those requests are aborted, but for content that another name has too.
+        force: those requests are aborted, but for content that a version of another name has too.
         """
         gone = await asyncio.to_thread(self.registry.delete, check_name(name))
         self.import_states.clear(name)
@@ -203,9 +203,7 @@ class AdapterStore:
             forget(name)
         await self._changed(name, (), pinned=any(entry.pinned for entry in gone.entries))
         if force:
-            digests = {entry.digest for entry in gone.entries}
-            named = await self._call(self.registry.names_of, digests)
-            await asyncio.gather(*(self._free(digest, force=True) for digest in digests - named.keys()))
+            await asyncio.gather(*(self._free(digest, force=True) for digest in gone.orphans))
         await asyncio.gather(*map(self._free, gone.unused))
         return gone.entries
 

@@ -299,15 +299,19 @@ def test_unload_waits_or_not_and_says_what_it_aborted(run: Any, open_site: Any, 
     run(body())
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [None, "current", "older", "aliased"])
 def test_delete_by_force_ends_the_requests_of_content_without_a_name(
-    run: Any, open_site: Any, adapter_folder: Any, shared: bool
+    run: Any, open_site: Any, adapter_folder: Any, shared: str | None
 ) -> None:
     async def body() -> None:
         async with open_site() as site:
             (digest,) = await versions(site, adapter_folder, 1)
             if shared:
                 await site.upload("b", adapter_folder("b", 0))
+            if shared == "aliased":
+                await patch(site, "b", aliases={"stable": 1})
+            if shared in ("older", "aliased"):
+                await site.upload("b", adapter_folder("newer", 5))
             forced: list[str] = []
 
             async def unload(digest: str, *, force: bool = False) -> AdapterGone:
