@@ -184,7 +184,9 @@ class Engine:
     def step(self) -> list[Output]:
         """Move adapter loads on and run one forward, if there is anything to run."""
         outputs = self._poll_adapters()
-        chunks = self.runner.in_adapter_order(self.scheduler.schedule(self._admit, self._release))
+        chunks = self.runner.in_adapter_order(
+            self.scheduler.schedule(self.waiting.may_start, self._take, self._release)
+        )
         if not chunks:
             return outputs
         self._steps += 1
@@ -241,12 +243,9 @@ class Engine:
         message = "the model's logits are not finite: its weights or the adapter's overflow"
         return _failure(sequence.id, EngineError(message))
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Take references on a sequence's adapters if it may start."""
-        if not self.waiting.may_start(sequence):
-            return False
+    def _take(self, sequence: Sequence) -> None:
+        """Take references on the adapters of a sequence that starts."""
         sequence.adapters = tuple(self.adapters.acquire(digest) for digest in sequence.digests)
-        return True
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:

@@ -3,7 +3,7 @@
 Decodes come first, one token each; what is left of the token budget goes to prefills, in chunks, oldest first.
 Pages are taken as sequences grow. When they run out the youngest running sequence is preempted: its pages are freed
 and it is computed again later, as far as the prefix cache does not still hold them. A waiting sequence whose adapter is
-not resident holds nobody back.
+not resident holds nobody back: pages are kept for the oldest of those that could start.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.sequence import Sequence, Status
 
-Admit = Callable[[Sequence], bool]  # takes references on the sequence's adapters; False where one is not resident
-Release = Callable[[Sequence], None]
+MayStart = Callable[[Sequence], bool]  # whether its adapters are there; changes nothing
+Take = Callable[[Sequence], None]  # takes references on the adapters of one that starts
+Release = Callable[[Sequence], None]  # gives them back
 MorePages = Callable[[int], bool]  # makes free pages, so many more if it can; whether there are
 
 
@@ -62,8 +63,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda s: s.order)
 
-    def schedule(self, admit: Admit, release: Release) -> list[Chunk]:
-        """The chunks of the next step. ``release`` gives back the adapters of a preempted sequence."""
+    def schedule(self, may_start: MayStart, take: Take, release: Release) -> list[Chunk]:
+        """The chunks of the next step. Sequences are admitted with ``take``, and preempted with ``release``."""
         chunks: dict[str, Chunk] = {}
         budget = self._max_batch_tokens
         preemptions = self.preemptions
@@ -71,7 +72,7 @@ class Scheduler:
             if budget and sequence.status is Status.RUNNING:
                 budget -= self._continue(sequence, budget, chunks, release)
         if self.preemptions == preemptions:
-            self._admit_waiting(budget, chunks, admit)
+            self._admit_waiting(budget, chunks, may_start, take)
         return list(chunks.values())
 
     def _continue(self, sequence: Sequence, budget: int, chunks: dict[str, Chunk], release: Release) -> int:
@@ -86,18 +87,21 @@ class Scheduler:
         chunks[sequence.id] = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
         return num_tokens
 
-    def _admit_waiting(self, budget: int, chunks: dict[str, Chunk], admit: Admit) -> None:
-        """First come, first served: a short sequence does not overtake one that waits for pages."""
+    def _admit_waiting(self, budget: int, chunks: dict[str, Chunk], may_start: MayStart, take: Take) -> None:
+        """First come, first served among those that may start: a short one does not overtake one that waits for pages,
+        and one that waits for its adapter asks for none."""
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self._max_num_seqs:
                 return
+            if not may_start(sequence):
+                continue
             if not self._has_room(sequence):
                 return
-            if admit(sequence):
-                self._start(sequence)
-                num_tokens = min(sequence.num_uncomputed, budget)
-                chunks[sequence.id] = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
-                budget -= num_tokens
+            take(sequence)
+            self._start(sequence)
+            num_tokens = min(sequence.num_uncomputed, budget)
+            chunks[sequence.id] = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
+            budget -= num_tokens
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether its tokens and the next one fit the pages, with those that the prefix cache has."""

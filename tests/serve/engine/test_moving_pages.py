@@ -141,7 +141,7 @@ def test_running_sequences_follow_their_pages() -> None:
     scheduler = Scheduler(PageAllocator(6, PAGE), 64, 4)
     for name in ("a", "b"):
         scheduler.add(Sequence.of(Request(name, tuple(range(8)), SamplingParams(1)), len(scheduler.waiting)))
-    chunks = scheduler.schedule(lambda _: True, lambda _: None)
+    chunks = scheduler.schedule(lambda _: True, lambda _: None, lambda _: None)
     assert [chunk.sequence.pages for chunk in chunks] == [[4, 5], [2, 3]]
     scheduler.finish(chunks[0].sequence)
     assert scheduler.withdraw(4, 1) == {2: 5}, "one may be copied, so only as much is given up"
@@ -163,12 +163,12 @@ def test_a_sequence_is_not_preempted_where_there_are_more_pages() -> None:
 
     scheduler.more_pages = more
     scheduler.add(Sequence.of(Request("a", tuple(range(8)), SamplingParams(9)), 0))
-    (chunk,) = scheduler.schedule(lambda _: True, lambda _: None)
+    (chunk,) = scheduler.schedule(lambda _: True, lambda _: None, lambda _: None)
     assert asked == [1], "the prompt and the next token need three pages"
     scheduler.computed(chunk)
     for token in range(5):
         chunk.sequence.tokens.append(token)
-        (chunk,) = scheduler.schedule(lambda _: True, lambda _: None)
+        (chunk,) = scheduler.schedule(lambda _: True, lambda _: None, lambda _: None)
         scheduler.computed(chunk)
     assert asked == [1, 1]
     assert scheduler.preemptions == 0

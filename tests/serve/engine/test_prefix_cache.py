@@ -86,7 +86,7 @@ def test_pages_hold_what_their_sequences_need(
     for step in range(2000):
         if left and step % 2 == 0:
             scheduler.add(left.pop(0)[0])
-        chunks = scheduler.schedule(lambda _: True, lambda _: None)
+        chunks = scheduler.schedule(lambda _: True, lambda _: None, lambda _: None)
         for chunk in chunks:
             assert chunk.num_tokens > 0
             pages.run(chunk)
@@ -116,7 +116,7 @@ def _run(scheduler: Scheduler, sequence: Sequence) -> int:
     scheduler.add(sequence)
     cached = 0
     while sequence.num_uncomputed:
-        for chunk in scheduler.schedule(lambda _: True, lambda _: None):
+        for chunk in scheduler.schedule(lambda _: True, lambda _: None, lambda _: None):
             cached = cached or sequence.num_cached
             scheduler.computed(chunk)
     scheduler.check()

@@ -38,11 +38,11 @@ def _compute(chunks: list[Chunk]) -> None:
 def test_a_long_prompt_runs_in_chunks_beside_decodes() -> None:
     scheduler = _scheduler(num_pages=20, tokens=8)
     scheduler.add(_sequence(0, 3))
-    _compute(scheduler.schedule(_always, _nothing))
+    _compute(scheduler.schedule(_always, _nothing, _nothing))
     scheduler.add(_sequence(1, 18))
     taken = []
     for _ in range(3):
-        chunks = scheduler.schedule(_always, _nothing)
+        chunks = scheduler.schedule(_always, _nothing, _nothing)
         taken.append([(chunk.sequence.order, chunk.num_tokens, chunk.samples) for chunk in chunks])
         _compute(chunks)
     assert taken == [[(0, 1, True), (1, 7, False)], [(0, 1, True), (1, 7, False)], [(0, 1, True), (1, 4, True)]]
@@ -52,7 +52,7 @@ def test_an_adapter_on_its_way_holds_nobody_back() -> None:
     scheduler = _scheduler()
     for order in range(3):
         scheduler.add(_sequence(order, 2))
-    chunks = scheduler.schedule(lambda sequence: sequence.order != 0, _nothing)
+    chunks = scheduler.schedule(lambda sequence: sequence.order != 0, _nothing, _nothing)
     assert [chunk.sequence.order for chunk in chunks] == [1, 2]
     assert [sequence.order for sequence in scheduler.waiting] == [0]
 
@@ -64,14 +64,14 @@ def test_the_youngest_is_preempted_and_comes_back() -> None:
     scheduler.add(young)
     released: list[Sequence] = []
     while not scheduler.preemptions:
-        _compute(scheduler.schedule(_always, released.append))
+        _compute(scheduler.schedule(_always, _nothing, released.append))
         scheduler.check()
     assert released == [young]
     assert young.status is Status.WAITING
     assert young.num_computed == 0
     assert len(young.tokens) > 2, "what was generated is kept"
     scheduler.finish(old)
-    chunks = scheduler.schedule(_always, _nothing)
+    chunks = scheduler.schedule(_always, _nothing, _nothing)
     assert [chunk.sequence for chunk in chunks] == [young]
     assert chunks[0].num_tokens == len(young.tokens)
 
@@ -79,10 +79,31 @@ def test_the_youngest_is_preempted_and_comes_back() -> None:
 def test_a_waiting_sequence_is_not_overtaken_for_pages() -> None:
     scheduler = _scheduler(num_pages=4)
     scheduler.add(_sequence(0, 9))
-    _compute(scheduler.schedule(_always, _nothing))
+    _compute(scheduler.schedule(_always, _nothing, _nothing))
     scheduler.add(_sequence(1, 10))
     scheduler.add(_sequence(2, 1))
-    assert [chunk.sequence.order for chunk in scheduler.schedule(_always, _nothing)] == [0]
+    assert [chunk.sequence.order for chunk in scheduler.schedule(_always, _nothing, _nothing)] == [0]
+
+
+def test_one_whose_adapter_is_on_its_way_keeps_no_pages_from_the_others() -> None:
+    """Nor does it ask for more of them. Once it may start it comes first."""
+    scheduler = _scheduler(num_pages=4)
+    asked: list[int] = []
+
+    def more(count: int) -> bool:
+        asked.append(count)
+        return False
+
+    scheduler.more_pages = more
+    for order, length in ((0, 8), (1, 12), (2, 4), (3, 4)):
+        scheduler.add(_sequence(order, length))
+    chunks = scheduler.schedule(lambda sequence: sequence.order != 1, _nothing, _nothing)
+    assert [chunk.sequence.order for chunk in chunks] == [0, 2]
+    assert asked == [1], "for the last one, not for the one that cannot start"
+    scheduler.finish(chunks[0].sequence)
+    assert [chunk.sequence.order for chunk in scheduler.schedule(_always, _nothing, _nothing)] == [2]
+    scheduler.finish(chunks[1].sequence)
+    assert [chunk.sequence.order for chunk in scheduler.schedule(_always, _nothing, _nothing)] == [1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,7 +125,7 @@ def test_everyone_finishes_and_every_page_returns(
     for step in range(3000):
         if not scheduler.waiting and not scheduler.running:
             break
-        chunks = scheduler.schedule(lambda s, step=step: s.order >= absent or step > 5, _nothing)
+        chunks = scheduler.schedule(lambda s, step=step: s.order >= absent or step > 5, _nothing, _nothing)
         assert sum(chunk.num_tokens for chunk in chunks) <= tokens
         assert len(scheduler.running) <= seqs
         assert all(chunk.num_tokens > 0 for chunk in chunks)
@@ -124,7 +145,7 @@ def test_check_finds_a_lost_page() -> None:
     scheduler = _scheduler()
     sequence = _sequence(0, 3)
     scheduler.add(sequence)
-    scheduler.schedule(_always, _nothing)
+    scheduler.schedule(_always, _nothing, _nothing)
     sequence.pages.clear()
     with pytest.raises(RuntimeError, match="pages"):
         scheduler.check()
