@@ -11,17 +11,16 @@ Whatever is written is on the disk when the method returns. One that raises Stor
 from __future__ import annotations
 
 import fcntl
-import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from onebase.adapters.errors import AdapterConflict, AdapterNotFound, StorageFailed, StorageFull
+from onebase.adapters.errors import AdapterConflict, AdapterNotFound, StorageFull
 from onebase.adapters.names import check_name
 from onebase.adapters.registry.blobs import DEFAULT_MAX_BYTES, Blob, BlobStore, Stage, copy_folder
 from onebase.adapters.registry.changes import Changes, NewVersion
-from onebase.adapters.registry.collection import old_versions, rubbish, sweep_away, without_a_name
+from onebase.adapters.registry.collection import Sweeper, old_versions, rubbish, without_a_name
 from onebase.adapters.registry.database import Database
 from onebase.adapters.registry.entries import AdapterEntry, AdapterState, Deletion, GcReport, Import
 from onebase.adapters.registry.imports import Imports
@@ -29,8 +28,6 @@ from onebase.adapters.registry.queries import Queries
 from onebase.adapters.registry.reads import RegistryReads
 from onebase.adapters.registry.recovery import reconcile
 from onebase.adapters.registry.storage import Reserve, make_folder, storage_errors
-
-log = logging.getLogger("onebase.adapters")
 
 Digests: TypeAlias = list[str]
 T = TypeVar("T")
@@ -60,6 +57,7 @@ class Registry(RegistryReads):
         self._read = Queries(self._db, fingerprint, self._blobs.path)
         self._change = Changes(self._db, fingerprint)
         self._imports = Imports(self._db, fingerprint)
+        self._sweeper = Sweeper(self._db, fingerprint, self._blobs)
         try:
             self.recovered = reconcile(self._db, self._blobs)
             self._reserve = Reserve(root / "reserve")
@@ -125,11 +123,8 @@ class Registry(RegistryReads):
 
     def release(self, ticket: str) -> Digests:
         """End a hold. Returns the digest where this base has no use for it any more. A second time does nothing."""
-        with self._db.lock:
-            digest = self._blobs.release(ticket)
-            unused = [] if digest is None else self._collect([digest])
-        self._blobs.empty_trash()
-        return unused
+        digest = self._blobs.release(ticket)
+        return [] if digest is None else self._sweeper.collect([digest])
 
     def rollback(self, name: str, version: int | None) -> AdapterEntry:
         """Make another version current. None: the one that was current before this one, else the next lower one.
@@ -227,26 +222,28 @@ class Registry(RegistryReads):
             raise AdapterConflict(f"{root} is held by another server; give each its own data folder.") from None
 
     def _delete(self, name: str) -> Deletion:
-        with self._db.lock:
-            with self._db.transaction():
-                gone = self.versions(name)
-                self._change.delete(name)
-                self._imports.name_deleted(name)
-                orphans = self._read.orphans(entry.digest for entry in gone)
-            return Deletion(gone, orphans, self._collect(orphans))
+        with self._db.transaction():
+            gone = self.versions(name)
+            self._change.delete(name)
+            self._imports.name_deleted(name)
+            orphans = self._read.orphans(entry.digest for entry in gone)
+        return Deletion(gone, orphans, self._sweeper.collect(orphans))
 
     def _gc(self, keep: int | None, dry_run: bool) -> GcReport:
         with self._db.lock:
             versions = old_versions(self._read, self._blobs, keep)
             imports = self._imports.count_finished()
-            folders = rubbish(self._db, self._blobs, versions)
+            found = rubbish(self._db, self._blobs, versions)
             unused = without_a_name(self._db, self._base, versions)
             if not dry_run:
-                with self._db.transaction():
-                    self._change.delete_versions(versions)
-                    self._imports.forget_finished()
-                sweep_away(self._blobs, folders)
-        return GcReport(versions, imports, folders.blobs, folders.compiled, folders.nbytes, unused)
+                self._forget(versions)
+        gone, nbytes = (found, self._sweeper.measure(found)) if dry_run else self._sweeper.sweep(found)
+        return GcReport(versions, imports, gone.blobs, gone.compiled, nbytes, unused)
+
+    def _forget(self, versions: Sequence[AdapterEntry]) -> None:
+        with self._db.transaction():
+            self._change.delete_versions(versions)
+            self._imports.forget_finished()
 
     def _making_room(self, change: Callable[[], T]) -> T:
         """A change that frees the disk is not refused because it is full: the reserve is spent on it."""
@@ -266,23 +263,3 @@ class Registry(RegistryReads):
         if not found:
             raise AdapterNotFound(f"There is no adapter {name!r}.", param="name")
         return found[0]
-
-    def _collect(self, digests: Iterable[str]) -> Digests:
-        """Those that this base has no use for. Blobs that no version of any base refers to are removed.
-
-        The change that led here holds, so nothing is raised: what the disk refuses goes with the next gc or start. So
-        do blobs whose version may turn out to hold.
-        """
-        if self._db.uncertain:
-            return []
-        try:
-            return [digest for digest in digests if self._is_unused(digest)]
-        except StorageFailed as error:
-            log.warning("blobs that nobody needs are left to the next gc or start: %s", error.message)
-            return []
-
-    def _is_unused(self, digest: str) -> bool:
-        bases = {row[0] for row in self._db.rows("SELECT DISTINCT base FROM versions WHERE digest = ?", digest)}
-        if self._base in bases or self._blobs.is_held(digest):
-            return False
-        return bool(bases) or self._blobs.remove(digest)
