@@ -61,6 +61,7 @@ def load_all(engine: Engine, folders: Sequence[Path], at_once: int = 4) -> None:
             use = adapter_use(left.popleft())
             asked += 1 - _answered(engine.load(LoadAdapter(use.digest, use)))
         asked -= _answered(engine.step())
+        time.sleep(0.001)  # as the server's loop does while nothing runs: the threads that compile want the interpreter
 
 
 def _answered(outputs: Sequence[object]) -> int:
