@@ -12,7 +12,7 @@ The plan is made anew before each step, and prefers to drain those that it drain
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from onebase.adapters.tiers.cache import AdapterCache
@@ -44,15 +44,18 @@ class _Room:
 class Turns:
     """wanted: adapters that the first waiting requests need, on the device or for now in host memory. planned: those of
     them that are to be on the device, oldest request first, and whether there is room now, or only once others are
-    drained. draining: running ones that have to go. pinned: blocks of pinned adapters,
-    with their bytes. running: digests that running requests held when the plan was made, but for pinned ones."""
+    drained. draining: running ones that have to go. pins: those that have room on the device; they need no turn once
+    they are there. pinned: their blocks, with bytes, pinned_bytes together. running: digests that running requests held
+    when the plan was made, but for pinned ones."""
 
     def __init__(self, adapters: AdapterCache, lookahead: int) -> None:
         """lookahead: how many requests are the first."""
         self.wanted: set[str] = set()
         self.planned: dict[str, bool] = {}
         self.draining: set[str] = set()
-        self.pinned: dict[str, int] = {}
+        self.pins: Collection[str] = ()
+        self.pinned: Parts = {}
+        self.pinned_bytes = 0
         self.running: set[str] = set()
         self._adapters = adapters
         self._lookahead = lookahead
@@ -65,44 +68,48 @@ class Turns:
         self.planned, self.wanted = {}, set()
         self._drained, self.draining = self.draining, set()
         pins, self.pinned = self._adapters.pins.within(self._adapters.arena.limit_bytes)
+        self.pins, self.pinned_bytes = pins, sum(self.pinned.values())
         if not first:
             self._parts.clear()
             return
         self._remember(digest for sequence in first for digest in sequence.digests)
         self.running = self._adapters.running() - pins.keys()
-        self._go_through(first, self.running)
+        self._go_through(first)
 
-    def _go_through(self, waiting: list[Sequence], running: set[str]) -> None:
-        room, later = self._device_room(running), self._device_room(running)
+    def _go_through(self, waiting: list[Sequence]) -> None:
+        room, later = self._device_room(), self._device_room()
         host: _Room | None = None
         for sequence in waiting:
-            uses = {use.digest: use for use in sequence.request.adapters if use.digest not in self.planned}
-            if not self.draining.isdisjoint(uses):
+            uses = {use.digest: use for use in sequence.request.adapters if self._needs_turn(use.digest)}
+            if not uses or not self.draining.isdisjoint(uses):
                 continue  # for the next turn: somebody older needs their room
             if self._adapters.num_compiling > _MOST_COMPILING and not all(map(self._adapters.is_known, uses)):
                 self._leave_room(uses, room, later)
                 continue
-            if host is None and not self._bring(uses, room, later, running):
+            if host is None and not self._bring(uses, room, later):
                 host = _Room(self._adapters.host.capacity)
             elif host is not None and not self._bring_closer(uses, host):
                 return
 
-    def _device_room(self, running: Iterable[str]) -> _Room:
+    def _needs_turn(self, digest: str) -> bool:
+        return digest not in self.planned and not (digest in self.pins and self._adapters.is_ready(digest))
+
+    def _device_room(self) -> _Room:
         """Beside the pinned and the running ones."""
         room = _Room(self._adapters.device.reach_bytes)
         room.take(self.pinned)
-        for digest in running:
+        for digest in self.running:
             room.take(self._adapters.parts(digest))
         return room
 
-    def _bring(self, uses: Mapping[str, AdapterUse], room: _Room, later: _Room, running: set[str]) -> bool:
+    def _bring(self, uses: Mapping[str, AdapterUse], room: _Room, later: _Room) -> bool:
         """Plan the adapters onto the device; False where they do not fit beside those of older requests. The oldest
         request's always do: the device's room is made for them."""
-        new = [digest for digest in uses if digest not in running]
+        new = [digest for digest in uses if digest not in self.running]
         for digest in new:
             room.take(self._parts_of(digest))
             later.take(self._parts_of(digest))
-        fit = self._drain_for(uses, later, running) or not self.planned
+        fit = self._drain_for(uses, later) or not self.planned
         for digest, use in uses.items():
             self._adapters.await_ready(digest, use.path)
         self.wanted.update(uses)
@@ -116,10 +123,12 @@ class Turns:
             for room in rooms:
                 room.take(self._parts_of(digest))
 
-    def _drain_for(self, uses: Iterable[str], room: _Room, running: set[str]) -> bool:
+    def _drain_for(self, uses: Iterable[str], room: _Room) -> bool:
         """Drain running adapters until there is room; none where all of them are not enough."""
+        if room.left >= 0:
+            return True
         drained: list[str] = []
-        may_go = running - self.planned.keys() - self.draining - set(uses)
+        may_go = self.running - self.planned.keys() - self.draining - set(uses)
         while room.left < 0 and may_go:
             before = may_go & self._drained
             coldest = self._adapters.policy.coldest(before or may_go)
@@ -150,7 +159,9 @@ class Turns:
         """Whether new references on these, all of them ready, keep nobody older from the device."""
         if not self.draining.isdisjoint(digests):
             return False
-        return not self._adapters.blocked or all(self.planned.get(one) or one in self.running for one in digests)
+        return not self._adapters.blocked or all(
+            one in self.pins or one in self.running or self.planned.get(one) for one in digests
+        )
 
     def _remember(self, digests: Iterable[str]) -> None:
         """What adapters take, as soon as it is known and as long as somebody waits: one that was read, and found to

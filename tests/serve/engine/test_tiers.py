@@ -299,6 +299,24 @@ def test_a_pin_that_cannot_be_loaded_is_tried_once(crowd_of: Callable[..., Crowd
     assert crowd.engine.stats().pins_waiting == ("unheard of",)
 
 
+def test_requests_over_a_pinned_adapter_wait_for_nobodys_turn(crowd_of: Callable[..., Crowd]) -> None:
+    crowd = crowd_of(4, room=3, host=4)
+    crowd.engine.set_pins(SetPins((crowd.use("a0"),)))
+    crowd.wait(lambda: crowd.cache.is_ready("a0"))
+    for name in ("a1", "a2"):
+        crowd.ask(name, max_tokens=100)
+    crowd.wait(lambda: len(crowd.engine.scheduler.running) == 2)
+    blocked = crowd.ask("a3", max_tokens=2)
+    crowd.wait(lambda: crowd.cache.blocked)
+    pinned = crowd.ask("a0", max_tokens=2)
+    for _ in range(5):
+        crowd.driver.step()
+    assert len(crowd.driver.outputs.get(pinned, [])) == 2
+    assert "a0" not in crowd.engine.waiting.planned
+    crowd.driver.run()
+    assert len(crowd.driver.outputs[blocked]) == 2
+
+
 def test_who_does_not_fit_beside_the_pins_is_told_so(crowd_of: Callable[..., Crowd]) -> None:
     crowd = crowd_of(3, room=4)
     crowd.add("big", _ops(99, rank=17))
