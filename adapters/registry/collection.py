@@ -23,7 +23,7 @@ log = logging.getLogger("onebase.adapters")
 AT_ONCE = 50  # removals for which the registry's lock is held
 
 _OLD = """
- AND v.version <> n.current
+ AND v.version <> n.current AND v.version IS NOT n.previous
  AND NOT EXISTS (SELECT 1 FROM aliases WHERE base = v.base AND name = v.name AND version = v.version)
  AND (v.base, v.name, v.version) IN (
     SELECT base, name, version
@@ -117,7 +117,7 @@ class Sweeper:
 
 
 def old_versions(read: Queries, blobs: BlobStore, keep: int | None) -> tuple[AdapterEntry, ...]:
-    """Beyond each name's newest ``keep`` (None: all are kept), and neither current, nor aliased, nor held."""
+    """Beyond each name's newest ``keep`` (None: all), and neither current, nor before that, nor aliased, nor held."""
     if keep is None:
         return ()
     held = blobs.held()

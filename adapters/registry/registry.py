@@ -206,7 +206,8 @@ class Registry(RegistryReads):
     def gc(self, *, keep: int | None, dry_run: bool) -> GcReport:
         """Remove each name's versions beyond its newest ``keep`` (None: keep all), and all that nobody needs.
 
-        Versions that are current, aliased or held stay; so do imports under way. dry_run: only say what would go.
+        Versions that are current, aliased or held stay, and those that a rollback without a version goes back to; so
+        do imports under way. dry_run: only say what would go.
         """
         return self._making_room(lambda: self._gc(keep, dry_run))
 

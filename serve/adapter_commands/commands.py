@@ -174,7 +174,9 @@ def unload(
 
 @app.command()
 def gc(
-    keep: Annotated[int | None, typer.Option(min=0, help="Remove old versions beyond the newest so many.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=0, help="Remove old versions beyond the newest so many, the current one counted.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
     url: Url = DEFAULT_URL,
     admin_key: Key = None,

@@ -66,7 +66,7 @@ class Rollback(Body):
 
 
 class Collect(Body):
-    """POST /v1/registry/gc. keep: old versions of a name to keep beside the current one; null: all."""
+    """POST /v1/registry/gc. keep: how many of a name's newest versions stay, the current one counted; null: all."""
 
     keep: int | None = Field(default=None, ge=0, le=MAX_VERSION)
     dry_run: bool = False

@@ -92,7 +92,7 @@ class Model:
         self.imports = [item for item in self.imports if item[2] in ("fetching", "checking")]
         gone = []
         for name, entry in sorted(self.names.items()):
-            stay = {entry["current"], *entry["aliases"].values()}
+            stay = {entry["current"], entry["previous"], *entry["aliases"].values()}
             old = entry["versions"][: max(0, len(entry["versions"]) - keep)] if keep is not None else []
             going = [item for item in old if item[0] not in stay]
             entry["versions"] = [item for item in entry["versions"] if item not in going]

@@ -48,7 +48,10 @@ def test_old_versions_go_unless_somebody_needs_them(registry: Registry, root: Pa
     _, ticket = registry.hold("a@3")
     registry.rollback("a", 2)
     assert numbers(collect(registry, 10)) == numbers(collect(registry, 5)) == []
-    assert numbers(collect(registry, 1)) == [("a", 4)], "1 is aliased, 2 current, 3 held, 5 the newest"
+    assert numbers(collect(registry, 0)) == [("a", 4)], "1 is aliased, 2 current, 3 held, 5 was current before"
+    registry.rollback("a", 1)
+    registry.rollback("a", 2)
+    assert numbers(collect(registry, 1)) == [], "5 is the newest"
     report = collect(registry, 0)
     assert numbers(report) == [("a", 5)]
     assert (report.blobs, report.unused) == ((), ()), "b has its content"
@@ -99,7 +102,7 @@ def test_folders_that_nobody_needs_go(registry: Registry, root: Path, folders: l
 def test_other_bases_are_spared(root: Path, folders: list[Path]) -> None:
     for base in ("one", "two"):
         registry = Registry(root, base)
-        first, second = [push(registry, "a", folder) for folder in folders[:2]]
+        first, *others = [push(registry, "a", folder) for folder in folders[:3]]
         registry.set_import(registry.begin_import("x", "hf:x/y", None, "").id, AdapterState.FAILED)
         registry.close()
     registry = Registry(root, "two")
@@ -109,8 +112,8 @@ def test_other_bases_are_spared(root: Path, folders: list[Path]) -> None:
     registry = Registry(root, "one")
     kept = [entry.version for entry in registry.versions("a")], len(registry.imports())
     registry.close()
-    assert kept == ([1, 2], 1)
-    assert on_disk(root) == {first.digest, second.digest}
+    assert kept == ([1, 2, 3], 1)
+    assert on_disk(root) == {first.digest, *(entry.digest for entry in others)}
 
 
 def test_start_up_sweeps_compiled_forms(root: Path, folders: list[Path]) -> None:

@@ -131,9 +131,10 @@ registry.discard(registry.stage_folder(Path({str(adapter)!r})))
 
 @pytest.mark.parametrize("change", ["delete", "gc"])
 def test_a_full_disk_lets_itself_be_emptied(
-    change: str, registry: Registry, root: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, registry: Registry, root: Path, adapter: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(registry, "a", other)
+    push(registry, "a", adapter)
     run = registry._db.run
 
     def full_but_for_the_reserve(sql: str, *values: object) -> int:

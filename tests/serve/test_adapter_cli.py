@@ -113,8 +113,10 @@ def test_the_life_of_an_adapter(onebase: Run, make_lora: Any) -> None:
     assert onebase("load", "sql", "--json")["tier"] == "device"
     assert onebase("unload", "sql", "--json")["was_resident"] is True
     assert onebase("unload", "sql", "--force", "--no-wait", "--json")["name"] == "sql"
-    assert onebase("gc", "--keep", "0", "--dry-run", "--json")["versions"] == ["sql@1"]
-    assert onebase("gc", "--keep", "0", "--json")["versions"] == ["sql@1"]
+    onebase("rollback", "sql", "1")
+    onebase("push", "sql", str(make_lora(8)))
+    assert onebase("gc", "--keep", "0", "--dry-run", "--json")["versions"] == ["sql@2"]
+    assert onebase("gc", "--keep", "0", "--json")["versions"] == ["sql@2"]
     assert onebase("rm", "sql", "--force", "--json")["deleted"] is True
     assert onebase("ls", "--prefix", "sql", "--json") == []
 

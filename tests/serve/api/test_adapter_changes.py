@@ -342,7 +342,7 @@ def test_gc_keeps_what_is_used_and_says_what_went(
 ) -> None:
     async def body() -> None:
         async with open_site() as site:
-            digests = await versions(site, adapter_folder, 4)
+            digests = await versions(site, adapter_folder, 5)
             await site.upload("gc", adapter_folder("gc", 20))
             await patch(site, aliases={"stable": 1})
 
@@ -352,13 +352,14 @@ def test_gc_keeps_what_is_used_and_says_what_went(
             assert (await gc())["versions"] == []
             would = await gc(keep=0, dry_run=True)
             assert (would["versions"], would["dry_run"]) == (["a@2", "a@3"], True)
-            assert len((await site.http.get("/v1/adapters/a/versions")).json()["data"]) == 4
+            assert len((await site.http.get("/v1/adapters/a/versions")).json()["data"]) == 5
             done = await gc(keep=0)
             assert (done["versions"], sorted(done["blobs"])) == (["a@2", "a@3"], sorted(digests[1:3]))
             assert done["bytes"] > 0
             left = {folder.name for folder in (tmp_path / "data" / "blobs").iterdir()}
             assert left.isdisjoint(digests[1:3])
-            assert {digests[0], digests[3]} <= left
+            assert {digests[0], *digests[3:]} <= left
+            assert (await site.http.post("/v1/adapters/a/rollback")).json()["version"] == 4, "it goes back all the same"
             assert (await site.complete(model="a@2")).status_code == 404
             assert (await site.http.get("/v1/adapters/gc")).json()["name"] == "gc", "a name like any other"
             for wrong in ({"keep": -1}, {"keep": "1"}, {"dry_run": 1}, {"all": True}):
