@@ -14,10 +14,10 @@ from typing import Any
 
 import structlog
 
-from onebase.adapters.errors import AdapterNotFound, EngineError, OneBaseError, StorageFailed
+from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineError, OneBaseError, StorageFailed
 from onebase.adapters.registry import AdapterEntry
 from onebase.adapters.registry.blobs import Blob, copy_folder
-from onebase.adapters.watch import FolderWatch, Scan, Signature, scan, signature
+from onebase.adapters.watch import PATIENCE_SECONDS, FolderWatch, Scan, Signature, scan, signature
 from onebase.serve.api.store import AdapterStore
 
 log = structlog.get_logger("onebase.watch")
@@ -31,14 +31,22 @@ _PAGE = 1000
 class Watcher:
     """Looks at ``root`` until its task is cancelled. Folders are taken one at a time; an error in one stops nothing."""
 
-    def __init__(self, store: AdapterStore, root: Path, *, interval: float = INTERVAL_SECONDS) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        root: Path,
+        *,
+        interval: float = INTERVAL_SECONDS,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
         self._store = store
         self._root = root
         self._interval = interval
+        self._patience = patience
         self._watch: FolderWatch | None = None
-        self._known: set[str] = set()  # names whose folder this process has compared with the registry
         self._retries: dict[str, float] = {}  # name -> when (monotonic)
-        self._readable = True
+        self._refused: dict[str, str] = {}  # name -> what the log was told last
+        self._trouble = ""  # with the root, as the log was told
         self._look_seconds = 0.0
 
     async def run(self) -> None:
@@ -52,15 +60,16 @@ class Watcher:
     async def step(self) -> None:
         """One look, and what follows from it."""
         if self._watch is None:
-            self._watch = FolderWatch(await asyncio.to_thread(self._owned))
+            self._watch = FolderWatch(await asyncio.to_thread(self._owned), patience=self._patience)
         try:
             seen = await asyncio.to_thread(self._look)
         except OSError as error:
-            self._cannot_read(error)
+            self._watch.look_failed()
+            self._tell_trouble(f"it cannot be read: {error.strerror}")
             return
-        self._readable = True
         self._retry(self._watch)
-        changes = self._watch.step(seen)
+        changes = self._watch.step(seen, time.monotonic())
+        self._tell_trouble(changes.doubt)
         for name in changes.odd:
             log.warning("the folder's name is no adapter name", folder=name[:200])
         for name in changes.settled:
@@ -71,39 +80,48 @@ class Watcher:
     async def _take(self, watch: FolderWatch, name: str, seen: Signature) -> None:
         """A folder as it was seen becomes the name's current version.
 
-        The first time in this process it may be the one that the last process took, so that a restart changes nothing,
-        a rollback included.
+        Not so if the newest version that came from it has the same files, whichever is current: a restart or new dates
+        change nothing, and undo no rollback.
         """
         versions = await self._versions(self._store.check_new_name(name))
         if versions and not await self._is_mine(name):
             log.warning("the name is not from this folder: it is left alone", name=name)
             return
-        same = any((entry.source, entry.revision) == (self._source(name), seen.digest) for entry in versions)
-        if name in self._known or not same:
-            blob = await asyncio.to_thread(self._stage, name, seen)
-            if blob is None:
-                watch.again(name)
-                return
+        newest = next((entry for entry in reversed(versions) if entry.source == self._source(name)), None)
+        if newest is not None and newest.revision == seen.digest:
+            return
+        blob = await asyncio.to_thread(self._stage, name, seen)
+        if blob is None:
+            watch.again(name)
+        elif newest is not None and newest.digest == blob.digest:
+            await asyncio.to_thread(self._store.registry.discard, blob)
+        else:
             entry = await self._store.add(name, blob, source=self._source(name), revision=seen.digest, by="watch")
             log.info("taken from the watched folder", name=name, version=entry.version)
-        self._known.add(name)
 
     async def _drop(self, name: str) -> None:
-        self._known.discard(name)
         if await self._is_mine(name):
             await self._store.delete(name)
             log.info("gone from the watched folder, and deleted", name=name)
 
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """What an engine or a disk refused is tried again after a while, what a check refused once the files change."""
+        """What may go well later is tried again after a while, what a check refused once the files change."""
         try:
             await work
         except OneBaseError as error:
-            log.warning("the watched folder is refused", name=name, reason=error.message)
-            if isinstance(error, EngineError | StorageFailed):
+            self._tell_refusal(name, error.message)
+            if isinstance(error, EngineError | StorageFailed | AdapterConflict):
                 self._retries[name] = time.monotonic() + RETRY_SECONDS
         except Exception:
             log.exception("the watched folder failed", name=name)
+        else:
+            self._refused.pop(name, None)
+
+    def _tell_refusal(self, name: str, reason: str) -> None:
+        """Once, however often it is tried."""
+        if self._refused.get(name) != reason:
+            log.warning("the watched folder is refused", name=name, reason=reason)
+        self._refused[name] = reason
 
     def _retry(self, watch: FolderWatch) -> None:
         for name in [name for name, when in self._retries.items() if when <= time.monotonic()]:
@@ -149,8 +167,8 @@ class Watcher:
     def _source(self, name: str) -> str:
         return f"watch:{self._root / name}"
 
-    def _cannot_read(self, error: OSError) -> None:
-        """Once, until it can be read again. What is registered stays."""
-        if self._readable:
-            log.error("the watched folder cannot be read", folder=str(self._root), reason=error.strerror)
-        self._readable = False
+    def _tell_trouble(self, trouble: str) -> None:
+        """Once, until it is another one. What is registered stays."""
+        if trouble and trouble != self._trouble:
+            log.error("the watched folder is not believed: nothing is deleted", folder=str(self._root), reason=trouble)
+        self._trouble = trouble
