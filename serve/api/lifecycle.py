@@ -74,6 +74,7 @@ async def _boot(server: Server) -> Loaded:
     server.engine.on_ready.append(store.send_pins_soon)
     try:
         imports = Importer(store, _sources(settings), registry)
+        await store.warn_of_a_hidden_name()
         await _add_adapters(server, store)
         await imports.resume()
     except BaseException:

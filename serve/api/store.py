@@ -12,9 +12,9 @@ from typing import Any
 
 import structlog
 
-from onebase.adapters.errors import AdapterConflict, AdapterNotFound, EngineError
+from onebase.adapters.errors import AdapterConflict, AdapterNameInvalid, AdapterNotFound, EngineError
 from onebase.adapters.names import ADAPTER_NAME, check_name
-from onebase.adapters.registry import AdapterEntry, GcReport, Import, Page, Registry
+from onebase.adapters.registry import AdapterEntry, AdapterState, GcReport, Import, Page, Registry
 from onebase.adapters.registry.blobs import Blob
 from onebase.serve.api.holds import Holds
 from onebase.serve.api.import_states import ImportStates
@@ -81,9 +81,15 @@ class AdapterStore:
         await self._names.note(entry.digest)
         return entry
 
-    async def imports(self, *, unfinished: bool = False) -> tuple[Import, ...]:
-        """Newest first."""
-        return await self._call(self.registry.imports, unfinished=unfinished)
+    async def under_way(self, names: Collection[str]) -> tuple[Import, ...]:
+        """The unfinished imports of some names."""
+        return await self._call(self.registry.under_way, names)
+
+    async def last_imports(
+        self, state: AdapterState, *, after: str | None, prefix: str | None, limit: int
+    ) -> tuple[Import, ...]:
+        """See Registry.last_imports."""
+        return await self._call(self.registry.last_imports, state, after=after, prefix=prefix, limit=limit)
 
     async def last_import(self, reference: str) -> Import | None:
         """The newest import of a name; None where the reference is no plain name."""
@@ -176,6 +182,8 @@ class AdapterStore:
         dropped: Collection[str],
     ) -> AdapterEntry:
         """See Registry.change. Pinned: the current version stays on the device, whichever it is."""
+        if self._base_name in aliases:
+            raise AdapterConflict(f"The alias {self._base_name} is the name of the base model.", param="aliases")
         entry = await self._call(
             self.registry.change, name, pinned=pinned, labels=labels, aliases=aliases, dropped=dropped
         )
@@ -183,6 +191,12 @@ class AdapterStore:
             await self._names.note(entry.digest)
             await self.pins.send()
         return entry
+
+    async def warn_of_a_hidden_name(self) -> None:
+        """The base may be served under another name than when the adapters came; requests for that name get the base."""
+        with suppress(AdapterNotFound, AdapterNameInvalid):
+            hidden = await self.get(self._base_name)
+            log.warning("the base model's name hides an adapter", name=self._base_name, adapter=hidden.name)
 
     async def pinned_digests(self) -> frozenset[str]:
         """Of the current versions of pinned names."""
@@ -211,6 +225,7 @@ class AdapterStore:
         """See Registry.gc."""
         report = await asyncio.to_thread(self.registry.gc, keep=keep, dry_run=dry_run)
         if not dry_run:
+            self.import_states.clear_failed()
             self._free_soon(report.unused)
         return report
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from onebase.adapters.errors import AdapterUnloaded
 from onebase.serve.engine.messages import AdapterGone
@@ -102,6 +103,26 @@ def test_bad_changes_are_400_and_change_nothing(
             assert response.status_code == 400, response.text
             assert param is None or (response.json()["error"]["param"] or "").startswith(param)
             assert (await site.http.get("/v1/adapters/a")).json() == before
+
+    run(body())
+
+
+def test_no_alias_is_the_name_of_the_base(run: Any, open_site: Any, adapter_folder: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            await versions(site, adapter_folder, 1)
+            response = await patch(site, labels={"k": "v"}, aliases={"base": 1})
+            assert (response.status_code, response.json()["error"]["param"]) == (409, "aliases")
+            assert (await site.http.get("/v1/adapters/a")).json()["labels"] == {}
+            assert (await patch(site, aliases={"stable": 1})).status_code == 200
+        for name in ("a", "stable"):
+            with capture_logs() as logs:
+                async with open_site(served_model_name=name) as site:
+                    assert (await site.complete(model=name, max_tokens=1)).headers["x-onebase-adapters"] == "base"
+                    assert (await patch(site, aliases={"stable": None, "other": 1})).status_code == 200
+                    await patch(site, aliases={"other": None} if name == "stable" else {"stable": 1, "other": None})
+            said = [line["adapter"] for line in logs if line["event"] == "the base model's name hides an adapter"]
+            assert said == ["a"]
 
     run(body())
 
