@@ -103,6 +103,7 @@ class Engine:
         self._order += 1
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
+        self.waiting.add(sequence)
         return []
 
     def abort(self, request_id: str) -> None:
@@ -111,6 +112,7 @@ class Engine:
         if sequence is not None:
             self._release(sequence)
             self.scheduler.finish(sequence)
+            self.waiting.leave(sequence)
 
     def load(self, command: LoadAdapter) -> list[Output]:
         """Compile an adapter and make it resident; answered once it is known to be good, at once or by a later step().
@@ -256,15 +258,16 @@ class Engine:
     def _poll_adapters(self) -> list[Output]:
         outputs: list[Output] = []
         self.budget.step()
-        for entry in self.adapters.collect(self.waiting.wanted):
+        known = self.adapters.collect(self.waiting.wanted)
+        for entry in known:
             for command in self._commands.pop(entry.digest, []):
                 outputs.append(_failure(command, entry.error) if entry.error else _ready(command, entry))
             if entry.error is not None:
                 outputs += self._refuse([(sequence, entry.error) for sequence in self.waiting.over(entry.digest)])
         self.waiting.prefetch()
         self.adapters.place(self.waiting.planned, self.waiting.wanted)
-        outputs += self._refuse(self.waiting.lay_out())
-        return outputs + self._refuse(self.waiting.oversized()) + self._gone()
+        outputs += self._refuse(self.waiting.lay_out(entry.digest for entry in known))
+        return outputs + self._gone()
 
     def _refuse(self, refused: Refused) -> list[Output]:
         for sequence, _ in refused:
