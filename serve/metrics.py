@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine_metrics import EngineCollector, Names
-from onebase.serve.metric_labels import MAX_MODEL_LABELS, ModelLabels
+from onebase.serve.metric_labels import MAX_MODEL_LABELS, ModelLabels, is_combined
 from onebase.serve.model_metrics import ModelMetrics
 
 NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
@@ -107,7 +107,10 @@ class RequestTimer:
 
 
 class StateCollector(Collector):
-    """The state of every adapter that has a label, and the imports of others that are under way or failed."""
+    """The state of every adapter that has a label, and the imports of others that are under way or failed.
+
+    At most MAX_MODEL_LABELS of them; those that are not ready come first.
+    """
 
     def __init__(self, labels: ModelLabels, states: Callable[[], States], base: str) -> None:
         self._labels = labels
@@ -120,8 +123,8 @@ class StateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily("onebase_adapter_state", "1 for the state of an adapter.", labels=("model", "state"))
-        adapters = [label for label in self._labels if label != self._base and "+" not in label]
+        adapters = [label for label in self._labels if label != self._base and not is_combined(label)]
         shown = dict.fromkeys(adapters, READY) | dict(self._states())
-        for name in sorted(shown)[:MAX_MODEL_LABELS]:
+        for name in sorted(shown, key=lambda name: (shown[name] == READY, name))[:MAX_MODEL_LABELS]:
             family.add_metric((name, shown[name]), 1)
         yield family

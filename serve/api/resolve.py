@@ -24,7 +24,7 @@ class Target:
     """What answers a request.
 
     label: the response's ``model``: the name as asked for, joined by + to the names of further adapters.
-    metric: the name that metrics count it under, without a version.
+    metric: the name that metrics count it under: without versions, and one for each set of adapters.
     exact: every adapter with its version, for the response header.
     """
 
@@ -48,7 +48,7 @@ async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[
         raise bad_request("The same adapter is named twice: give it once, with the scale you want.", "adapters")
     for entry, _, _ in found:
         loaded.store.uses.add(entry.name, entry.version)
-    request.state.model = "+".join(entry.name for entry, _, _ in found) or server.settings.base_name
+    request.state.model = "+".join(sorted(entry.name for entry, _, _ in found)) or server.settings.base_name
     server.metrics.models.request(request.state.model)
     return Target(
         label="+".join([model, *(item.name for item in extra)]),

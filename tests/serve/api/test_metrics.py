@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from onebase.serve.metric_labels import MAX_MODEL_LABELS
+from onebase.serve.metric_labels import MAX_COMBINED_LABELS, MAX_MODEL_LABELS
 from onebase.serve.metrics import Metrics
 
 
@@ -108,7 +108,7 @@ def test_a_deleted_adapter_gives_its_label_back(engine: Any) -> None:
     metrics = Metrics(engine, dict)
     for index in range(MAX_MODEL_LABELS):
         metrics.models.request(f"a{index}")
-    metrics.models.request("a0+a1")
+    metrics.models.request("late")
     metrics.models.failed("a0", "engine_dead")
     running = metrics.models.of("a0")
     metrics.models.forget("a0")
@@ -118,7 +118,7 @@ def test_a_deleted_adapter_gives_its_label_back(engine: Any) -> None:
     for group in found.values():
         assert not any(s.labels.get("model") == "a0" for s in group)
     assert value(found, "onebase_request_errors_total", model="other", kind="engine_dead") == 1
-    assert value(found, "onebase_requests_total", model="other") == 1, "a0+a1 came too late"
+    assert value(found, "onebase_requests_total", model="other") == 1, "it came too late"
     metrics.models.request("new")
     metrics.models.request("newer")
     found = samples(metrics.render()[0].decode())
@@ -134,6 +134,43 @@ def test_combinations_go_with_each_of_their_adapters(engine: Any) -> None:
     metrics.models.forget("b")
     found = samples(metrics.render()[0].decode())
     assert {s.labels["model"] for s in found["onebase_requests_total"]} == {"a", "ab"}
+
+
+def test_combinations_leave_the_labels_of_models_alone(engine: Any) -> None:
+    metrics = Metrics(engine, dict)
+    for one in range(16):
+        for two in range(one):
+            metrics.models.request(f"a{one}+a{two}")
+    for index in range(MAX_MODEL_LABELS):
+        metrics.models.request(f"a{index}")
+    found = samples(metrics.render()[0].decode())
+    labels = {s.labels["model"] for s in found["onebase_requests_total"]}
+    assert len([label for label in labels if "+" in label]) == MAX_COMBINED_LABELS
+    assert labels > {f"a{index}" for index in range(MAX_MODEL_LABELS)}
+    assert value(found, "onebase_requests_total", model="other") == 120 - MAX_COMBINED_LABELS
+
+
+def test_a_set_of_adapters_counts_as_one_model(run: Any, open_site: Any, adapter_folder: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            for seed, name in enumerate("ab"):
+                await site.upload(name, adapter_folder(name, seed))
+            for model, other in ("ab", "ba"):
+                adapters = [{"name": other, "scale": 1.0}]
+                assert (await site.complete(model=model, adapters=adapters, max_tokens=1)).status_code == 200
+            found = samples((await site.http.get("/metrics")).text)
+            assert value(found, "onebase_requests_total", model="a+b") == 2
+
+    run(body())
+
+
+def test_states_that_are_not_ready_come_first(engine: Any) -> None:
+    metrics = Metrics(engine, dict, lambda: {"zzz": "failed", "yyy": "importing"})
+    for index in range(MAX_MODEL_LABELS):
+        metrics.models.request(f"a{index}")
+    states = samples(metrics.render()[0].decode())["onebase_adapter_state"]
+    assert [(s.labels["model"], s.labels["state"]) for s in states[:2]] == [("yyy", "importing"), ("zzz", "failed")]
+    assert len(states) == MAX_MODEL_LABELS
 
 
 def test_an_adapter_called_other_takes_no_label(engine: Any) -> None:
