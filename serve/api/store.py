@@ -193,7 +193,7 @@ class AdapterStore:
         return entry
 
     async def warn_of_a_hidden_name(self) -> None:
-        """The base may be served under another name than when the adapters came; requests for that name get the base."""
+        """The base may have another name than when the adapters came; requests for that name get the base."""
         with suppress(AdapterNotFound, AdapterNameInvalid):
             hidden = await self.get(self._base_name)
             log.warning("the base model's name hides an adapter", name=self._base_name, adapter=hidden.name)
