@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 from onebase.serve.api import (
     adapter_changes,
@@ -21,7 +21,7 @@ from onebase.serve.api import (
     vllm_compat,
 )
 from onebase.serve.api.admission import Admission
-from onebase.serve.api.auth import require_local_host
+from onebase.serve.api.auth import LocalHostOnly
 from onebase.serve.api.errors import install_handlers
 from onebase.serve.api.lifecycle import running
 from onebase.serve.api.middleware import RequestContext
@@ -43,13 +43,13 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
         async with running(server):
             yield
 
-    local = Depends(require_local_host)
-    app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None, dependencies=[local])
+    app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.server = server
     for module in (health, models, completions, chat, classify, tokenize, adapters, adapter_changes, vllm_compat):
         app.include_router(module.router)
     install_handlers(app)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(LocalHostOnly, settings=settings)
+    app.add_middleware(RequestContext, metrics=metrics)  # the outermost: what is refused is logged and counted too
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]
     return app
 

@@ -8,31 +8,38 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from onebase.serve.api.errors import ApiError
+from onebase.serve.api.errors import ApiError, error_response
 from onebase.serve.api.state import server_of
-from onebase.serve.config import is_loopback
+from onebase.serve.config import Settings, is_loopback
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]*)?", re.IGNORECASE)
+_OTHER_HOST = ApiError(
+    403,
+    "The Host header must be localhost, 127.0.0.1 or [::1]: the server has no API key and is for its own machine. "
+    "Behind a proxy, set --api-key and --admin-key.",
+    code="host_not_allowed",
+)
 
 
-def require_local_host(request: Request) -> None:
-    """Every route of a server that is open to its own machine alone: the Host must be a name of that machine.
+class LocalHostOnly:
+    """Around every path of a server that is open to its own machine alone: the Host must be a name of that machine.
 
     A web page can make its own name resolve to 127.0.0.1, and is then of the same origin as what it asks. But its
     name stands in the Host header. An API key guards against that as well, and --insecure turns the check off.
     """
-    settings = server_of(request).settings
-    if settings.api_key is not None or settings.insecure or not is_loopback(settings.host):
-        return
-    host = _HOST.fullmatch(request.headers.get("host", ""))
-    if host is None or not is_loopback(host[1].lower()):
-        raise ApiError(
-            403,
-            "The Host header must be localhost, 127.0.0.1 or [::1]: the server has no API key and is for its own "
-            "machine. Behind a proxy, set --api-key and --admin-key.",
-            code="host_not_allowed",
-        )
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._any_host = settings.api_key is not None or settings.insecure or not is_loopback(settings.host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._any_host or _is_local(Headers(scope=scope).get("host", "")):
+            await self._app(scope, receive, send)
+        else:
+            await error_response(_OTHER_HOST)(scope, receive, send)
 
 
 def require_api_key(request: Request) -> None:
@@ -61,6 +68,11 @@ def caller(request: Request) -> str:
     if settings.admin_key is not None:
         return "admin"
     return "anonymous" if settings.api_key is None else "api"
+
+
+def _is_local(host: str) -> bool:
+    found = _HOST.fullmatch(host)
+    return found is not None and is_loopback(found[1].lower())
 
 
 def _presents(request: Request, *keys: SecretStr | None) -> bool:

@@ -8,14 +8,15 @@ import pytest
 
 OTHERS = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "192.168.0.1"]
 OTHERS += ["[::2]", "localhost@evil.example", "[::1", "", "localhost:80:80", "0.0.0.0"]
-PATHS = ("/health", "/metrics", "/v1/models", "/v1/adapters")
+PATHS = ("/health", "/metrics", "/v1/models", "/v1/adapters", "/docs", "/openapi.json")
+NO_ROUTES = ("/", "/v1/adapters/", "/docs/", "/nothing")
 
 
 @pytest.mark.parametrize("host", OTHERS)
 def test_without_keys_names_that_were_made_to_resolve_here_are_refused(run: Any, open_site: Any, host: str) -> None:
     async def body() -> None:
         async with open_site() as site:
-            answers = [await site.http.get(path, headers={"host": host}) for path in PATHS]
+            answers = [await site.http.get(path, headers={"host": host}) for path in (*PATHS, *NO_ROUTES)]
             headers = {"host": host, "origin": f"http://{host}"}
             answers.append(await site.http.post("/v1/adapters/a/unload", headers=headers))
             json_body = {"model": "base", "prompt": "x"}
@@ -34,6 +35,27 @@ def test_without_keys_every_name_of_the_machine_itself_is_served(run: Any, open_
         async with open_site() as site:
             for path in PATHS:
                 assert (await site.http.get(path, headers={"host": host})).status_code == 200
+
+    run(body())
+
+
+def test_no_slash_is_added_or_taken_off(run: Any, open_site: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            for path in NO_ROUTES:
+                answer = await site.http.get(path)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+    run(body())
+
+
+def test_what_is_refused_has_an_id_and_is_counted(run: Any, open_site: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            answer = await site.http.get("/docs", headers={"host": "evil.example", "x-request-id": "mine"})
+            assert answer.headers["x-request-id"] == "mine"
+            text = (await site.http.get("/metrics")).text
+            assert 'onebase_http_requests_total{route="unmatched",status="403"} 1.0' in text
 
     run(body())
 
