@@ -86,9 +86,10 @@ class Turns:
             if self._adapters.num_compiling > _MOST_COMPILING and not all(map(self._adapters.is_known, uses)):
                 self._leave_room(uses, room, later)
                 continue
-            if host is None and not self._bring(uses, room, later):
-                host = _Room(self._adapters.host.capacity)
-            elif host is not None and not self._bring_closer(uses, host):
+            if host is None and self._bring(uses, room, later):
+                continue
+            host = host or self._host_room()
+            if not self._bring_closer(uses, host):
                 return
 
     def _needs_turn(self, digest: str) -> bool:
@@ -102,6 +103,17 @@ class Turns:
             room.take(self._adapters.parts(digest))
         return room
 
+    def _host_room(self) -> _Room:
+        """Beside those that are on their way to the device: they are in host memory until they have been copied. In
+        bytes as the device counts them: programs take more in host memory, by their records and by whole pages."""
+        host, mean = self._adapters.host, self._adapters.transit.mean_bytes
+        share = len(host) * mean / host.used if host.used else 1.0
+        room = _Room(int(host.capacity * min(share, 1.0)))
+        for digest in self.planned:
+            if not self._adapters.is_ready(digest):
+                room.take(self._parts_of(digest))
+        return room
+
     def _bring(self, uses: Mapping[str, AdapterUse], room: _Room, later: _Room) -> bool:
         """Plan the adapters onto the device; False where they do not fit beside those of older requests. The oldest
         request's always do: the device's room is made for them."""
@@ -109,13 +121,13 @@ class Turns:
         for digest in new:
             room.take(self._parts_of(digest))
             later.take(self._parts_of(digest))
-        fit = self._drain_for(uses, later) or not self.planned
+        if not self._drain_for(uses, later) and self.planned:
+            return False
         for digest, use in uses.items():
             self._adapters.await_ready(digest, use.path)
         self.wanted.update(uses)
-        if fit:
-            self.planned.update(dict.fromkeys(uses, room.left >= 0 or not new))
-        return fit
+        self.planned.update(dict.fromkeys(uses, room.left >= 0 or not new))
+        return True
 
     def _leave_room(self, uses: Iterable[str], *rooms: _Room) -> None:
         """For adapters that will be loaded as soon as others have been."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -73,3 +74,25 @@ def test_new_pins_are_held_against_all_that_wait(crowd_of: Callable[..., Crowd])
     assert crowd.driver.failures[running].kind == "AdapterTooLarge"
     assert crowd.engine.waiting._over == {}
     assert crowd.engine.waiting._new == {}
+
+
+def test_packed_programs_stay_within_host_memory(crowd_of: Callable[..., Crowd]) -> None:
+    """Those that wait for their place on the device, outside the tier, are charged to it as well. Compilations that are
+    started before sizes are known may be too many, and are dropped once they are known."""
+    crowd = crowd_of(40, room=8, host=10, max_num_seqs=24)
+    for name in crowd.names[:8]:
+        crowd.ask(name, max_tokens=200)
+    crowd.wait(lambda: len(crowd.engine.scheduler.running) == 8)
+    for name in crowd.names[8:]:
+        crowd.ask(name, max_tokens=2)
+    host, most = crowd.cache.host, 0
+    for _ in range(150):
+        crowd.driver.step()
+        packed = [entry.packed for entry in crowd.cache.transit.entries.values() if entry.digest not in host]
+        outside = sum(one.nbytes for one in packed if one is not None)
+        most = max(most, host.used + outside)
+        time.sleep(0.001)
+    assert len(host) >= 8, "the next turn's are there"
+    assert most <= host.capacity
+    crowd.driver.run()
+    assert len(crowd.driver.outputs) == 40
