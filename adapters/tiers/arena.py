@@ -41,7 +41,7 @@ class Arena:
     """A flat buffer of one dtype on one device, handed out in blocks.
 
     The arena is the first ``capacity`` elements of ``buffer``; ``resize`` moves its end. ``limit``: the most that its
-    capacity can become, so that what is larger can be refused at once.
+    capacity can become, so that what is larger can be refused at once. ``used``: elements that blocks hold.
     """
 
     def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -61,11 +61,7 @@ class Arena:
         self.limit = _whole(limit)
         self._free: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []  # (start, length), by start
         self._held: dict[int, int] = {}
-
-    @property
-    def used(self) -> int:
-        """Elements held by blocks."""
-        return sum(self._held.values())
+        self.used = 0
 
     @property
     def used_bytes(self) -> int:
@@ -115,11 +111,13 @@ class Arena:
         if length > need:
             bisect.insort(self._free, (start + need, length - need))
         self._held[start] = need
+        self.used += need
         return start
 
     def free(self, start: int) -> None:
         """Give a block back; neighbouring free ranges merge."""
         length = self._held.pop(start)
+        self.used -= length
         at = bisect.bisect(self._free, (start, length))
         if at < len(self._free) and self._free[at][0] == start + length:
             length += self._free.pop(at)[1]
@@ -140,7 +138,7 @@ class Arena:
             self._free.append((tail[0], capacity - tail[0]))
 
     def check(self) -> None:
-        """Prove that free and held ranges tile the buffer. Raises RuntimeError where they do not."""
+        """Prove that free and held ranges tile the buffer, as counted. Raises RuntimeError where they do not."""
         at = 0
         for start, length in sorted([*self._free, *self._held.items()]):
             if start != at:
@@ -148,3 +146,5 @@ class Arena:
             at = start + length
         if at != self.capacity:
             raise RuntimeError(f"arena: {at} elements accounted for, {self.capacity} in the buffer")
+        if self.used != sum(self._held.values()):
+            raise RuntimeError(f"arena: blocks hold {sum(self._held.values())} elements, {self.used} counted")

@@ -101,14 +101,19 @@ class HostTier:
         may_go = self._own_bytes - sum(self._own.get(digest, 0) for digest in set(protected))
         if self.used - may_go + self._needed(packed) > self.capacity:
             return False
-        while self.used + self._needed(packed) > self.capacity:
-            coldest = self._policy.coldest(digest for digest in self._programs if digest not in protected)
-            if coldest is None:
-                return False
+        if not self._lacks(packed):
+            return True
+        kept = set(protected)
+        for coldest in self._policy.coldest_first(digest for digest in self._programs if digest not in kept):
             self.drop(coldest)
             self.evictions += 1
             self._evicted(coldest)
-        return True
+            if not self._lacks(packed):
+                return True
+        return False
+
+    def _lacks(self, packed: PackedProgram) -> bool:
+        return self.used + self._needed(packed) > self.capacity
 
     def _needed(self, packed: PackedProgram) -> int:
         new = (flat for key, flat in packed.shared.items() if key not in self._shared)

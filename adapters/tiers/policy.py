@@ -11,8 +11,9 @@ Both tiers ask the same book, so what host memory still knows of an adapter coun
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # Of those tried, the longest that had no fewer hits than LRU on any load: docs/decisions.md.
 HALF_LIFE = 500
@@ -44,6 +45,14 @@ class Lrfu:
     def coldest(self, digests: Iterable[str]) -> str | None:
         """Who has to go first of these; None where there are none."""
         return min(digests, key=self._score, default=None)
+
+    def coldest_first(self, digests: Iterable[str]) -> Iterator[str]:
+        """All of these, in the order in which they have to go. Each score is looked at once; who stops early does not
+        pay for the order of the rest."""
+        heap = [(self._score(digest), at, digest) for at, digest in enumerate(digests)]
+        heapq.heapify(heap)
+        while heap:
+            yield heapq.heappop(heap)[2]
 
     def forget(self, digest: str) -> None:
         """It is in no tier any more."""

@@ -41,6 +41,14 @@ def test_blocks_never_overlap_and_all_comes_back(sizes: list[int], random: objec
     assert arena.allocate(arena.capacity) == 0
 
 
+def test_check_finds_a_count_that_is_wrong() -> None:
+    arena = _arena()
+    arena.allocate(1)
+    arena.used += 1
+    with pytest.raises(RuntimeError, match="counted"):
+        arena.check()
+
+
 def test_the_smallest_range_that_fits_is_taken() -> None:
     arena = _arena(10)
     starts = [arena.allocate(n * BLOCK_ALIGN) for n in (3, 1, 2, 1)]

@@ -41,6 +41,18 @@ def test_the_coldest_unprotected_one_goes(tier: HostTier, gone: list[str]) -> No
     tier.check()
 
 
+def test_each_score_is_looked_at_once_for_all_that_go(gone: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = HostTier(100 * 400, Lrfu(), gone.append)
+    for number in range(100):
+        tier.put(_packed(str(number)), ())
+    looked: list[str] = []
+    monkeypatch.setattr(tier._policy, "_score", lambda digest: looked.append(digest) or float(digest))
+    tier.put(_packed("1000", 5000), protected={"7"})
+    assert gone == [str(number) for number in range(51) if number != 7]
+    assert len(looked) == 99
+    tier.check()
+
+
 def test_nobody_goes_where_it_would_not_help(tier: HostTier, gone: list[str]) -> None:
     for digest in "abcd":
         tier.put(_packed(digest), ())

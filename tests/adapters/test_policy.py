@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import OrderedDict
@@ -114,3 +115,15 @@ def test_a_scan_of_cold_adapters_does_not_flush_the_hot_ones() -> None:
     hot = random.Random(2).choices(range(300), ZIPF, k=3000)
     uses = [key for at, use in enumerate(hot) for key in ((use,) if at % 300 else (use, *range(1000 + at, 1060 + at)))]
     assert _lrfu_hits(uses, 30) >= 1.05 * _lru_hits(uses, 30)
+
+
+@settings(deadline=None)
+@given(uses=st.lists(st.sampled_from(KEYS), max_size=30), stop=st.integers(0, len(KEYS)))
+def test_the_order_of_going_is_that_of_the_coldest_one_after_the_other(uses: list[str], stop: int) -> None:
+    policy, left = Lrfu(half_life=3.0), list(KEYS)
+    for key in uses:
+        policy.use(key)
+    for gone in itertools.islice(policy.coldest_first(KEYS), stop):
+        assert gone == policy.coldest(left)
+        left.remove(gone)
+    assert len(left) == len(KEYS) - stop
