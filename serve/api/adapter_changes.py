@@ -8,20 +8,19 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from onebase.adapters.errors import AdapterConflict
-from onebase.serve.api.adapter_schemas import AdapterChange, Collect, Nothing, Rollback, Unloading
+from onebase.serve.api.adapter_schemas import AdapterChange, Collect, Rollback, Unloading
 from onebase.serve.api.auth import require_admin_key
 from onebase.serve.api.body import has_body, json_body, read_json
 from onebase.serve.api.cards import adapter_card, report_card
-from onebase.serve.api.query import query_parameters, read_query
+from onebase.serve.api.query import query_parameters, read_query, refuse_unread
 from onebase.serve.api.state import server_of
 
-router = APIRouter(dependencies=[Depends(require_admin_key)])
+router = APIRouter(dependencies=[Depends(require_admin_key), Depends(refuse_unread)])
 
 
-@router.patch("/v1/adapters/{name}", openapi_extra=json_body(AdapterChange) | query_parameters(Nothing))
+@router.patch("/v1/adapters/{name}", openapi_extra=json_body(AdapterChange))
 async def change_adapter(request: Request, name: str) -> dict[str, Any]:
     """Pins, labels and aliases; what the body leaves out stays as it is."""
-    read_query(request, Nothing)
     change = await read_json(request, AdapterChange)
     server = server_of(request)
     entry = await server.require_loaded().store.change(
@@ -37,16 +36,14 @@ async def change_adapter(request: Request, name: str) -> dict[str, Any]:
 @router.post("/v1/adapters/{name}/rollback", openapi_extra=json_body(Rollback, required=False))
 async def rollback_adapter(request: Request, name: str) -> dict[str, Any]:
     """Makes another version current: the one that the body names, or the one that was current before."""
-    read_query(request, Nothing)
     version = (await read_json(request, Rollback)).version if has_body(request) else None
     server = server_of(request)
     return adapter_card(server, await server.require_loaded().store.rollback(name, version))
 
 
-@router.post("/v1/adapters/{name}/load", openapi_extra=query_parameters(Nothing))
+@router.post("/v1/adapters/{name}/load")
 async def load_adapter(request: Request, name: str) -> dict[str, Any]:
     """Makes a version resident before the first request needs it. ``tier`` says whether there was room."""
-    read_query(request, Nothing)
     server = server_of(request)
     return adapter_card(server, await server.require_ready().store.load(name))
 
@@ -72,7 +69,6 @@ async def unload_adapter(request: Request, name: str) -> Response:
 @router.post("/v1/registry/gc", openapi_extra=json_body(Collect, required=False))
 async def collect(request: Request) -> dict[str, Any]:
     """Removes old versions, finished imports and files that nothing needs."""
-    read_query(request, Nothing)
     body = await read_json(request, Collect) if has_body(request) else Collect()
     report = await server_of(request).require_loaded().store.gc(body.keep, dry_run=body.dry_run)
     return report_card(report, dry_run=body.dry_run)

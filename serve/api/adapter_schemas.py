@@ -131,7 +131,3 @@ class Forcing(Query):
 
 class Unloading(Waiting, Forcing):
     """POST /v1/adapters/{name}/unload."""
-
-
-class Nothing(Query):
-    """Of routes without parameters."""

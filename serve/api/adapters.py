@@ -10,16 +10,16 @@ from starlette.responses import JSONResponse, Response
 from onebase.adapters.errors import AdapterNotFound
 from onebase.adapters.registry import AdapterState
 from onebase.serve.api.adapter_pages import adapter_page
-from onebase.serve.api.adapter_schemas import AdapterFilter, AdapterSource, Forcing, Nothing, Waiting
+from onebase.serve.api.adapter_schemas import AdapterFilter, AdapterSource, Forcing, Waiting
 from onebase.serve.api.auth import caller, require_admin_key
 from onebase.serve.api.body import content_type, json_body, read_json
 from onebase.serve.api.cards import adapter_card, import_card
 from onebase.serve.api.errors import bad_request
-from onebase.serve.api.query import query_parameters, read_query
+from onebase.serve.api.query import query_parameters, read_query, refuse_unread
 from onebase.serve.api.state import Loaded, Server, server_of
 from onebase.serve.api.upload import receive_adapter
 
-router = APIRouter(dependencies=[Depends(require_admin_key)])
+router = APIRouter(dependencies=[Depends(require_admin_key), Depends(refuse_unread)])
 
 
 @router.get("/v1/adapters", openapi_extra=query_parameters(AdapterFilter))
@@ -43,10 +43,9 @@ async def add_adapter(request: Request) -> Response:
     return await _import(request, server, loaded, wait=wait)
 
 
-@router.get("/v1/adapters/{name}", openapi_extra=query_parameters(Nothing))
+@router.get("/v1/adapters/{name}")
 async def get_adapter(request: Request, name: str) -> dict[str, Any]:
     """``name``, ``name@3``, ``name@sha256:...`` or an alias; also a name whose first import is under way or failed."""
-    read_query(request, Nothing)
     server = server_of(request)
     store = server.require_loaded().store
     job = await store.last_import(name)
@@ -58,10 +57,9 @@ async def get_adapter(request: Request, name: str) -> dict[str, Any]:
         return import_card(job)
 
 
-@router.get("/v1/adapters/{name}/versions", openapi_extra=query_parameters(Nothing))
+@router.get("/v1/adapters/{name}/versions")
 async def list_versions(request: Request, name: str) -> dict[str, Any]:
     """All of a name, oldest first."""
-    read_query(request, Nothing)
     server = server_of(request)
     store = server.require_loaded().store
     entries, current = await store.versions(name), await store.get(name)

@@ -21,6 +21,7 @@ from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.completions import encoded
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.generation import Usage, check_ids, merged
+from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import Target, resolve
 from onebase.serve.api.schemas import ClassifyRequest
 from onebase.serve.api.state import Loaded, Server, server_of
@@ -31,7 +32,7 @@ from onebase.serve.engine.messages import Request as EngineRequest
 LONG_ANSWER = 1 << 14  # values; shorter answers are written faster than a thread is woken
 MAX_VALUES = 1 << 21  # probabilities of one answer: about 40 MB of JSON
 
-router = APIRouter(dependencies=[Depends(require_api_key)])
+router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
 
 @dataclass(slots=True)

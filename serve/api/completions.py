@@ -13,6 +13,7 @@ from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.generation import plan
 from onebase.serve.api.logprobs import LegacyWriter, prompt_logprobs
+from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
 from onebase.serve.api.schemas import CompletionRequest
 from onebase.serve.api.state import Loaded, server_of
@@ -20,7 +21,7 @@ from onebase.serve.api.token_texts import TokenTexts
 
 DEFAULT_MAX_TOKENS = 16
 
-router = APIRouter(dependencies=[Depends(require_api_key)])
+router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
 
 class CompletionShape:

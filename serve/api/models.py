@@ -7,13 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from onebase.adapters.registry import AdapterEntry
-from onebase.serve.api.adapter_schemas import ModelFilter, Nothing
+from onebase.serve.api.adapter_schemas import ModelFilter
 from onebase.serve.api.auth import require_api_key
-from onebase.serve.api.query import query_parameters, read_query
+from onebase.serve.api.query import query_parameters, read_query, refuse_unread
 from onebase.serve.api.resolve import find_model
 from onebase.serve.api.state import Loaded, Server, server_of
 
-router = APIRouter(dependencies=[Depends(require_api_key)])
+router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
 
 @router.get("/v1/models", openapi_extra=query_parameters(ModelFilter))
@@ -28,10 +28,9 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [*first, *cards], "has_more": page.next is not None, "next": page.next}
 
 
-@router.get("/v1/models/{model:path}", openapi_extra=query_parameters(Nothing))
+@router.get("/v1/models/{model:path}")
 async def get_model(request: Request, model: str) -> dict[str, Any]:
     """The base, an adapter, a version of one, or an alias."""
-    read_query(request, Nothing)
     server = server_of(request)
     loaded = server.require_loaded()
     if model == server.settings.base_name:

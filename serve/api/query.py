@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from onebase.serve.api.body import has_body
 from onebase.serve.api.errors import ApiError, bad_request, from_validation
 
 
@@ -33,6 +34,15 @@ def read_query(request: Request, schema: type[T]) -> T:
         return schema.model_validate(given)
     except ValidationError as error:
         raise _with_allowed(from_validation(error), schema) from error
+
+
+def refuse_unread(request: Request) -> None:
+    """For routers: a query parameter or a body that the route's place in the OpenAPI document does not have is 400."""
+    declared = getattr(request.scope["route"], "openapi_extra", None) or {}
+    if "parameters" not in declared:
+        read_query(request, Query)
+    if "requestBody" not in declared and has_body(request):
+        raise bad_request(f"{request.method} {request.url.path} takes no body: options stand in the query string.")
 
 
 def query_parameters(schema: type[Query]) -> dict[str, Any]:

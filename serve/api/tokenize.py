@@ -9,13 +9,14 @@ from fastapi import APIRouter, Depends, Request
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import bad_request
+from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import find_model
 from onebase.serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from onebase.serve.api.state import Loaded, server_of
 
 COUNTED_CHARS = 1 << 20  # texts up to this length can be counted, however short the context
 
-router = APIRouter(dependencies=[Depends(require_api_key)])
+router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
 
 @router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))

@@ -21,10 +21,11 @@ from onebase.serve.api.adapter_schemas import LoadLora, UnloadLora
 from onebase.serve.api.auth import caller, require_admin_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import ApiError, bad_request
+from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.state import server_of
 from onebase.serve.api.store import AdapterStore
 
-router = APIRouter(dependencies=[Depends(require_admin_key)])
+router = APIRouter(dependencies=[Depends(require_admin_key), Depends(refuse_unread)])
 
 T = TypeVar("T")
 

@@ -133,15 +133,45 @@ def test_cursors_that_are_no_names_are_only_places(run: Any, open_site: Any, ada
         ("POST", "/v1/adapters/n/unload"),
         ("POST", "/v1/adapters/n/rollback"),
         ("POST", "/v1/registry/gc"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/v1/unload_lora_adapter"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/base"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/classify"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("GET", "/tokenizer_info"),
     ],
 )
 def test_no_route_ignores_a_parameter(run: Any, open_site: Any, method: str, path: str) -> None:
     async def body() -> None:
         async with open_site() as site:
-            response = await site.http.request(method, f"{path}?force_it=true", json={})
+            response = await site.http.request(method, f"{path}?force_it=true")
             assert response.status_code == 400, response.text
             assert response.json()["error"]["param"] == "force_it"
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "/v1/adapters/n"),
+        ("POST", "/v1/adapters/n/load"),
+        ("POST", "/v1/adapters/n/unload"),
+        ("GET", "/v1/adapters/n"),
+        ("GET", "/v1/models"),
+    ],
+)
+def test_no_route_ignores_a_body(run: Any, open_site: Any, adapter_folder: Any, method: str, path: str) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            await site.upload("n", adapter_folder("n"))
+            response = await site.http.request(method, path, json={"force": True})
+            assert response.status_code == 400, response.text
+            assert "takes no body" in response.json()["error"]["message"]
+            assert (await site.http.request(method, path, content=b"")).status_code == 200
 
     run(body())

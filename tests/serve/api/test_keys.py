@@ -45,9 +45,8 @@ def test_keys(run: Any, open_site: Any, keys: dict[str, str], given: str | None,
                 ("POST", "/v1/adapters/a/load"),
                 ("POST", "/v1/adapters/a/unload"),
             ):
-                status = (
-                    await site.http.request(method, path, json={"pinned": True} if method == "PATCH" else {})
-                ).status_code
+                options = {"json": {"pinned": True}} if method == "PATCH" else {}
+                status = (await site.http.request(method, path, **options)).status_code
                 assert status == (404 if admin == 200 else admin), path
             assert (await site.post("/v1/registry/gc", dry_run=True)).status_code == admin
             for path in ("/health", "/ready", "/metrics", "/version"):
