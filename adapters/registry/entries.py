@@ -11,7 +11,7 @@ from pathlib import Path
 class AdapterState(StrEnum):
     """Where a name stands. Versions are READY, always; FETCHING, CHECKING and FAILED belong to imports.
 
-    DELETED: of a name that is gone, and of the imports that had made it.
+    DELETED: of a name that is gone, and of its imports.
     """
 
     FETCHING = "fetching"

@@ -84,6 +84,17 @@ class Queries:
         by_digest = groupby(rows, key=lambda row: row[0])
         return {digest: tuple(name for _, name in some) for digest, some in by_digest}
 
+    def aliased(self, digests: Iterable[str]) -> frozenset[str]:
+        """See Registry.aliased."""
+        rows = self._db.rows(
+            "SELECT DISTINCT v.digest FROM json_each(?) wanted "
+            "CROSS JOIN versions v INDEXED BY versions_by_digest ON v.digest = wanted.value "
+            "JOIN aliases a ON a.base = v.base AND a.name = v.name AND a.version = v.version WHERE v.base = ?",
+            json.dumps(sorted(set(digests))),
+            self._base,
+        )
+        return frozenset(digest for (digest,) in rows)
+
     def orphans(self, digests: Iterable[str]) -> list[str]:
         """Those that no version of any name has, be it current or not."""
         rows = self._db.rows(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
 
 from onebase.adapters.errors import AdapterNotFound
 from onebase.adapters.names import check_name
 from onebase.adapters.registry.database import Database
-from onebase.adapters.registry.entries import AdapterEntry, DeletedName, Import, Page
+from onebase.adapters.registry.entries import AdapterEntry, AdapterState, DeletedName, Import, Page
 from onebase.adapters.registry.imports import Imports
 from onebase.adapters.registry.queries import Queries
 
@@ -55,6 +55,10 @@ class RegistryReads:
         """The names whose current version has each digest; digests without one are left out."""
         return self._read.names_of(digests)
 
+    def aliased(self, digests: Iterable[str]) -> frozenset[str]:
+        """Those of them that an alias of any name is fixed to. What follows a current version is in names_of."""
+        return self._read.aliased(digests)
+
     def pinned(self) -> Entries:
         """The current versions of all pinned names, by name."""
         return self._read.entries(" AND v.version = n.current AND n.pinned ORDER BY n.name")
@@ -74,9 +78,27 @@ class RegistryReads:
         """Deleted names, by name, beginning behind the name ``after``."""
         return self._read.deleted(after, limit)
 
-    def imports(self, *, unfinished: bool = False, limit: int = 1000) -> tuple[Import, ...]:
+    def imports(self, *, unfinished: bool = False, limit: int | None = None) -> tuple[Import, ...]:
         """Newest first. Finished ones stay until the next gc."""
         return self._imports.list(unfinished=unfinished, limit=limit)
+
+    def find_import(self, identity: str) -> Import | None:
+        """The import with this id; None once a gc has removed it."""
+        return self._imports.get(identity)
+
+    def check_import(self, identity: str) -> None:
+        """Raises AdapterNotFound; AdapterConflict where the import is finished, or its name was deleted."""
+        self._imports.check_under_way(identity)
+
+    def last_imports(
+        self, state: AdapterState, *, after: str | None = None, prefix: str | None = None, limit: int = 100
+    ) -> tuple[Import, ...]:
+        """The last import of each name where that is in ``state``: by name, beginning behind the name ``after``."""
+        return self._imports.last_in(state, after or "", prefix or "", limit)
+
+    def under_way(self, names: Collection[str]) -> tuple[Import, ...]:
+        """The unfinished imports of some names."""
+        return self._imports.under_way(names)
 
     def last_import(self, name: str) -> Import | None:
         return self._imports.last(check_name(name))

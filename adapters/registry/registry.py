@@ -186,7 +186,11 @@ class Registry(RegistryReads):
             return self._read.find(name)
 
     def delete(self, name: str) -> Deletion:
-        """Remove a name with all its versions, and blobs that nobody refers to or holds. Raises AdapterNotFound."""
+        """Remove a name with all its versions, and blobs that nobody refers to or holds.
+
+        Its imports count as deleted too; one that is under way will not commit. A name that has imports and no version
+        is removed so too. Raises AdapterNotFound.
+        """
         return self._making_room(lambda: self._delete(name))
 
     def begin_import(self, name: str, source: str, revision: str | None, by: str) -> Import:
@@ -224,9 +228,11 @@ class Registry(RegistryReads):
 
     def _delete(self, name: str) -> Deletion:
         with self._db.transaction():
-            gone = self.versions(name)
-            self._change.delete(name)
-            self._imports.name_deleted(name)
+            gone = self._read.versions(check_name(name))
+            if not self._imports.name_deleted(name) and not gone:
+                raise AdapterNotFound(f"There is no adapter {name!r}.", param="name")
+            if gone:
+                self._change.delete(name)
             orphans = self._read.orphans(entry.digest for entry in gone)
         return Deletion(gone, orphans, self._sweeper.collect(orphans))
 

@@ -16,31 +16,27 @@ from onebase.serve.api.store import AdapterStore
 async def adapter_page(server: Server, wanted: AdapterFilter) -> dict[str, Any]:
     """Without ``state``: names that have a version. With ``ready``: those of them with no import under way."""
     store = server.require_loaded().store
-    if wanted.state in (None, AdapterState.READY):
+    if wanted.state is None or wanted.state == AdapterState.READY:
         return await _serving(server, store, wanted)
-    return await _importing(server, store, wanted)
+    return await _importing(server, store, wanted, AdapterState(wanted.state))
 
 
 async def _serving(server: Server, store: AdapterStore, wanted: AdapterFilter) -> dict[str, Any]:
     page = await store.page(
         after=wanted.after, limit=wanted.limit, prefix=wanted.prefix, labels=wanted.labels, pinned=wanted.pinned
     )
-    jobs = {job.name: job for job in await store.imports(unfinished=True)}
+    jobs = {job.name: job for job in await store.under_way([entry.name for entry in page.entries])}
     cards = [adapter_card(server, entry, jobs.get(entry.name)) for entry in page.entries]
     return _page([card for card in cards if wanted.state in (None, card["state"])], page.next)
 
 
-async def _importing(server: Server, store: AdapterStore, wanted: AdapterFilter) -> dict[str, Any]:
-    """Imports are few: the newest of each name, in memory."""
-    newest: dict[str, Import] = {}
-    for job in await store.imports():
-        newest.setdefault(job.name, job)
-    jobs = [newest[name] for name in sorted(newest) if newest[name].state == wanted.state]
-    jobs = [job for job in jobs if job.name > (wanted.after or "") and job.name.startswith(wanted.prefix or "")]
+async def _importing(server: Server, store: AdapterStore, wanted: AdapterFilter, state: AdapterState) -> dict[str, Any]:
+    """Names whose last import stands so. As above, labels and pins leave some of a page out."""
+    found = await store.last_imports(state, after=wanted.after, prefix=wanted.prefix, limit=wanted.limit + 1)
+    jobs, more = found[: wanted.limit], len(found) > wanted.limit
     cards = await asyncio.gather(*(_card(server, store, job) for job in jobs))
-    shown = [card for card in cards if card["state"] == wanted.state and _passes(card, wanted)]
-    more = len(shown) > wanted.limit
-    return _page(shown[: wanted.limit], shown[wanted.limit - 1]["name"] if more else None)
+    shown = [card for card in cards if card["state"] == state and _passes(card, wanted)]
+    return _page(shown, jobs[-1].name if more else None)
 
 
 async def _card(server: Server, store: AdapterStore, job: Import) -> Card:

@@ -61,6 +61,8 @@ class Fetcher:
             future.set_exception(error)
 
     def _stage(self, source: str, revision: str | None, job: str | None) -> Staged:
+        if job is not None:
+            self._registry.check_import(job)  # its name may have been deleted while this waited
         with self._registry.stage() as stage:
             fetched = self._sources.fetch(source, revision, stage)
             if job is not None:

@@ -11,7 +11,10 @@ MOST = 200
 
 
 class ImportStates:
-    """Name -> importing or failed, the newest MOST of them. A version that is added, or a delete, clears a name."""
+    """Name -> importing or failed, the newest MOST of them. A version that is added, or a delete, clears a name.
+
+    A gc clears those that failed: it removes what there is to know of them.
+    """
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -29,3 +32,7 @@ class ImportStates:
 
     def clear(self, name: str) -> None:
         self._states.pop(name, None)
+
+    def clear_failed(self) -> None:
+        for name in [name for name, state in self._states.items() if state == FAILED]:
+            del self._states[name]

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import structlog
 
-from onebase.adapters.errors import AdapterError, AdapterNotFound, AdapterRejected, OneBaseError
+from onebase.adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, AdapterRejected, OneBaseError
 from onebase.adapters.registry import AdapterEntry, AdapterState, Import, Registry
 from onebase.adapters.sources import Sources
 from onebase.serve.api.fetching import Fetcher
@@ -33,6 +33,7 @@ class Importer:
         self._fetcher = Fetcher(store, sources, registry, "import")
         self._lookups = Lookups(store, sources, registry)
         self._tasks: dict[str, asyncio.Task[AdapterEntry]] = {}
+        self._beginning = asyncio.Lock()  # no import ends between a begin that joins it and the look for its task
 
     async def start(self, name: str, source: str, revision: str | None, by: str) -> Import:
         """A new import, or the one under way for this name, source and revision.
@@ -41,8 +42,9 @@ class Importer:
         """
         self._store.check_new_name(name)
         await asyncio.to_thread(self._sources.check, source, revision)
-        job = await asyncio.to_thread(self._registry.begin_import, name, source, revision, by)
-        self._ensure(job)
+        async with self._beginning:
+            job = await asyncio.to_thread(self._registry.begin_import, name, source, revision, by)
+            self._ensure(job)
         return job
 
     async def wait(self, identity: str) -> AdapterEntry:
@@ -50,8 +52,8 @@ class Importer:
         task = self._tasks.get(identity)
         if task is not None:
             return await asyncio.shield(task)
-        job = next((job for job in await asyncio.to_thread(self._registry.imports) if job.id == identity), None)
-        if job is None:
+        job = await asyncio.to_thread(self._registry.find_import, identity)
+        if job is None or job.state is AdapterState.DELETED:
             raise AdapterNotFound(f"There is no import {identity[:100]!r}.", param="id")
         if job.state is AdapterState.FAILED:
             raise AdapterRejected(job.reason, param="source")
@@ -80,14 +82,16 @@ class Importer:
         self._store.import_states.set(job.name, IMPORTING)
         task = asyncio.create_task(self._run(job))
         self._tasks[job.id] = task
-        task.add_done_callback(lambda done: self._forget(job.id, done))
-
-    def _forget(self, identity: str, task: asyncio.Task[AdapterEntry]) -> None:
-        del self._tasks[identity]
-        if not task.cancelled():
-            task.exception()  # seen: whoever waits gets it too, and there may be nobody
+        task.add_done_callback(_seen)
 
     async def _run(self, job: Import) -> AdapterEntry:
+        try:
+            return await self._import(job)
+        finally:
+            async with self._beginning:
+                del self._tasks[job.id]
+
+    async def _import(self, job: Import) -> AdapterEntry:
         try:
             return await self._fetcher.fetch(job.name, job.source, job.revision, by=job.by, job=job.id)
         except OneBaseError as error:
@@ -100,7 +104,26 @@ class Importer:
             raise
 
     async def _fail(self, job: Import, reason: str) -> None:
-        """Where even this cannot be written, the import is resumed at the next start."""
-        self._store.import_states.set(job.name, FAILED)
+        """Where even this cannot be written, the import is resumed at the next start.
+
+        It may have been deleted, and another of its name begun: then that one's state is the name's.
+        """
         with suppress(AdapterError):
-            await asyncio.to_thread(self._registry.set_import, job.id, AdapterState.FAILED, reason[:MAX_REASON])
+            with suppress(AdapterConflict, AdapterNotFound):
+                await asyncio.to_thread(self._registry.set_import, job.id, AdapterState.FAILED, reason[:MAX_REASON])
+            self._tell(job.name, await asyncio.to_thread(self._registry.last_import, job.name))
+
+    def _tell(self, name: str, last: Import | None) -> None:
+        """What /metrics says of a name follows its last import."""
+        if last is not None and not last.state.finished:
+            self._store.import_states.set(name, IMPORTING)
+        elif last is not None and last.state is AdapterState.FAILED:
+            self._store.import_states.set(name, FAILED)
+        else:
+            self._store.import_states.clear(name)
+
+
+def _seen(task: asyncio.Task[AdapterEntry]) -> None:
+    """Whoever waits gets the failure too, and there may be nobody."""
+    if not task.cancelled():
+        task.exception()

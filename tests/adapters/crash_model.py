@@ -83,10 +83,13 @@ class Model:
         return int(entry["current"])
 
     def delete(self, name: str) -> list[list[Any]]:
-        gone = [[name, number] for number, _ in self._entry(name)["versions"]]
-        del self.names[name]
-        self.imports = [[n, s, "deleted" if (n, st) == (name, "ready") else st, v] for n, s, st, v in self.imports]
-        return gone
+        imports = [item for item in self.imports if item[0] == name and item[2] != "deleted"]
+        if name not in self.names and not imports:
+            raise Refused
+        for item in imports:
+            item[2] = "deleted"
+        entry = self.names.pop(name, {"versions": []})
+        return [[name, number] for number, _ in entry["versions"]]
 
     def gc(self, keep: int | None) -> list[list[Any]]:
         self.imports = [item for item in self.imports if item[2] in ("fetching", "checking")]

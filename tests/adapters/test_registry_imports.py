@@ -89,6 +89,40 @@ def test_a_restart_goes_on_with_what_was_under_way(root: Path) -> None:
     registry.close()
 
 
+def test_there_may_be_very_many(registry: Registry) -> None:
+    made = [begin(registry, f"a{index:04}") for index in range(1010)]
+    assert len(registry.imports(unfinished=True)) == 1010
+    assert registry.find_import(made[0].id) == made[0]
+    assert registry.find_import("nothing") is None
+    assert registry.under_way(["a0003", "a0001", "b"]) == (made[1], made[3])
+
+
+def test_pages_of_last_imports(registry: Registry) -> None:
+    for name in ("b", "a", "ab", "c", "d"):
+        registry.set_import(begin(registry, name).id, AdapterState.FAILED, "why")
+    begin(registry, "b")
+    assert [job.name for job in registry.last_imports(AdapterState.FAILED)] == ["a", "ab", "c", "d"]
+    assert [job.name for job in registry.last_imports(AdapterState.FETCHING)] == ["b"]
+    assert [job.name for job in registry.last_imports(AdapterState.FAILED, after="a", limit=2)] == ["ab", "c"]
+    assert [job.name for job in registry.last_imports(AdapterState.FAILED, prefix="a")] == ["a", "ab"]
+
+
+def test_a_delete_ends_imports_and_what_failed_goes_too(registry: Registry, adapter: Path) -> None:
+    running = begin(registry)
+    assert registry.delete("a").entries == []
+    blob = registry.stage_folder(adapter)
+    with pytest.raises(AdapterConflict, match="deleted already"):
+        registry.commit("a", blob, "hf:x/y", family="LORA", rank=4, nbytes=1, job=running.id)
+    registry.discard(blob)
+    assert (registry.count(), registry.deleted()) == (0, ())
+    with pytest.raises(AdapterConflict, match="deleted already"):
+        registry.check_import(running.id)
+    registry.set_import(begin(registry).id, AdapterState.FAILED, "why")
+    assert registry.delete("a").entries == []
+    with pytest.raises(AdapterNotFound, match="no adapter 'a'"):
+        registry.delete("a")
+
+
 def test_deleting_a_name_marks_the_imports_that_made_it(registry: Registry, adapter: Path) -> None:
     made = begin(registry)
     push(registry, "a", adapter)
@@ -96,6 +130,6 @@ def test_deleting_a_name_marks_the_imports_that_made_it(registry: Registry, adap
     under_way = begin(registry)
     registry.delete("a")
     assert [(item.id, item.state) for item in registry.imports()] == [
-        (under_way.id, "fetching"),
+        (under_way.id, "deleted"),
         (made.id, "deleted"),
     ]

@@ -167,6 +167,73 @@ def test_a_restart_goes_on_with_what_was_under_way(run: Any, bench: Open, source
     run(body())
 
 
+def test_an_import_that_ends_as_another_joins_runs_once(
+    run: Any, bench: Open, sources: FakeSources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with bench() as b:
+            sources.gate.clear()
+            job = await b.importer.start("a", "one", None, "")
+            real = b.registry.begin_import
+
+            def begin(*arguments: Any) -> Any:
+                """The import ends between the answer of the registry and whoever asked it."""
+                joined = real(*arguments)
+                sources.gate.set()
+                while not b.registry.imports()[0].state.finished:
+                    time.sleep(0.005)
+                time.sleep(0.05)
+                return joined
+
+            monkeypatch.setattr(b.registry, "begin_import", begin)
+            assert await b.importer.start("a", "one", None, "") == job
+            assert (await b.importer.wait(job.id)).version == 1
+            await until(lambda: not b.importer._tasks)
+            assert sources.fetched == ["one"]
+            assert dict(b.store.import_states.current) == {}
+
+    run(body())
+
+
+def test_a_name_deleted_and_imported_anew(run: Any, bench: Open, sources: FakeSources) -> None:
+    async def body() -> None:
+        async with bench() as b:
+            sources.gate.clear()
+            first = await b.importer.start("a", "one", None, "")
+            await until(lambda: sources.at_once == 1)
+            await b.store.delete("a")
+            second = await b.importer.start("a", "two", None, "")
+            ended = asyncio.create_task(b.importer.wait(first.id))
+            sources.gate.set()
+            assert (await b.importer.wait(second.id)).source == "two"
+            with pytest.raises(AdapterConflict, match="deleted already"):
+                await ended
+            assert [entry.source for entry in b.registry.versions("a")] == ["two"]
+            with pytest.raises(AdapterNotFound, match="no import"):
+                await b.importer.wait(first.id)
+            assert dict(b.store.import_states.current) == {}
+
+    run(body())
+
+
+def test_what_waits_for_its_turn_and_is_deleted_is_never_fetched(run: Any, bench: Open, sources: FakeSources) -> None:
+    async def body() -> None:
+        async with bench() as b:
+            sources.gate.clear()
+            for index in range(fetching.FETCHES):
+                await b.importer.start(f"a{index}", "one", None, "")
+            last = await b.importer.start("b", "two", None, "")
+            await b.store.delete("b")
+            ended = asyncio.create_task(b.importer.wait(last.id))
+            await until(lambda: sources.at_once == fetching.FETCHES)
+            sources.gate.set()
+            with pytest.raises(AdapterConflict, match="deleted already"):
+                await ended
+            assert "two" not in sources.fetched
+
+    run(body())
+
+
 def test_a_fetch_that_hangs_does_not_hold_up_the_end(
     run: Any, bench: Open, sources: FakeSources, monkeypatch: pytest.MonkeyPatch
 ) -> None:

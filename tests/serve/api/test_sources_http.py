@@ -49,7 +49,7 @@ async def until_state(site: Any, name: str, *states: str) -> Any:
     async with asyncio.timeout(10):
         while True:
             card = (await site.http.get(f"/v1/adapters/{name}")).json()
-            if card["state"] in states:
+            if card.get("state") in states:
                 return card
             await asyncio.sleep(0.005)
 
@@ -111,6 +111,53 @@ def test_a_failed_fetch_says_why_and_the_old_version_serves(run: Any, open_site:
             card = (await site.http.get("/v1/adapters/a")).json()
             assert (card["state"], card["reason"], card["version"]) == ("ready", None, 2)
             assert (await site.http.get("/v1/adapters?state=failed")).json()["data"] == []
+
+    run(body())
+
+
+def test_a_delete_ends_an_import_and_removes_one_that_failed(run: Any, open_site: Any, sources: FakeSources) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            sources.gate.clear()
+            waiting = asyncio.create_task(site.post("/v1/adapters", name="a", source="one"))
+            await until_state(site, "a", "fetching")
+            deleted = await site.http.delete("/v1/adapters/a")
+            assert (deleted.status_code, deleted.json()["versions"]) == (200, [])
+            assert (await site.http.get("/v1/adapters/a")).status_code == 404
+            sources.gate.set()
+            assert (await waiting).status_code == 409
+            assert (await site.http.get("/v1/adapters/a")).status_code == 404
+            assert 'model="a"' not in (await site.http.get("/metrics")).text
+            assert (await site.post("/v1/adapters", name="b", source="nothing")).status_code == 404
+            assert (await site.http.get("/v1/adapters/b")).json()["state"] == "failed"
+            assert (await site.http.delete("/v1/adapters/b")).status_code == 200
+            for answer in (await site.http.get("/v1/adapters/b"), await site.http.delete("/v1/adapters/b")):
+                assert answer.status_code == 404
+
+    run(body())
+
+
+def test_a_gc_forgets_what_failed(run: Any, open_site: Any, sources: FakeSources) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            assert (await site.post("/v1/adapters", name="a", source="nothing")).status_code == 404
+            assert 'onebase_adapter_state{model="a",state="failed"} 1.0' in (await site.http.get("/metrics")).text
+            assert (await site.http.post("/v1/registry/gc")).json()["imports"] == 1
+            assert 'model="a"' not in (await site.http.get("/metrics")).text
+            assert (await site.http.get("/v1/adapters?state=failed")).json()["data"] == []
+
+    run(body())
+
+
+def test_pages_of_imports(run: Any, open_site: Any, sources: FakeSources) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            for name in ("c", "a", "b"):
+                await site.post("/v1/adapters", name=name, source="nothing")
+            first = (await site.http.get("/v1/adapters?state=failed&limit=2")).json()
+            assert ([card["name"] for card in first["data"]], first["next"]) == (["a", "b"], "b")
+            last = (await site.http.get("/v1/adapters?state=failed&limit=2&after=b")).json()
+            assert ([card["name"] for card in last["data"]], last["has_more"]) == (["c"], False)
 
     run(body())
 
