@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
 PAGE = 1000
+KEY_HINT = " (ONEBASE_ADMIN_KEY has the key: the server's admin key, or its API key where it has no admin key)"
 
 Json = dict[str, Any]
 
@@ -82,8 +83,9 @@ class AdapterClient:
         params = {"force": _flag(force), "wait": _flag(wait)}
         return self._call("POST", _path(reference, "unload"), patient=wait, params=params)
 
-    def delete(self, reference: str, *, force: bool) -> Json:
-        return self._call("DELETE", _path(reference), params={"force": _flag(force)})
+    def delete(self, name: str, *, force: bool) -> Json:
+        """With force the answer comes after the requests that it ends, else at once."""
+        return self._call("DELETE", _path(name), patient=force, params={"force": _flag(force)})
 
     def collect(self, keep: int | None, *, dry_run: bool) -> Json:
         return self._call("POST", "/v1/registry/gc", patient=True, json={"keep": keep, "dry_run": dry_run})
@@ -96,7 +98,7 @@ class AdapterClient:
             response = self._http.request(method, path, **options)
         if not response.is_success:
             raise CallFailed(_reason(response))
-        return dict(response.json())
+        return _answer(response)
 
 
 @contextmanager
@@ -109,12 +111,25 @@ def _said_plainly(url: httpx.URL) -> Iterator[None]:
         raise CallFailed(f"{url}: {error or type(error).__name__}") from error
 
 
+def _answer(response: httpx.Response) -> Json:
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CallFailed(
+            f"{response.url} answered, but not as a OneBase server does; --url or ONEBASE_URL names another"
+        )
+    return found
+
+
 def _reason(response: httpx.Response) -> str:
     """The message of the server's error envelope; what is known where something else answered."""
+    hint = KEY_HINT if response.status_code == httpx.codes.UNAUTHORIZED else ""
     try:
-        return str(response.json()["error"]["message"])
+        return str(response.json()["error"]["message"]) + hint
     except (ValueError, LookupError, TypeError):
-        return f"{response.url} answered {response.status_code} {response.reason_phrase}"
+        return f"{response.url} answered {response.status_code} {response.reason_phrase}{hint}"
 
 
 def _path(reference: str, *rest: str) -> str:

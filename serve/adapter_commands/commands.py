@@ -23,7 +23,12 @@ app = typer.Typer(no_args_is_help=True, help="Adapters of a running server; `con
 app.command()(convert)
 
 Url = Annotated[str, typer.Option(envvar="ONEBASE_URL", help="Address of the server.")]
-Key = Annotated[str | None, typer.Option(envvar="ONEBASE_ADMIN_KEY", help="Prefer the environment variable.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ONEBASE_ADMIN_KEY", help="Admin key, or API key where there is no other; prefer the environment."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 Name = Annotated[str, typer.Argument(help="Name of the adapter.")]
 Reference = Annotated[str, typer.Argument(help="name, name@3, name@sha256:..., or an alias.")]
@@ -82,15 +87,15 @@ def push(
 
 @app.command()
 def rm(
-    reference: Annotated[str, typer.Argument(help="A name, with all its versions; or name@3, one old version.")],
+    name: Name,
     force: Force = False,
     url: Url = DEFAULT_URL,
     admin_key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove an adapter. Requests that use it finish, unless --force ends them."""
+    """Remove a name with all its versions; gc takes old ones. Its requests finish, unless --force ends them."""
     with _connected(url, admin_key) as server:
-        show_one(server.delete(reference, force=force), as_json=as_json)
+        show_one(server.delete(name, force=force), as_json=as_json)
 
 
 @app.command()

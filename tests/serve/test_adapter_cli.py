@@ -215,7 +215,7 @@ def test_what_is_wrong_at_first_sight_asks_no_server(arguments: list[str]) -> No
     assert done.exit_code == 2
 
 
-@pytest.mark.parametrize(("key", "said"), [(None, "key"), ("wrong", "key"), ("user", "admin key")])
+@pytest.mark.parametrize(("key", "said"), [(None, "ONEBASE_ADMIN_KEY"), ("wrong", "API key"), ("user", "admin key")])
 def test_keys(url: str, key: str | None, said: str) -> None:
     done = invoke("ls", url=url, key=key)
     assert done.exit_code == 1
@@ -228,6 +228,40 @@ def test_no_server_is_said_plainly(url: str) -> None:
     assert (done.exit_code, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("onebase: ")
+
+
+class Other(Quiet):
+    """Answers 200 to everything, but is no OneBase."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"[]" if self.path.endswith("/list") else b"<html>")
+
+
+@pytest.mark.parametrize("name", ["page", "list"])
+def test_an_answer_of_another_server_is_said_plainly(name: str) -> None:
+    with listening(Other) as url:
+        done = invoke("show", name, url=url)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "not as a OneBase server does" in done.stderr
+
+
+class Slow(Quiet):
+    def do_DELETE(self) -> None:
+        if "force=true" in self.path:
+            time.sleep(0.5)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+
+def test_a_removal_by_force_waits_for_the_requests_that_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onebase.serve.adapter_commands.client.READ_SECONDS", 0.1)
+    with listening(Slow) as url:
+        assert invoke("rm", "a", url=url).exit_code == 0
+        done = invoke("rm", "a", "--force", url=url)
+    assert (done.exit_code, done.stderr) == (0, "")
 
 
 class Hostile(BaseHTTPRequestHandler):
