@@ -13,6 +13,10 @@ class Holds:
         self._held: Counter[str] = Counter()
         self._retired: set[str] = set()
 
+    def __contains__(self, digest: str) -> bool:
+        """Whether somebody holds it."""
+        return digest in self._held
+
     def take(self, digest: str) -> None:
         self._held[digest] += 1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping
 
-from onebase.adapters.errors import AdapterNotFound
 from onebase.adapters.registry import Registry
 from onebase.serve.api.registry_calls import RegistryCalls
 
@@ -15,8 +14,8 @@ _FEW = 256  # names kept without asking whether anybody needs them
 class LiveNames:
     """digest -> names whose current version it is, of adapters on the device, in host memory or waiting.
 
-    /metrics reads ``current`` at any time. Memory follows the engine's tiers, not the registry: what ``in_play`` denies
-    is forgotten once there are many.
+    /metrics reads ``current`` at any time. Memory follows the engine's tiers and the requests, not the registry: what
+    ``in_play`` denies is forgotten once there are many.
     """
 
     def __init__(self, registry: Registry, call: RegistryCalls, in_play: Callable[[str], bool]) -> None:
@@ -44,7 +43,7 @@ class LiveNames:
             before = {digest for digest, names in self._names.items() if name in names}
             await self._read(before.union(digests))
             orphans = [digest for digest in before if not self._names[digest]]
-            kept = await self._call(_aliased, self._registry, name) if orphans else frozenset()
+            kept = await self._call(self._registry.aliased, orphans) if orphans else frozenset()
             return [digest for digest in orphans if digest not in kept]
 
     async def _read(self, digests: Collection[str]) -> None:
@@ -53,12 +52,3 @@ class LiveNames:
         if len(self._names) > self._most:
             self._names = {d: names for d, names in self._names.items() if d in digests or self._in_play(d)}
             self._most = max(_FEW, 2 * len(self._names))
-
-
-def _aliased(registry: Registry, name: str) -> frozenset[str]:
-    """Digests of the versions that aliases of a name are fixed to."""
-    fixed = set(registry.aliases(name).values())
-    try:
-        return frozenset(entry.digest for entry in registry.versions(name) if entry.version in fixed)
-    except AdapterNotFound:
-        return frozenset()

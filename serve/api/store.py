@@ -282,4 +282,6 @@ class AdapterStore:
             await self._engine.unload_adapter(digest, force=force)
 
     def _is_in_play(self, digest: str) -> bool:
-        return self._engine.tier(digest) != "disk" or digest in self._engine.stats.waiting_adapters
+        """Statistics come late: a request that has just begun is in none, but holds its content."""
+        waiting = self._engine.stats.waiting_adapters
+        return digest in self._holds or digest in waiting or self._engine.tier(digest) != "disk"

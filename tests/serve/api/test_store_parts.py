@@ -26,6 +26,14 @@ def test_what_has_a_name_again_stays() -> None:
     assert not holds.give_back("a")
 
 
+def test_what_is_held() -> None:
+    holds = Holds()
+    holds.take("a")
+    assert ("a" in holds, "b" in holds) == (True, False)
+    holds.give_back("a")
+    assert "a" not in holds
+
+
 def test_uses_are_of_a_version_and_bounded() -> None:
     uses = Uses(most=2)
     for name, version in (("a", 1), ("a", 1), ("a", 2), ("a", 1), ("b", 1)):
@@ -41,4 +49,7 @@ def test_states_of_imports_are_bounded_and_cleared() -> None:
     assert dict(states.current) == {"a": IMPORTING, "c": FAILED}
     states.clear("a")
     states.clear("nobody")
-    assert dict(states.current) == {"c": FAILED}
+    states.set("d", IMPORTING)
+    assert dict(states.current) == {"c": FAILED, "d": IMPORTING}
+    states.clear_failed()
+    assert dict(states.current) == {"d": IMPORTING}
