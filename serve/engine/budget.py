@@ -6,7 +6,8 @@ or not be admitted for want of pages. What is given, cheapest first:
 
 - to adapters: pages that hold nothing; then (once no unreferenced adapter is left to evict) pages that only the prefix
   cache knows. Pages that are held move out of the way, a bounded number of them at a time.
-- to pages: the arena's free room, compacted; then what unreferenced adapters hold that nobody waits for.
+- to pages: the arena's free room, compacted; then what unreferenced adapters hold that nobody waits for. Compaction is
+  bounded in each step: meanwhile the sequence sits out, and nobody is preempted.
 
 Why it does not oscillate: room is taken only from a side that has not been short itself for ``CALM`` steps. Where both
 are short the split stands, sequences are preempted and adapters are served in turns, each within its own part. A move
@@ -21,9 +22,10 @@ from collections.abc import Callable, Collection
 
 from onebase.adapters.tiers.cache import AdapterCache
 from onebase.serve.engine.memory import MemoryPlan
-from onebase.serve.engine.scheduler import Scheduler
+from onebase.serve.engine.scheduler import Room, Scheduler
 from onebase.serve.engine.waiting import WaitingRoom
 
+PATIENCE = 64  # steps in which nobody is preempted for pages, because blocks are moving out of their way
 CALM = 32  # steps without a shortage after which a side gives: longer than a burst of short requests takes to pass
 SHARES = 32  # of the budget; one of them is the least that moves without need
 MOVED_BYTES = 16 << 20  # of held pages, copied between two steps: some 10 ms of a host's memory, less of a GPU's
@@ -54,6 +56,7 @@ class DeviceBudget:
         self._waiting = waiting
         self._step = 0
         self._adapters_short = self._pages_short = _LONG_AGO  # the latest step in which they were
+        self._coming_since = self._coming = _LONG_AGO  # the steps in which pages were said to come, without a gap
         self._most_moved = max(1, MOVED_BYTES // plan.slot_bytes)
         self._share = max(1, plan.num_slots // SHARES)
         scheduler.more_pages, adapters.device.neighbour = self.more_pages, self
@@ -103,20 +106,27 @@ class DeviceBudget:
 
     # Adapters give to pages
 
-    def more_pages(self, count: int) -> bool:
-        """Make so many more pages free; False, and nothing changed but the arena's order, where there is no room."""
+    def more_pages(self, count: int) -> Room:
+        """Make so many more pages free. Nothing is changed but the arena's order where there is no room."""
         self._pages_short = self._step
         count = max(count, 1)
         room = self._plan.pages.most - self._pages.num_pages
         room = min(room, self._pages.first - -(-self._plan.adapters.least // self._plan.slot_bytes))
         if count > room or self._is_short(self._adapters_short):
-            return False
+            return Room.NONE
         awaited = self._waiting.wanted | self._waiting.kept
         for free in (self._arena.free_bytes, self._adapters.device.spare_bytes(awaited)):
             slots = min(max(count, self._share), room, self._slots(free))
             if slots >= count:
-                return self._extend(slots, awaited, count)
-        return False
+                return Room.NOW if self._extend(slots, awaited, count) else self._wait()
+        return Room.NONE
+
+    def _wait(self) -> Room:
+        """Bytes enough are free, but not yet next to the pages."""
+        if self._step > self._coming + 1:
+            self._coming_since = self._step
+        self._coming = self._step
+        return Room.SOON if self._step - self._coming_since < PATIENCE else Room.NONE
 
     def _extend(self, slots: int, awaited: Collection[str], count: int) -> bool:
         """Take so many slots of the arena's end, once what lies there has gone or moved: at least ``count``."""
@@ -126,6 +136,7 @@ class DeviceBudget:
             return False
         self._pages.add(slots)
         self._move_border()
+        self._coming = _LONG_AGO
         return True
 
     def _slots(self, nbytes: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.sequence import Sequence, Status
@@ -18,11 +19,24 @@ from onebase.serve.engine.sequence import Sequence, Status
 MayStart = Callable[[Sequence], bool]  # whether its adapters are there; changes nothing
 Take = Callable[[Sequence], None]  # takes references on the adapters of one that starts
 Release = Callable[[Sequence], None]  # gives them back
-MorePages = Callable[[int], bool]  # makes free pages, so many more if it can; whether there are
 
 
-def _no_more(count: int) -> bool:
-    return False
+class Room(Enum):
+    """Whether there are pages: true where there are now."""
+
+    NOW = "now"
+    SOON = "soon"  # what lies in their place is moving away, step by step
+    NONE = "none"
+
+    def __bool__(self) -> bool:
+        return self is Room.NOW
+
+
+MorePages = Callable[[int], Room]  # makes so many more pages free, if it can
+
+
+def _no_more(count: int) -> Room:
+    return Room.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +60,8 @@ class Chunk:
 class Scheduler:
     """Holds waiting and running sequences, both in order of arrival.
 
-    more_pages: asked before a sequence is preempted or not admitted for want of pages.
+    more_pages: asked before a sequence is preempted or not admitted for want of pages. Where there will be some soon,
+    a running sequence sits the step out.
     """
 
     def __init__(self, pages: PageAllocator, max_batch_tokens: int, max_num_seqs: int) -> None:
@@ -67,18 +82,22 @@ class Scheduler:
         """The chunks of the next step. Sequences are admitted with ``take``, and preempted with ``release``."""
         chunks: dict[str, Chunk] = {}
         budget = self._max_batch_tokens
-        preemptions = self.preemptions
+        preemptions, all_go_on = self.preemptions, True
         for sequence in sorted(self.running, key=lambda s: (s.num_uncomputed > 1, s.order)):
             if budget and sequence.status is Status.RUNNING:
-                budget -= self._continue(sequence, budget, chunks, release)
-        if self.preemptions == preemptions:
+                num_tokens = self._continue(sequence, budget, chunks, release)
+                budget, all_go_on = budget - num_tokens, all_go_on and num_tokens > 0
+        if all_go_on and self.preemptions == preemptions:
             self._admit_waiting(budget, chunks, may_start, take)
         return list(chunks.values())
 
     def _continue(self, sequence: Sequence, budget: int, chunks: dict[str, Chunk], release: Release) -> int:
-        """Give a running sequence its chunk, preempting younger ones for pages. Returns the tokens it takes."""
+        """Give a running sequence its chunk, preempting younger ones for pages. Returns the tokens it takes, 0 for
+        none."""
         num_tokens = min(sequence.num_uncomputed, budget)
-        while not self._grow(sequence, sequence.num_computed + num_tokens):
+        while not (room := self._grow(sequence, sequence.num_computed + num_tokens)):
+            if room is Room.SOON:
+                return 0
             victim = max(self.running, key=lambda s: s.order)
             chunks.pop(victim.id, None)
             self._preempt(victim, release)
@@ -110,7 +129,7 @@ class Scheduler:
         if self.pages.can_hold(count, ()):
             return True
         cached = self._cached(sequence)
-        return self.pages.can_hold(count, cached) or self.more_pages(self.pages.lacking(count, cached))
+        return self.pages.can_hold(count, cached) or bool(self.more_pages(self.pages.lacking(count, cached)))
 
     def _cached(self, sequence: Sequence) -> list[int]:
         """The pages that the prefix cache has for it."""
@@ -143,17 +162,18 @@ class Scheduler:
         for index in range(first // page_size, stop // page_size):
             self.pages.cache.add(sequence.pages[index], sequence.block(index, page_size))
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int) -> Room:
         missing = self.pages.pages_for(num_tokens) - len(sequence.pages)
         if missing <= 0:
-            return True
+            return Room.NOW
         pages = self.pages.allocate(missing)
-        if pages is None and self.more_pages(missing - self.pages.num_free):
-            pages = self.pages.allocate(missing)
         if pages is None:
-            return False
+            room = self.more_pages(missing - self.pages.num_free)
+            pages = self.pages.allocate(missing) if room else None
+            if pages is None:
+                return room
         sequence.pages.extend(pages)
-        return True
+        return Room.NOW
 
     def _preempt(self, sequence: Sequence, release: Release) -> None:
         self.running.remove(sequence)

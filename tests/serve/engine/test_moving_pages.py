@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onebase.serve.engine.messages import Request, SamplingParams
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.prefix_cache import ROOT, Block, PrefixCache
-from onebase.serve.engine.scheduler import Scheduler
+from onebase.serve.engine.scheduler import Room, Scheduler
 from onebase.serve.engine.sequence import Sequence
 
 PAGE = 4
@@ -156,10 +156,10 @@ def test_a_sequence_is_not_preempted_where_there_are_more_pages() -> None:
     scheduler = Scheduler(PageAllocator(2, PAGE, first=5), 64, 4)
     asked = list[int]()
 
-    def more(count: int) -> bool:
+    def more(count: int) -> Room:
         asked.append(count)
         scheduler.pages.add(count)
-        return True
+        return Room.NOW
 
     scheduler.more_pages = more
     scheduler.add(Sequence.of(Request("a", tuple(range(8)), SamplingParams(9)), 0))

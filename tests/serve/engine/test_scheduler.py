@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from onebase.serve.engine.messages import Request, SamplingParams
 from onebase.serve.engine.pages import PageAllocator
-from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.scheduler import Chunk, Room, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 
 
@@ -76,6 +76,28 @@ def test_the_youngest_is_preempted_and_comes_back() -> None:
     assert chunks[0].num_tokens == len(young.tokens)
 
 
+def test_nobody_is_preempted_or_admitted_while_pages_are_coming() -> None:
+    scheduler = _scheduler(num_pages=2)
+    answers = [Room.SOON, Room.SOON, Room.NONE]
+    for order in range(2):
+        scheduler.add(_sequence(order, 3))
+    _compute(scheduler.schedule(_always, _nothing, _nothing))
+    _compute(scheduler.schedule(_always, _nothing, _nothing))
+    scheduler.more_pages = lambda count: answers.pop(0)
+    assert scheduler.schedule(_always, _nothing, _nothing) == [], "both sit the step out"
+    scheduler.pages.add(2)
+    scheduler.finish(scheduler.running[1])
+    scheduler.add(_sequence(2, 3))
+    assert len(scheduler.schedule(_always, _nothing, _nothing)) == 2
+    assert scheduler.preemptions == 0
+    scheduler.pages.allocate(scheduler.pages.num_free)
+    young = scheduler.running[1]
+    _compute(scheduler.schedule(_always, _nothing, _nothing))
+    young.tokens.extend(range(9))
+    scheduler.schedule(_always, _nothing, _nothing)
+    assert scheduler.preemptions == 1, "there is no more"
+
+
 def test_a_waiting_sequence_is_not_overtaken_for_pages() -> None:
     scheduler = _scheduler(num_pages=4)
     scheduler.add(_sequence(0, 9))
@@ -90,9 +112,9 @@ def test_one_whose_adapter_is_on_its_way_keeps_no_pages_from_the_others() -> Non
     scheduler = _scheduler(num_pages=4)
     asked: list[int] = []
 
-    def more(count: int) -> bool:
+    def more(count: int) -> Room:
         asked.append(count)
-        return False
+        return Room.NONE
 
     scheduler.more_pages = more
     for order, length in ((0, 8), (1, 12), (2, 4), (3, 4)):
