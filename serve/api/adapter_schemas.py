@@ -99,8 +99,11 @@ class AdapterFilter(Query):
     @field_validator("label")
     @classmethod
     def _pairs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(value) > MAX_LABELS or not all(":" in item for item in value):
-            raise bad_request(f"label: at most {MAX_LABELS} of key:value.", "label")
+        if len(value) > MAX_LABELS:
+            raise bad_request(f"label: at most {MAX_LABELS} of them.", "label")
+        for item in value:
+            if ":" not in item:
+                raise bad_request(f"label: {item[:80]!r} is not key:value.", "label")
         if len({item.partition(":")[0] for item in value}) < len(value):
             raise bad_request("label: the same key is given twice; no adapter has two values for it.", "label")
         return value

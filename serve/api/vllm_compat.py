@@ -56,12 +56,15 @@ async def unload_lora_adapter(request: Request) -> PlainTextResponse:
 
 
 async def _exists(store: AdapterStore, name: str) -> bool:
+    """Raises ApiError 400 for what no adapter can be called: the base's name, or an alias."""
     try:
-        await store.get(store.check_new_name(name))
+        found = await store.get(store.check_new_name(name))
     except AdapterNotFound:
         return False
     except AdapterConflict as error:
         raise bad_request(error.message, "lora_name") from error
+    if found.name != name:
+        raise bad_request(f"{name!r} is an alias of {found.name!r}.", "lora_name")
     return True
 
 

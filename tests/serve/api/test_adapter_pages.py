@@ -121,6 +121,15 @@ def test_cursors_that_are_no_names_are_only_places(run: Any, open_site: Any, ada
     run(body())
 
 
+def test_a_label_that_is_no_pair_is_named(run: Any, open_site: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            response = await site.http.get("/v1/adapters?label=a:b&label=team")
+            assert response.json()["error"]["message"] == "label: 'team' is not key:value."
+
+    run(body())
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [

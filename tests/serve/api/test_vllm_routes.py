@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from onebase.adapters.errors import AdapterRejected
 
 
@@ -39,6 +41,22 @@ def test_vllm_routes(run: Any, open_site: Any, adapter_folder: Any) -> None:
             assert (await site.post("/v1/unload_lora_adapter", lora_name="a")).status_code == 404
             assert (await site.post("/v1/unload_lora_adapter")).status_code == 400
             assert (await site.complete(model="a")).status_code == 404
+
+    run(body())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_alias_is_not_loaded(run: Any, open_site: Any, adapter_folder: Any, inplace: bool) -> None:
+    async def body() -> None:
+        folder = adapter_folder()
+        async with open_site(allow_path=(folder.parent,)) as site:
+            await site.upload("a", folder)
+            await site.http.patch("/v1/adapters/a", json={"aliases": {"stable": 1}})
+            given = {"lora_name": "stable", "lora_path": str(folder), "load_inplace": inplace}
+            response = await site.post("/v1/load_lora_adapter", **given)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == "lora_name"
+            assert "is an alias of 'a'" in response.json()["error"]["message"]
 
     run(body())
 
