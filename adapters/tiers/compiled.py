@@ -3,22 +3,27 @@
     <root>/<digest of the adapter's files>/<base>-<dtype>-<compiler>.safetensors
         data          the program's own tensors, as they lie in the arena
         shared.<key>  what it shares with others, by content
-        program       all the rest, as JSON (compiled_codec.py)
+        program       all the rest, as JSON (codec.py)
         checksum      CRC-32 of the three above
 
 It is a cache: whatever cannot be read is compiled again from the adapter's files, and a write that fails costs nothing
 but the next compilation. It belongs to the server, like its database; the checksum is against damage, not against
 somebody who can write there. All methods may be called by several threads.
+
+What is written here is never deleted to make room: a form goes with its adapter, or with the next compiler's form for
+the same base. So none is written that would leave the disk nearly full: the registry and uploads come first.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -26,26 +31,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
+import numpy
 import torch
 from torch import Tensor
 
-from onebase.adapters import formats
 from onebase.adapters.errors import AdapterError
 from onebase.adapters.packing import PackedProgram
 from onebase.adapters.safetensors_header import DTYPES, TensorInfo, read_header
 from onebase.adapters.tiers.codec import Unreadable, from_plain, to_plain
 from onebase.kernels import ops, tables
 
+_LEAST_FREE, _LEAST_SHARE = 1 << 30, 0.02  # left on the disk by writes: bytes, or a share where that is less
+_APART = ("registry", "sources", "watch.py")  # of adapters/: they have no part in compilation
+_OF_TIERS = ("arena.py", "codec.py", "compiled.py")  # these have
 _ALIGN = 4096  # bytes: the tensors start at a border of pages
 _MOST_BUFFERS = 1024  # that one call of preadv fills
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What a damaged form may raise: its JSON may be nested without end, its sizes may ask for any memory.
+_DAMAGED = (OSError, AdapterError, Unreadable, ValueError, ArithmeticError, RuntimeError, MemoryError)
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class FormCounts:
-    """What is on disk, and what became of reading and writing it."""
+    """What is on disk, and what became of reading and writing it. files: of this base, dtype and compiler. nbytes: of
+    all forms, those of other bases too."""
 
     files: int = 0
     nbytes: int = 0
@@ -83,7 +94,7 @@ class CompiledForms:
         except FileNotFoundError:
             self.counts.add(misses=1)
             return None
-        except (OSError, AdapterError, Unreadable, ValueError) as error:
+        except _DAMAGED as error:
             _log.warning("compiled form %s is unreadable, compiling again: %s", path, error)
             self.counts.add(misses=1, failures=1)
             return None
@@ -94,7 +105,9 @@ class CompiledForms:
         """Durable when it returns, in the place of what was there; where that fails, nothing is there."""
         folder = self._folder(packed.digest)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(parents=True, exist_ok=True)
+            _require_room(self._root, packed)
+            folder.mkdir(exist_ok=True)
             before = _size(folder / self._name)
             _write(folder / self._name, _parts(packed))
             self.counts.add(files=int(before == 0), nbytes=_size(folder / self._name) - before)
@@ -105,8 +118,9 @@ class CompiledForms:
 
     def survey(self) -> None:
         """Count what is on disk. Looks at every file: for a thread that nobody waits for."""
-        sizes = [_size(path) for path in self._root.glob(f"*/{self._name}")]
-        self.counts.add(files=len(sizes) - self.counts.files, nbytes=sum(sizes) - self.counts.nbytes)
+        sizes = [(path.name, _size(path)) for path in self._root.glob("*/*.safetensors")]
+        files, nbytes = sum(name == self._name for name, _ in sizes), sum(size for _, size in sizes)
+        self.counts.add(files=files - self.counts.files, nbytes=nbytes - self.counts.nbytes)
 
     def _folder(self, digest: str) -> Path:
         """Tests and benchmarks name adapters by their folders: such names must not lead out of the root."""
@@ -121,16 +135,32 @@ class CompiledForms:
 
 @functools.cache
 def compiler_version() -> str:
-    """A digest of the source files that decide what an adapter compiles to, so that nobody has to count versions."""
-    here = Path(__file__).parent
-    names = ("base", "check", "packing", "program", "safetensors_header", "traits")
-    files = [here / "compiled.py", here / "codec.py", here / "arena.py", Path(tables.__file__)]
-    files += [here.parent / f"{name}.py" for name in names]
-    files += sorted(Path(formats.__path__[0]).rglob("*.py")) + sorted(Path(ops.__path__[0]).rglob("*.py"))
-    total = hashlib.sha256(torch.__version__.encode())
-    for file in files:
-        total.update(f"{file.name}\0".encode() + file.read_bytes())
+    """A digest of what decides what an adapter compiles to, so that nobody has to count versions."""
+    total = hashlib.sha256(f"{torch.__version__} {numpy.__version__}".encode())
+    for name, file in compiler_files().items():
+        total.update(f"{name}\0".encode() + file.read_bytes())
     return total.hexdigest()
+
+
+def compiler_files() -> dict[str, Path]:
+    """The source files among it, by name: all of adapters/ but what only keeps, fetches and moves adapters, and the
+    instructions. Rather one too many: a change of it costs a compilation."""
+    adapters, files = Path(__file__).parents[1], {"tables": Path(tables.__file__)}
+    for file in sorted(Path(ops.__path__[0]).rglob("*.py")):
+        files[f"ops/{file.name}"] = file
+    for file in sorted(adapters.rglob("*.py")):
+        name = file.relative_to(adapters)
+        if name.parts[0] not in _APART and (name.parts[0] != "tiers" or name.name in _OF_TIERS):
+            files[name.as_posix()] = file
+    return files
+
+
+def _require_room(root: Path, packed: PackedProgram) -> None:
+    """Raises OSError where the form would leave the disk too little."""
+    nbytes = packed.nbytes + sum(flat.numel() * flat.element_size() for flat in packed.shared.values())
+    disk = shutil.disk_usage(root)
+    if disk.free - nbytes < min(_LEAST_FREE, disk.total * _LEAST_SHARE):
+        raise OSError(errno.ENOSPC, f"it would leave {max(disk.free - nbytes, 0)} bytes free on the disk")
 
 
 def _hash(text: str) -> str:

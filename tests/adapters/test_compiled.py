@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,7 +166,9 @@ def test_the_survey_counts_what_is_there(forms: CompiledForms, tmp_path: Path) -
     CompiledForms(tmp_path, "other", torch.bfloat16).write(_packed())
     again = CompiledForms(tmp_path, "base", torch.bfloat16)
     again.survey()
-    assert (again.counts.files, again.counts.nbytes) == (1, _file(forms).stat().st_size)
+    total = sum(path.stat().st_size for path in tmp_path.glob("*/*.safetensors"))
+    assert (again.counts.files, again.counts.nbytes) == (1, total), "bytes of other bases count as well"
+    assert total > _file(forms).stat().st_size
     forms.survey()
     assert forms.counts.files == 1
 
@@ -174,6 +177,40 @@ def test_the_version_is_the_same_in_every_process() -> None:
     code = "from onebase.adapters.tiers.compiled import compiler_version; print(compiler_version())"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == compiler_version()
+
+
+def test_what_formats_are_read_with_is_part_of_the_version() -> None:
+    files = compiled.compiler_files()
+    assert {"family_names.py", "strict_json.py", "formats/patterns.py", "tiers/codec.py", "ops/reft.py"} <= files.keys()
+    assert not any(name.startswith(("registry/", "sources/", "tiers/cache")) for name in files)
+
+
+def test_a_nearly_full_disk_is_left_alone(forms: CompiledForms, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 1 << 30
+    usage = SimpleNamespace(total=1 << 40, used=0, free=free)
+    monkeypatch.setattr(compiled.shutil, "disk_usage", lambda path: usage)
+    forms.write(_packed())
+    assert forms.read(DIGEST) is None
+    assert (forms.counts.files, forms.counts.failures) == (0, 1)
+    usage.free = free + (1 << 20)
+    forms.write(_packed())
+    _assert_read(forms)
+    usage.total, usage.free = 10 << 20, 1 << 20
+    forms.write(_packed())
+    assert forms.counts.failures == 1, "on a small disk a share is left"
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError, RuntimeError, OverflowError])
+def test_whatever_a_damaged_form_raises_is_a_compilation(
+    error: type[Exception], forms: CompiledForms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise error("too deep")
+
+    forms.write(_packed())
+    monkeypatch.setattr(compiled, "from_plain", broken)
+    assert forms.read(DIGEST) is None
+    assert forms.counts.failures == 1
 
 
 def _edited(forms: CompiledForms, edit: Callable[[dict[str, Any]], object], monkeypatch: pytest.MonkeyPatch) -> None:
