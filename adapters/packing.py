@@ -98,6 +98,21 @@ class PackedProgram:
         """Its own bytes, without what it shares."""
         return self.data.numel() * self.data.element_size()
 
+    def check(self) -> None:
+        """Prove that operands and slots lie in its own tensors, and nowhere else in the arena. Of an operand whose width
+        only its site knows, that each of its ranks has an element. Raises ValueError where they do not."""
+        size = self.data.numel()
+        for path, op in self.operands.items():
+            starts = ((op.a, op.rank), (op.b, op.rank), (op.add_out, int(op.add_out != -1)))
+            if any(count and not 0 <= start <= size - count for start, count in starts):
+                raise ValueError(f"{path}: {op} is outside the {size} elements of the program")
+        head = [] if self.head is None else [self.head.weight, *([self.head.bias] if self.head.bias else [])]
+        packed = (one for items in self.extra.values() for one in items)
+        for slot in [*head, *(slot for one in packed for slot in one.slots.values())]:
+            flat = self.data if slot.shared is None else self.shared[slot.shared]
+            if not 0 <= slot.start <= flat.numel() - _elements(slot.shape, slot.dtype, flat.dtype):
+                raise ValueError(f"{slot} is outside the {flat.numel()} elements where it lies")
+
 
 def shifted(op: Operands, block: int) -> Operands:
     """Operands relative to a block's start -> offsets into the arena's buffer."""
@@ -119,7 +134,7 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -
     packer.path = "the classification head"
     head = None if program.head is None else packer.pack_head(program.head)
     shared = {key: flat.pin_memory() for key, flat in packer.shared.items()} if pinned else packer.shared
-    return PackedProgram(
+    packed = PackedProgram(
         digest=program.digest,
         family=program.family,
         rank=program.rank,
@@ -131,6 +146,8 @@ def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -
         shared=shared,
         head=head,
     )
+    packed.check()
+    return packed
 
 
 class _Packer:

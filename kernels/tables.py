@@ -87,10 +87,12 @@ class ProgramTables:
         """[capacity, n_sites, FIELDS] int64 on the buffer's device. Replaced by a larger one when it is full."""
         return self._device_table
 
-    def row_of(self, operands: Mapping[int, Operands]) -> ProgramRow:
-        """What ``install`` takes, made before it in any thread. Raises ValueError for an operand outside the buffer."""
+    def row_of(self, operands: Mapping[int, Operands], block: range | None = None) -> ProgramRow:
+        """What ``install`` takes, made before it in any thread. block: where in the buffer the program lies; without one
+        anywhere. Raises ValueError for an operand outside."""
+        within = range(self.buffer.numel()) if block is None else block
         for site, op in operands.items():
-            self._check(site, op)
+            self._check(site, op, within)
         whole = 16 // self.buffer.element_size()
         is_aligned = not any(op.a % whole or op.b % whole for op in operands.values())
         return ProgramRow(dict(operands), self._encode(operands), is_aligned)
@@ -186,22 +188,22 @@ class ProgramTables:
             raise wrong_operands(site)
         return uses
 
-    def _check(self, site: int, op: Operands) -> None:
+    def _check(self, site: int, op: Operands, within: range) -> None:
         if not 0 <= site < len(self.sites):
             raise ValueError(f"site: {site} is not one of the {len(self.sites)} sites")
         if op.rank < 0 or not math.isfinite(op.scale):
             raise ValueError(f"site {site}: rank {op.rank} and scale {op.scale} must be >= 0 and finite")
         shape = self.sites[site]
         if op.rank:
-            self._check_block(site, "a", op.a, op.rank * shape.in_features)
-            self._check_block(site, "b", op.b, op.rank * shape.out_features)
+            self._check_block(site, "a", op.a, op.rank * shape.in_features, within)
+            self._check_block(site, "b", op.b, op.rank * shape.out_features, within)
         if op.add_out != -1:
-            self._check_block(site, "add_out", op.add_out, shape.out_features)
+            self._check_block(site, "add_out", op.add_out, shape.out_features, within)
 
-    def _check_block(self, site: int, field: str, offset: int, size: int) -> None:
-        if offset < 0 or offset + size > self.buffer.numel():
-            total = self.buffer.numel()
-            raise ValueError(f"site {site}: {field} [{offset}, {offset + size}) is outside the buffer of {total}")
+    def _check_block(self, site: int, field: str, offset: int, size: int, within: range) -> None:
+        if offset < within.start or offset + size > within.stop:
+            where = f"[{within.start}, {within.stop}) of the buffer"
+            raise ValueError(f"site {site}: {field} [{offset}, {offset + size}) is outside {where}")
 
     def _encode(self, operands: Mapping[int, Operands]) -> Tensor:
         """[n_sites, FIELDS] int64 on the host, pinned for CUDA."""

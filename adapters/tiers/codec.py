@@ -54,7 +54,7 @@ def to_plain(packed: PackedProgram) -> dict[str, Any]:
 def from_plain(plain: Mapping[str, Any], data: Tensor, shared: Mapping[str, Tensor]) -> PackedProgram:
     """The program over its tensors. Raises Unreadable for anything that ``to_plain`` of this version does not make."""
     try:
-        return PackedProgram(
+        packed = PackedProgram(
             digest=plain["digest"],
             family=plain["family"],
             rank=plain["rank"],
@@ -66,6 +66,8 @@ def from_plain(plain: Mapping[str, Any], data: Tensor, shared: Mapping[str, Tens
             shared=shared,
             head=None if plain["head"] is None else _head(plain["head"]),
         )
+        packed.check()
+        return packed
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from None
 

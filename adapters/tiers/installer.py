@@ -66,7 +66,8 @@ class Installer:
         head = None if entry.packed_head is None else entry.packed_head.bind(self._buffer, block)
         windowed = entry.traits.window is not None
         parts = (_acting_at(extra, "first"), _acting_at(extra, "last")) if windowed else (extra,)
-        return Installable(block, starts, self._tables.row_of(operands), parts, head)
+        row = self._tables.row_of(operands, range(block, block + entry.num_elements))
+        return Installable(block, starts, row, parts, head)
 
     def install(self, entry: Entry) -> None:
         """Give a placed entry its handle, and one more for the tail of the prompt where it acts on both ends."""

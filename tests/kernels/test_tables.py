@@ -49,6 +49,14 @@ def test_rows_are_reused_and_the_table_grows_with_its_content() -> None:
     assert [tables.device_table[tables.row(h), 0, 0].item() for h in (0, 15, 17)] == [0, 15, 77]
 
 
+def test_a_program_reads_nothing_of_its_neighbours() -> None:
+    tables, op = make(), Operands(1, 1.0, a=16, b=24)
+    tables.row_of({0: op}, range(16, 28))
+    for block in (range(17, 28), range(16, 27)):
+        with pytest.raises(ValueError, match="site 0"):
+            tables.row_of({0: op}, block)
+
+
 @pytest.mark.parametrize(
     ("site", "op", "field"),
     [
