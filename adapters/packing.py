@@ -99,8 +99,8 @@ class PackedProgram:
         return self.data.numel() * self.data.element_size()
 
     def check(self) -> None:
-        """Prove that operands and slots lie in its own tensors, and nowhere else in the arena. Of an operand whose width
-        only its site knows, that each of its ranks has an element. Raises ValueError where they do not."""
+        """Prove that operands and slots lie in its own tensors, and nowhere else in the arena. Only its site knows an
+        operand's width: here each of its ranks has to have an element. Raises ValueError where they do not."""
         size = self.data.numel()
         for path, op in self.operands.items():
             starts = ((op.a, op.rank), (op.b, op.rank), (op.add_out, int(op.add_out != -1)))

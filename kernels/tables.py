@@ -88,7 +88,7 @@ class ProgramTables:
         return self._device_table
 
     def row_of(self, operands: Mapping[int, Operands], block: range | None = None) -> ProgramRow:
-        """What ``install`` takes, made before it in any thread. block: where in the buffer the program lies; without one
+        """What ``install`` takes, made before it in any thread. block: where in the buffer the program lies; None for
         anywhere. Raises ValueError for an operand outside."""
         within = range(self.buffer.numel()) if block is None else block
         for site, op in operands.items():

@@ -25,6 +25,7 @@ def tier_stats(adapters: AdapterCache) -> TierFields:
     """The figures of all tiers, now."""
     host, arena = adapters.host, adapters.arena
     pinned = tuple(digest for digest in adapters.pins.paths if adapters.is_ready(digest))
+    there = frozenset(pinned)
     taken = {part: size for digest in pinned for part, size in adapters.parts(digest).items()}
     return TierFields(
         device=TierStats(
@@ -40,7 +41,7 @@ def tier_stats(adapters: AdapterCache) -> TierFields:
         load_seconds={step: Seconds(*histogram) for step, histogram in adapters.transit.meters.histograms().items()},
         pinned=pinned,
         pinned_bytes=sum(taken.values()),
-        pins_waiting=tuple(digest for digest in adapters.pins.paths if digest not in pinned),
+        pins_waiting=tuple(digest for digest in adapters.pins.paths if digest not in there),
         compiled_failures=0 if adapters.forms is None else adapters.forms.counts.failures,
     )
 
