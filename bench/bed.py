@@ -70,7 +70,8 @@ class Bench:
 def make_bench(plan: Plan, folder: Path, room: int, registered: int, host_cache: float | None = None) -> Bench:
     """A fresh engine. Adapters are written once into ``folder``, and compiled once."""
     base = prepare(random_model(plan.shape, torch.bfloat16, plan.device), _config(plan, folder, 1.0, host_cache))
-    folders = [folder / f"adapter-{index}" for index in range(registered)]
+    folders = [folder / f"{plan.shape}-rank-{plan.rank}-{index}" for index in range(registered)]
+    folder.mkdir(parents=True, exist_ok=True)
     for index, path in enumerate(folders):
         if not path.exists():
             save_adapter(base, path, plan.rank, index)

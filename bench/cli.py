@@ -65,6 +65,9 @@ def lifecycle(
     requests: Annotated[int, typer.Option(help="Of one side in one round.", min=16)] = 96,
     clients: Annotated[int, typer.Option(help="Of the closed loops.", min=2)] = 16,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where adapters are made, and left for the next run; else a temporary folder.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """More adapters than the device holds, beside the same load on those that fit; cold starts, beside their floor."""
@@ -77,7 +80,7 @@ def lifecycle(
     if shape not in SHAPES:
         raise typer.BadParameter(f"allowed: {', '.join(SHAPES)}", param_hint="--shape")
     plan = Plan(shape, device, registered, room, fit, rank, requests, clients, rounds)
-    run(plan, scenario or (), out)
+    run(plan, scenario or (), out, folder)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from onebase.bench.report import Spread, ratio, show, store
 from onebase.bench.traffic import Arrival
 
 
-def run(plan: Plan, only: Sequence[str], out: Path | None) -> None:
-    """Print every scenario, and store the figures. only: names of scenarios; none: all."""
+def run(plan: Plan, only: Sequence[str], out: Path | None, folder: Path | None = None) -> None:
+    """Print every scenario, and store the figures. only: names of scenarios; none: all. folder: where the adapters are
+    made, and left for the next run; a temporary one unless given."""
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="onebase-bench-") as name:
+    with ExitStack() as cleanup:
+        where = folder or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="onebase-bench-")))
         for scenario, measure in SCENARIOS.items():
             if not only or scenario in only:
-                results[scenario] = measure(plan, Path(name))
+                results[scenario] = measure(plan, where)
                 store(out, "lifecycle", {"plan": _plain(plan), "results": results})
 
 
