@@ -51,17 +51,14 @@ class DeviceTier:
     def place(self, entry: Entry, protected: Collection[str], *, awaited: bool) -> Placed | None:
         """Room for a packed entry, or None. Nobody is evicted where that would not be enough.
 
-        protected: digests that are not evicted. awaited: a request needs it, so the neighbour is asked as well.
+        protected: digests that are not evicted. awaited: somebody needs it, so the neighbour is asked as well.
         """
         packed = entry.packed
         if packed is None:
             raise RuntimeError(f"adapter {entry.digest} is not in host memory")
         found = self.placement.allocate(packed)
-        if found is None and awaited and self._ask_neighbour(packed, cached=False):
-            found = self.placement.allocate(packed)
-        while found is None and self._eviction_helps(packed, protected) and self._evict_one(protected):
-            found = self.placement.allocate(packed)
-        if found is None and awaited and self._ask_neighbour(packed, cached=True):
+        if found is None:
+            self._make_room(packed, protected, awaited=awaited)
             found = self.placement.allocate(packed)
         if found is None and self._lacking(packed) <= 0 and self.placement.compact(self._entries.values()):
             found = self.placement.allocate(packed)
@@ -80,7 +77,7 @@ class DeviceTier:
 
     def spare_bytes(self, protected: Collection[str]) -> int:
         """What give_room could free: the arena's free room, and the blocks of those that may be evicted."""
-        return self.arena.free_bytes + self.placement.freed_by(self._evictable(protected))
+        return self.arena.free_bytes + self._could_free(protected)
 
     def give_room(self, nbytes: int, protected: Collection[str]) -> int:
         """Make the arena's free end ``nbytes`` long, or as long as can be: adapters that nobody references leave, but
@@ -88,11 +85,21 @@ class DeviceTier:
 
         Returns its length in bytes now; the arena's capacity is the caller's.
         """
-        while self.arena.free_bytes < nbytes and self._evict_one(protected):
-            pass
+        self._evict_while(lambda: self.arena.free_bytes < nbytes, protected)
         if self.arena.tail_bytes < min(nbytes, self.arena.free_bytes):
             self.placement.compact(self._entries.values())
         return self.arena.tail_bytes
+
+    def _make_room(self, packed: PackedProgram, protected: Collection[str], *, awaited: bool) -> None:
+        """Bytes enough, cheapest first, in however many pieces: compaction makes one range of them, over several steps
+        where that is much. What the neighbour gives may take several steps as well; nobody is evicted meanwhile."""
+        if awaited and self._ask_neighbour(packed, cached=False):
+            return
+        spare = self.neighbour.spare_bytes if awaited and self.neighbour is not None else 0
+        if self._lacking(packed) > 0 and self._could_free(protected) + spare >= self._lacking(packed):
+            self._evict_while(lambda: self._lacking(packed) > 0, protected)
+        if awaited:
+            self._ask_neighbour(packed, cached=True)
 
     def _lacking(self, packed: PackedProgram) -> int:
         """Bytes that the free room, in however many pieces, is short of."""
@@ -102,20 +109,22 @@ class DeviceTier:
         lacking = self._lacking(packed)
         return self.neighbour is not None and lacking > 0 and self.neighbour.give(lacking, cached=cached)
 
-    def _eviction_helps(self, packed: PackedProgram, protected: Collection[str]) -> bool:
-        spare = self.neighbour.spare_bytes if self.neighbour is not None else 0
-        lacking = self._lacking(packed) - spare
-        return lacking <= 0 or self.placement.freed_by(self._evictable(protected)) >= lacking
+    def _could_free(self, protected: Collection[str]) -> int:
+        return self.placement.freed_by(self._evictable(protected))
 
-    def _evict_one(self, protected: Collection[str]) -> bool:
-        coldest = self._policy.coldest(entry.digest for entry in self._evictable(protected))
-        if coldest is None:
-            return False
-        entry = self._entries[coldest]
+    def _evict_while(self, lacking: Callable[[], bool], protected: Collection[str]) -> None:
+        """The coldest first, as long as bytes are lacking and somebody may go."""
+        if not lacking():
+            return
+        for digest in self._policy.coldest_first(entry.digest for entry in self._evictable(protected)):
+            self._evict(self._entries[digest])
+            if not lacking():
+                return
+
+    def _evict(self, entry: Entry) -> None:
         self.drop(entry)
         self.evictions += 1
         self._evicted(entry)
-        return True
 
     def _evictable(self, protected: Collection[str]) -> list[Entry]:
         return [

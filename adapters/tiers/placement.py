@@ -16,7 +16,7 @@ from onebase.adapters.tiers.entry import Entry, State
 from onebase.adapters.tiers.installer import Installer
 from onebase.adapters.tiers.shared_blocks import SharedBlock, SharedBlocks
 
-# Moved between two steps: some milliseconds of a host's memory, one of a GPU's. A block that is larger moves alone.
+# Moved in each step: some milliseconds of a host's memory, one of a GPU's. A block that is larger moves alone.
 _MOVED_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 _MOVED_BLOCKS = 16  # each of their users is installed anew
 
@@ -37,6 +37,11 @@ class Placement:
         self.shared = shared
         self.most_moved = _MOVED_BYTES.get(arena.buffer.device.type, _MOVED_BYTES["cuda"])
         self._installer = installer
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Compaction may move as much again: the engine's next step begins."""
+        self._left_bytes, self._left_blocks = self.most_moved, _MOVED_BLOCKS
 
     def allocate(self, packed: PackedProgram) -> Placed | None:
         """Take a block for the program, and what it shares; None, and nothing taken, where no free range is enough."""
@@ -72,7 +77,7 @@ class Placement:
             entry.block = -1
 
     def compact(self, entries: Iterable[Entry]) -> bool:
-        """Move blocks to lower places, the lowest first, until a bounded number of bytes has moved; whether any did.
+        """Move blocks to lower places, the lowest first, as far as the step's allowance goes; whether any moved.
 
         Called step after step it makes the free room one range at the arena's end. What a copy is filling stays where
         it is until that is done.
@@ -91,14 +96,14 @@ class Placement:
 
     def _move_some(self, blocks: Iterable[Entry | SharedBlock]) -> set[Entry | SharedBlock]:
         moved: set[Entry | SharedBlock] = set()
-        left = self.most_moved
         for block in blocks:
             size = self.arena.block_bytes(block.num_elements)
-            if len(moved) == _MOVED_BLOCKS or (moved and size > left):
+            if self._left_blocks == 0 or (size > self._left_bytes and self._left_blocks < _MOVED_BLOCKS):
                 break
             if self._move(block):
                 moved.add(block)
-                left -= size
+                self._left_blocks -= 1
+                self._left_bytes -= size
         return moved
 
     def _move(self, block: Entry | SharedBlock) -> bool:

@@ -61,6 +61,8 @@ class Book:
         self.placement.free(self.entries.pop(name))
 
     def compact(self) -> bool:
+        """In a step of its own."""
+        self.placement.begin_step()
         return self.placement.compact(self.entries.values())
 
     def check(self) -> None:
@@ -90,6 +92,15 @@ def test_a_bounded_number_of_bytes_moves_at_a_time() -> None:
         book.check()
     assert not book.compact()
     assert book.arena.tail_bytes == book.arena.free_bytes == 10 * BYTES
+
+
+def test_the_bound_is_for_all_calls_of_one_step() -> None:
+    book = _holes(20)
+    book.placement.most_moved = 3 * BYTES
+    book.compact()
+    assert not book.placement.compact(book.entries.values())
+    assert len(book.installs.installed) == 3
+    book.check()
 
 
 def test_a_block_over_the_bound_moves_alone() -> None:

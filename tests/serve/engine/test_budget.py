@@ -1,6 +1,6 @@
 """The border between adapters and KV pages: who gives what, to whom, and that it comes to rest.
 
-The scheduler, its pages and the arena are real; the device tier is a short stand-in that evicts and compacts at once.
+The scheduler, its pages and the device tier are real; adapters are numbers, and nobody puts them into tables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onebase.adapters.packing import PackedProgram
 from onebase.adapters.tiers.arena import Arena
+from onebase.adapters.tiers.device import DeviceTier
+from onebase.adapters.tiers.entry import Entry, State
+from onebase.adapters.tiers.policy import Lrfu
+from onebase.adapters.tiers.shared_blocks import SharedBlocks
+from onebase.adapters.traits import Traits
 from onebase.serve.engine.budget import CALM, SHARES, DeviceBudget
 from onebase.serve.engine.memory import Bounds, MemoryPlan, allocate, arena_in
 from onebase.serve.engine.messages import Request, SamplingParams
@@ -29,74 +35,58 @@ SLOT = 1024
 PAGE = 4
 
 
-class Tier:
-    """Adapters by name, as the device tier has them: the first one is the coldest."""
+class NoTables:
+    """In the place of the installer."""
+
+    def install(self, entry: Entry) -> None:
+        pass
+
+    def uninstall(self, entry: Entry) -> None:
+        pass
+
+
+class Adapters:
+    """Adapters by name on the real device tier: the first one is the coldest. Each is full of its own number."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self.neighbour: Any = None
-        self.blocks: dict[str, tuple[int, int]] = {}  # name -> start, bytes
-        self.referenced: set[str] = set()
+        self.policy = Lrfu()
+        installer: Any = NoTables()
+        self.device = DeviceTier(arena, SharedBlocks(arena), installer, self.policy, evicted=self._evicted)
+        self.entries: dict[str, Entry] = {}
         self.evicted: list[str] = []
 
     def place(self, name: str, nbytes: int, protected: Collection[str] = (), *, awaited: bool = True) -> bool:
-        """As DeviceTier.place."""
-        if self._allocate(name, nbytes):
-            return True
-        if awaited and self._lacking(nbytes) > 0:
-            self.neighbour.give(self._lacking(nbytes), cached=False)
-        while self._lacking(nbytes) > 0 and self._evict(protected):
-            pass
-        if awaited and self._lacking(nbytes) > 0:
-            self.neighbour.give(self._lacking(nbytes), cached=True)
-        self._compact()
-        return self._allocate(name, nbytes)
+        """As one step tries to; the copy is done at once."""
+        packed = PackedProgram(name, "TEST", 0, 0, Traits(), torch.full((nbytes // 4,), float(name)), {}, {}, {})
+        entry = Entry(name, "", State.COMPILING)
+        entry.take(packed)
+        found = self.device.place(entry, protected, awaited=awaited)
+        if found is None:
+            return False
+        self.policy.use(name)
+        self.arena.buffer[found.start : found.start + nbytes // 4] = packed.data
+        self.entries[name], entry.state, entry.packed = entry, State.READY, None
+        return True
 
-    def spare_bytes(self, protected: Collection[str]) -> int:
-        return self.arena.free_bytes + sum(self.blocks[name][1] for name in self._evictable(protected))
+    def refer(self, *names: str) -> None:
+        for name in names:
+            self.entries[name].references += 1
 
-    def give_room(self, nbytes: int, protected: Collection[str]) -> int:
-        while self.arena.free_bytes < nbytes and self._evict(protected):
-            pass
-        self._compact()
-        return self.arena.tail_bytes
+    def remove(self, *names: str) -> None:
+        for name in names:
+            self.device.drop(self.entries.pop(name))
 
-    def remove(self, name: str) -> None:
-        self.arena.free(self.blocks.pop(name)[0])
-        self.referenced.discard(name)
-
-    def _lacking(self, nbytes: int) -> int:
-        return nbytes - self.arena.free_bytes
-
-    def _allocate(self, name: str, nbytes: int) -> bool:
-        start = self.arena.allocate(nbytes // 4)
-        if start is not None:
-            self.blocks[name] = start, nbytes
-            self.arena.buffer[start : start + nbytes // 4] = float(name)
-        return start is not None
-
-    def _evictable(self, protected: Collection[str]) -> list[str]:
-        return [name for name in self.blocks if name not in self.referenced and name not in protected]
-
-    def _evict(self, protected: Collection[str]) -> bool:
-        for name in self._evictable(protected)[:1]:
-            self.remove(name)
-            self.evicted.append(name)
-            return True
-        return False
-
-    def _compact(self) -> None:
-        for name, (start, nbytes) in sorted(self.blocks.items(), key=lambda item: item[1]):
-            held = self.arena.buffer[start : start + nbytes // 4].clone()
-            self.arena.free(start)
-            new = self.arena.allocate_lowest(nbytes // 4)
-            self.arena.buffer[new : new + nbytes // 4] = held
-            self.blocks[name] = new, nbytes
+    def _evicted(self, entry: Entry) -> None:
+        del self.entries[entry.digest]
+        self.evicted.append(entry.digest)
 
     def check(self) -> None:
         self.arena.check()
-        for name, (start, nbytes) in self.blocks.items():
-            assert (self.arena.buffer[start : start + nbytes // 4] == float(name)).all(), "an adapter was overwritten"
+        assert {entry.digest for entry in self.device.entries} == self.entries.keys()
+        for name, entry in self.entries.items():
+            held = self.arena.buffer[entry.block : entry.block + entry.num_elements]
+            assert (held == float(name)).all(), "an adapter was overwritten"
 
 
 class World:
@@ -111,9 +101,9 @@ class World:
         self.cache = PrefixCache()
         self.pages = PageAllocator(pages.start, PAGE, self.cache, self.plan.first_page)
         self.scheduler = Scheduler(self.pages, 64, 64)
-        self.tier = Tier(arena_in(buffer, self.plan, torch.float32))
+        self.tier = Adapters(arena_in(buffer, self.plan, torch.float32))
         self.waiting = SimpleNamespace(wanted=set(), kept=set(), needed_bytes=0)
-        stand_in: Any = SimpleNamespace(arena=self.tier.arena, device=self.tier)
+        stand_in: Any = SimpleNamespace(arena=self.tier.arena, device=self.tier.device)
         waiting: Any = self.waiting
         self.budget = DeviceBudget(self.plan, self.scheduler, stand_in, self._copy, waiting)
         self.held: dict[str, Sequence] = {}
@@ -133,6 +123,7 @@ class World:
     def pass_steps(self, count: int = CALM) -> None:
         for _ in range(count):
             self.budget.step()
+            self.tier.device.placement.begin_step()
 
     def grow(self, count: int, name: str = "") -> bool:
         """A running sequence takes pages; False where it would be preempted."""
@@ -191,7 +182,7 @@ def test_pages_of_the_prefix_cache_go_only_when_no_adapter_can(world: World) -> 
     assert world.tier.place("1", 32 * SLOT)
     assert world.tier.place("2", 4 * SLOT)
     assert world.tier.evicted == ["1"]
-    world.tier.referenced.add("2")
+    world.tier.refer("2")
     assert world.tier.place("3", 32 * SLOT)
     assert world.arena_slots == 36
     assert world.cache.evictions == 4
@@ -237,7 +228,7 @@ def test_pages_take_free_room_before_adapters_leave(world: World) -> None:
 def test_adapters_in_use_or_waited_for_stay(world: World) -> None:
     for name in ("1", "2", "3"):
         assert world.tier.place(name, 10 * SLOT)
-    world.tier.referenced.add("1")
+    world.tier.refer("1")
     world.waiting.kept.add("2")
     assert not world.grow(32 + 13)
     assert world.tier.evicted == [], "nobody leaves where that is not enough"
@@ -281,10 +272,10 @@ def test_neither_side_gets_more_than_its_upper_bound() -> None:
 
 def test_where_both_are_short_the_split_stands(world: World) -> None:
     world.tier.place("1", 31 * SLOT)
-    world.tier.referenced.add("1")
+    world.tier.refer("1")
     assert world.grow(31)
     for _ in range(5 * CALM):
-        world.budget.step()
+        world.pass_steps(1)
         assert not world.tier.place("2", 8 * SLOT)
         assert not world.grow(2)
     assert world.budget.moves == 0
@@ -299,7 +290,7 @@ def test_the_oldest_requests_adapters_get_their_room_whoever_is_short(world: Wor
     world.waiting.needed_bytes = 36 * SLOT
     placed = False
     for step in range(4):
-        world.budget.step()
+        world.pass_steps(1)
         world.grow(9, "greedy")
         placed = placed or world.tier.place("1", 36 * SLOT)
         if step == 1:
@@ -333,7 +324,7 @@ def test_what_moves_between_two_steps_is_bounded(world: World, monkeypatch: pyte
         if world.tier.place("1", 44 * SLOT):
             break
         world.check()
-    assert "1" in world.tier.blocks
+    assert "1" in world.tier.entries
     assert max(copied) == 3
     assert len(copied) > 2
     world.check()
@@ -348,12 +339,101 @@ def _counting(withdraw: Any, copied: list[int]) -> Any:
     return call
 
 
+def _in_pieces(world: World) -> list[str]:
+    """Thirty-two adapters of a slot, every other one gone: sixteen slots are free, no two of them together."""
+    names = [str(number) for number in range(32)]
+    assert all(world.tier.place(name, SLOT) for name in names)
+    world.tier.remove(*names[::2])
+    return names[1::2]
+
+
+def test_free_bytes_in_pieces_are_put_together_and_nobody_leaves(world: World) -> None:
+    """More blocks are in the way than move in a step: the adapter waits for the next one."""
+    names, steps = _in_pieces(world), 0
+    world.tier.device.placement.most_moved = 3 * SLOT
+    world.pass_steps(1)
+    while not world.tier.place("99", 14 * SLOT):
+        steps += 1
+        world.pass_steps(1)
+        world.check()
+    assert 3 < steps < 8
+    assert world.tier.evicted == []
+    assert world.tier.entries.keys() == {*names, "99"}
+    assert world.arena_slots == 32, "the pages were not asked"
+    world.check()
+
+
+def test_pieces_are_put_together_whoever_asks(world: World) -> None:
+    _in_pieces(world)
+    assert world.tier.place("99", 14 * SLOT, awaited=False)
+    assert world.tier.evicted == []
+
+
+def test_only_as_many_leave_as_bytes_are_lacking(world: World) -> None:
+    names = _in_pieces(world)
+    assert world.grow(32)
+    world.pass_steps()
+    while not world.tier.place("99", 18 * SLOT):
+        world.pass_steps(1)
+    assert world.tier.evicted == names[:2]
+    world.check()
+
+
+def test_nobody_leaves_while_the_pages_still_give(world: World) -> None:
+    """What is wanted comes in several steps, since held pages move out of the way."""
+    world.budget._most_moved = 3
+    for name in ("a", "b"):
+        assert world.grow(14, name)
+    world.end("a")
+    assert all(world.tier.place(str(number), 8 * SLOT) for number in range(4))
+    steps = 0
+    while not world.tier.place("99", 12 * SLOT):
+        steps += 1
+        world.pass_steps(1)
+        world.check()
+    assert steps > 1
+    assert world.tier.evicted == []
+
+
+def test_nobody_leaves_for_room_that_is_only_the_pages_to_give(world: World) -> None:
+    """Who is not awaited gets nothing from the pages, so evictions must be enough by themselves."""
+    assert world.tier.place("1", 8 * SLOT)
+    assert world.tier.place("2", 24 * SLOT)
+    world.tier.refer("2")
+    assert not world.tier.place("3", 9 * SLOT, awaited=False)
+    assert world.tier.evicted == []
+
+
+def test_what_moves_in_a_step_is_bounded_over_all_who_want_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _in_pieces(world)
+    placement, moved = world.tier.device.placement, list[int]()
+    placement.most_moved = 4 * SLOT
+    move = placement._move_some
+    monkeypatch.setattr(placement, "_move_some", lambda blocks: moved.append(len(found := move(blocks))) or found)
+    world.pass_steps(1)
+    for number in range(6):
+        world.tier.place(str(90 + number), 5 * SLOT, set(world.tier.entries), awaited=False)
+    world.tier.device.give_room(12 * SLOT, ())
+    assert sum(moved) == 4
+    world.check()
+
+
+def test_each_score_is_looked_at_once_for_all_that_leave(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(world.tier.place(str(number), SLOT) for number in range(32))
+    score, looked = world.tier.policy._score, list[str]()
+    monkeypatch.setattr(world.tier.policy, "_score", lambda digest: looked.append(digest) or score(digest))
+    placed = world.tier.place("99", 28 * SLOT, awaited=False)
+    assert placed
+    assert len(world.tier.evicted) == 28
+    assert len(looked) == 32
+
+
 @pytest.mark.parametrize("period", [1, 5, CALM, 3 * CALM])
 def test_demand_that_alternates_moves_the_border_seldom(world: World, period: int) -> None:
     """Sequences and adapters want more than half of it in turns: the border turns round at most once in CALM steps."""
     borders = [world.pages.first]
     for step in range(40 * CALM):
-        world.budget.step()
+        world.pass_steps(1)
         if step // period % 2:
             world.grow(40)
             world.end()
@@ -393,12 +473,12 @@ def test_whatever_both_sides_want_nothing_is_lost_and_the_buffer_is_tiled(
             world.end(rng.choice(sorted(world.held)), cached=rng.random() < 0.7)
         world.check()
         if rng.random() < 0.7:
-            world.waiting.kept = {name for name in world.tier.blocks if rng.random() < 0.2}
+            world.waiting.kept = {name for name in world.tier.entries if rng.random() < 0.2}
             size = rng.choice([rng.randint(1, 16), 30]) * SLOT - rng.choice([0, 256])
             if world.tier.place(str(step), size, world.waiting.kept) and rng.random() < 0.5:
-                world.tier.referenced.add(str(step))
-        elif world.tier.blocks:
-            world.tier.remove(rng.choice(sorted(world.tier.blocks)))
+                world.tier.refer(str(step))
+        elif world.tier.entries:
+            world.tier.remove(rng.choice(sorted(world.tier.entries)))
         world.check()
 
 
