@@ -32,11 +32,13 @@ from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables
 
+_PINS_AT_ONCE = 2  # on their way to host memory
 _SURVEY_EVERY = 60.0  # seconds; ten thousand files take a thread some 0.1 s
 
 
 class AdapterCache:
-    """The tiers. hits, misses: requests that started, and found their adapter ready or had to wait for its load."""
+    """The tiers. hits, misses: requests that started, and found their adapter ready or had to wait for its load.
+    blocked: whether an adapter that is planned onto the device has no place there yet."""
 
     def __init__(
         self,
@@ -71,13 +73,17 @@ class AdapterCache:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread is at work, or has just filled what an entry waits for, so that collect() will have
-        something to do soon."""
-        return any(entry.working or entry.state is State.COPYING for entry in self._moving.values())
+        """Whether collect() or place() will have something to do soon: a thread is at work, or has just filled what an
+        entry waits for, or a pin waits for room that is being made step by step."""
+        return any(
+            entry.working or entry.state is State.COPYING or entry.digest in self.device.pinned
+            for entry in self._moving.values()
+        )
 
     @property
     def num_compiling(self) -> int:
-        return sum(entry.state is State.COMPILING for entry in self._moving.values())
+        """Adapters that requests wait for, on their way to host memory."""
+        return self.transit.num_awaited
 
     def resident(self) -> dict[str, int]:
         """digest -> bytes on the device."""
@@ -88,9 +94,9 @@ class AdapterCache:
         return {entry.digest for entry in self.device.entries if entry.references}
 
     def is_ready(self, digest: str) -> bool:
-        """Whether the adapter may be acquired. One that is being unloaded may not: it comes back as a new entry."""
+        """Whether the adapter may be acquired. One that is to leave may be, as long as somebody keeps it here."""
         entry = self._entries.get(digest)
-        return entry is not None and entry.state is State.READY and not entry.doomed
+        return entry is not None and entry.state is State.READY
 
     def is_known(self, digest: str) -> bool:
         """Whether it is in some tier above the disk, or on its way there."""
@@ -105,7 +111,7 @@ class AdapterCache:
         """Block -> bytes of all that the adapter takes on the device, empty while that is not known. Adapters that
         share a block have the same key for it, so that the union of their parts is what they take together."""
         entry, size = self._entries.get(digest), self.arena.block_bytes
-        if entry is not None and entry.state not in (State.COMPILING, State.FAILED):
+        if entry is not None and entry.state is not State.COMPILING:
             return {digest: size(entry.num_elements)} | {key: size(count) for key, count in entry.shared.items()}
         packed = self.host.get(digest)
         if packed is None:
@@ -115,7 +121,7 @@ class AdapterCache:
     def traits(self, digest: str) -> Traits | None:
         """What the engine has to know of a compiled adapter, None while it is not compiled."""
         entry = self._entries.get(digest)
-        if entry is not None and entry.state not in (State.COMPILING, State.FAILED):
+        if entry is not None and entry.state is not State.COMPILING:
             return entry.traits
         packed = self.host.get(digest)
         return None if packed is None else packed.traits
@@ -137,12 +143,11 @@ class AdapterCache:
 
     def await_ready(self, digest: str, path: str) -> None:
         """Start to load an adapter that a request waits for. It goes to the device once it is planned there."""
-        entry = self._entry(digest, path)
-        entry.awaited = entry.awaited or entry.state is not State.READY
+        self.transit.await_ready(self._entry(digest, path))
 
     def _entry(self, digest: str, path: str) -> Entry:
         entry = self._entries.get(digest)
-        if entry is None or entry.state is State.FAILED:
+        if entry is None:
             self.policy.know(digest)
             entry = self.transit.start(digest, path)
         return entry
@@ -173,7 +178,7 @@ class AdapterCache:
         was_in_host = digest in self.host
         self.host.drop(digest)
         entry = self._entries.get(digest)
-        if entry is None or entry.state is State.FAILED:
+        if entry is None:
             self._forget(digest)
             return was_in_host
         entry.doomed = True
@@ -188,8 +193,9 @@ class AdapterCache:
     # Moving on
 
     def collect(self, wanted: Collection[str] = ()) -> list[Entry]:
-        """Take up what threads have done; the entries that are now known to be good (compiled, and small enough) or
-        failed. wanted: digests that host memory keeps, because requests wait for them."""
+        """A step begins: take up what threads have done. The entries that are now known to be good (compiled, and small
+        enough) or failed. wanted: digests that host memory keeps, because requests wait for them."""
+        self.device.placement.begin_step()
         changed: list[Entry] = []
         protected = {*wanted, *self._moving, *(pin for pin in self.pins.paths if pin not in self._entries)}
         for entry in list(self._moving.values()):
@@ -204,38 +210,49 @@ class AdapterCache:
         return changed
 
     def place(self, planned: Mapping[str, bool] | None = None, wanted: Collection[str] = ()) -> None:
-        """Give room to those that want it.
+        """Give room to those that want it: pins before all others.
 
-        planned: the digests that requests are to find on the device, in their order, and whether there is room now;
-        these are not evicted for others. Those without wait for room in their order, and nobody else gets any before
-        them. ``blocked`` says whether any has no place yet. What else found no room is dropped unless it is pinned, or
-        ``wanted`` and not in host memory.
+        planned: the digests that requests are to find on the device, in their order, and whether there is room now,
+        beside the pins; these are not evicted for others. Those without wait for room in their order, and nobody else
+        gets any before them. What else found no room is dropped unless it is pinned or ``wanted``.
         """
         planned = planned or {}
         reserved = {digest for digest, has_room in planned.items() if has_room}
-        self.device.pinned = self._fetch_pins()
-        self.blocked = short = False
+        self.device.pinned = pins = self._fetch_pins()
+        placed = [self._place(digest, reserved) for digest in pins]
+        self.blocked = False
         for digest, has_room in planned.items():
-            entry = self._moving.get(digest)
-            if entry is not None and entry.state is State.PLACING and (has_room or not self.blocked):
-                short |= not self.transit.place(entry, reserved, awaited=True)
-            self.blocked |= entry is not None and entry.block < 0
+            if digest not in pins and (has_room or not self.blocked):
+                placed.append(self._place(digest, reserved))
+            self.blocked |= digest in self._entries and self._entries[digest].block < 0
         for entry in [e for e in self._moving.values() if e.state is State.PLACING and e.digest not in planned]:
-            placed = entry.wants_room and not short and self.transit.place(entry, reserved, awaited=False)
-            needed = entry.digest in wanted and entry.digest not in self.host
-            if not placed and not needed and entry.digest not in self.device.pinned:
-                self.transit.remove(entry)
+            self._place_unasked(entry, reserved, wanted, room=all(placed))
+
+    def _place(self, digest: str, reserved: Collection[str]) -> bool:
+        """Room for an adapter that somebody waits for; False where it needs some and there is none yet."""
+        entry = self._moving.get(digest)
+        return entry is None or entry.state is not State.PLACING or self.transit.place(entry, reserved, awaited=True)
+
+    def _place_unasked(self, entry: Entry, reserved: Collection[str], wanted: Collection[str], *, room: bool) -> None:
+        """For one that is not planned: it goes where there is room, or is dropped; who needs it later plans it."""
+        if entry.digest in self.device.pinned:
+            return
+        placed = entry.wants_room and room and self.transit.place(entry, reserved, awaited=False)
+        if not placed and entry.digest not in wanted:
+            self.transit.remove(entry)
 
     def _fetch_pins(self) -> Mapping[str, str]:
-        """Start the loads of pins; those that have room on the device."""
+        """Start the loads of pins, a few at a time, whatever requests have loaded; those that have room on the
+        device."""
         if not self.pins.paths:
             return {}
         for digest in self.pins.paths:
             self.pins.know(digest, self.parts(digest))
         pins, _ = self.pins.within(self.arena.limit_bytes)
-        for digest, path in pins.items():
-            if digest not in self._entries and self.num_compiling < 2:
-                self.fetch(digest, path)
+        coming = sum(digest in self._entries and self._entries[digest].state is State.COMPILING for digest in pins)
+        missing = [digest for digest in pins if digest not in self._entries]
+        for digest in missing[: max(0, _PINS_AT_ONCE - coming)]:
+            self.transit.hasten(self.fetch(digest, pins[digest]))
         return pins
 
     def _evicted(self, entry: Entry) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from onebase.adapters.errors import AdapterError
+from onebase.adapters.errors import OneBaseError
 from onebase.adapters.packing import PackedHead, PackedInstruction, PackedProgram
 from onebase.adapters.program import Head
 from onebase.adapters.tiers.fetching import Fetched
@@ -61,8 +61,8 @@ class Entry:
     handle: int = -1
     tail: int = -1
     references: int = 0
-    doomed: bool = False  # unload was asked for: dropped when the last reference goes
-    error: AdapterError | None = None
+    doomed: bool = False  # unload was asked for: it leaves as soon as nobody references it, and serves until then
+    error: OneBaseError | None = None
 
     def take(self, packed: PackedProgram) -> None:
         """It is in host memory: what it is, is known from now on."""
@@ -73,7 +73,7 @@ class Entry:
         self.traits, self.family, self.rank = packed.traits, packed.family, packed.rank
         self.nbytes, self.sites = packed.nbytes, packed.sites
 
-    def fail(self, error: AdapterError) -> None:
+    def fail(self, error: OneBaseError) -> None:
         self.state, self.error, self.reading, self.copying = State.FAILED, error, None, None
 
     @property

@@ -10,7 +10,9 @@ from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
-from onebase.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from torch import OutOfMemoryError
+
+from onebase.adapters.errors import AdapterRejected, AdapterTooLarge, EngineError, OneBaseError, StorageFailed
 from onebase.adapters.packing import PackedProgram
 from onebase.adapters.tiers.device import DeviceTier
 from onebase.adapters.tiers.entry import Entry, State
@@ -24,7 +26,8 @@ from onebase.adapters.tiers.shared_blocks import SharedBlocks
 
 class Transit:
     """entries: of all adapters that are on the device or on their way; moving: those that are not ready. left: told of
-    each that is in neither any more. loads: adapters that became ready, so far."""
+    each that is in neither any more. loads: adapters that became ready, so far. num_awaited: reads under way that
+    requests wait for."""
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class Transit:
         self.entries: dict[str, Entry] = {}
         self.moving: dict[str, Entry] = {}
         self.meters = LoadMeters()
-        self.loads = 0
+        self.loads = self.num_awaited = 0
         self.fetcher = fetcher
         self.loader = Loader(device.arena.buffer)
         self._device = device
@@ -63,6 +66,19 @@ class Transit:
         else:
             entry.reading = self.loader.submit(self.fetcher.fetch, Path(path), digest)
         return entry
+
+    def await_ready(self, entry: Entry) -> None:
+        """A request waits for it."""
+        if entry.state is State.READY or entry.awaited:
+            return
+        entry.awaited = True
+        self.num_awaited += entry.state is State.COMPILING
+        self.hasten(entry)
+
+    def hasten(self, entry: Entry) -> None:
+        """It is read before those that nobody waits for."""
+        if entry.reading is not None:
+            self.loader.hasten(entry.reading)
 
     def advance(self, entry: Entry, protected: Collection[str]) -> None:
         """Take up what a thread has done for it. protected: digests that do not leave host memory for it."""
@@ -103,10 +119,15 @@ class Transit:
     def _read(self, entry: Entry, protected: Collection[str]) -> None:
         reading, entry.reading = entry.reading, None
         assert reading is not None
+        self.num_awaited -= entry.awaited
         try:
             fetched = reading.result()
-        except AdapterError as error:
+        except OneBaseError as error:
             return entry.fail(error)
+        except OSError as error:  # the adapter may be as good as any
+            return entry.fail(StorageFailed(f"the adapter could not be read: {error}"))
+        except (MemoryError, OutOfMemoryError) as error:
+            return entry.fail(EngineError(f"there is no memory to load the adapter now: {error}"))
         except Exception as error:  # a hostile file must not end the loop, whatever a library makes of it
             return entry.fail(AdapterRejected(f"the adapter cannot be read: {type(error).__name__}: {error}"))
         return self._take(entry, fetched, protected)
@@ -149,7 +170,7 @@ class Transit:
 
     def _give_up(self, entry: Entry, reason: object) -> None:
         self._device.drop(entry)
-        entry.fail(AdapterError(f"the adapter could not be copied to the device: {reason}"))
+        entry.fail(EngineError(f"the adapter could not be copied to the device: {reason}"))
 
     def check(self) -> None:
         """Prove that entries, blocks and shared blocks correspond. Raises RuntimeError where they do not."""
@@ -165,3 +186,6 @@ class Transit:
             raise RuntimeError(f"adapters: {users} uses of shared blocks, counted {self._shared.num_references}")
         if {d for d, e in self.entries.items() if e.state is not State.READY} != self.moving.keys():
             raise RuntimeError("adapters: those that are not ready are not those that move")
+        awaited = sum(entry.awaited for entry in self.moving.values() if entry.state is State.COMPILING)
+        if awaited != self.num_awaited:
+            raise RuntimeError(f"adapters: requests wait for {awaited} reads, counted {self.num_awaited}")

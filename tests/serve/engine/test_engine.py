@@ -134,7 +134,7 @@ def test_a_missing_blob_fails_the_request_and_nobody_else(
     lost = driver.submit([1, 2], driver.use(tmp_path / "gone"))
     kept = driver.submit([1, 2], driver.use(adapters[0]), max_tokens=3)
     driver.run()
-    assert driver.failures[lost].kind == "AdapterRejected"
+    assert driver.failures[lost].kind == "StorageFailed"
     assert len(driver.outputs[kept]) == 3
 
 

@@ -15,6 +15,7 @@ import torch
 from onebase.adapters.program import LowRank, SiteOps
 from onebase.serve.engine import memory
 from onebase.serve.engine.config import GIB
+from onebase.serve.engine.messages import SetPins
 
 from .programs import Programs
 
@@ -80,6 +81,23 @@ def test_a_long_sequence_gets_the_room_of_adapters_that_nobody_uses(make_moving:
     assert driver.engine.stats().preemptions == 0
     assert driver.engine.stats().num_pages >= 22
     assert driver.engine.stats().adapter_evictions >= 1
+
+
+def test_pins_get_the_room_of_pages_while_nothing_runs(make_moving: Make) -> None:
+    """As the loop has it: it steps on while the tiers say that they are busy, also where pages were short before."""
+    driver = make_moving(12, max_model_len=40, max_num_seqs=4)
+    programs = _adapters(driver, 8, 9, 10)  # 13.5 slots together, of 12 now and 19 at most
+    for _ in range(6):
+        driver.submit(list(range(20, 40)), max_tokens=18)
+    driver.run()
+    driver.engine.set_pins(SetPins(tuple(programs.use(name) for name in ("8", "9", "10"))))
+    driver.step()
+    for _ in range(2000):
+        if not driver.engine.adapters.busy:
+            break
+        driver.step()
+        time.sleep(0.0005)
+    assert driver.engine.stats().pinned == ("8", "9", "10")
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -251,6 +252,95 @@ def test_a_stream_of_younger_requests_over_a_full_device_starves_nobody(crowd_of
     crowd.driver.run()
 
 
+# Loads that nobody waits for
+
+
+def _take_time(crowd: Crowd, seconds: float) -> None:
+    compile = crowd.cache.transit.fetcher.compile
+
+    def slowly(path: Path, digest: str) -> Any:
+        program = compile(path, digest)
+        time.sleep(seconds)
+        return program
+
+    crowd.cache.transit.fetcher.compile = slowly
+
+
+def test_uploads_without_end_keep_no_request_from_its_adapter(crowd_of: Callable[..., Crowd]) -> None:
+    """Twelve clients upload one adapter after the other: a cold one that is asked for is read next."""
+    crowd = crowd_of(200, room=8, host=200)
+    _take_time(crowd, 0.003)
+    names = iter(crowd.names[1:])
+
+    def upload_and_step() -> None:
+        while len(crowd.engine._commands) < 12:
+            name = next(names)
+            crowd.driver._take(crowd.engine.load(LoadAdapter(f"upload of {name}", crowd.use(name))))
+        crowd.driver.step()
+        time.sleep(0.001)
+
+    for _ in range(20):
+        upload_and_step()
+    assert crowd.cache.num_compiling == 0, "nobody waits for these"
+    request = crowd.ask("a0", max_tokens=1)
+    crowd.driver.step()
+    before = len(crowd.compiled)
+    while request not in crowd.driver.outputs:
+        upload_and_step()
+    assert crowd.compiled.index("a0") <= before + 2, "it is what a reader takes next"
+
+
+def test_an_upload_that_a_request_waits_for_overtakes_the_others(crowd_of: Callable[..., Crowd]) -> None:
+    crowd = crowd_of(30, room=8, host=30)
+    _take_time(crowd, 0.01)
+    for name in crowd.names:
+        crowd.engine.load(LoadAdapter(f"upload of {name}", crowd.use(name)))
+    request = crowd.ask("a29", max_tokens=1)
+    crowd.wait(lambda: request in crowd.driver.outputs)
+    assert crowd.compiled.index("a29") < 20
+    crowd.driver.run()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(OSError(5, "Input/output error"), "StorageFailed"), (MemoryError(), "EngineError")]
+)
+def test_the_adapter_is_not_blamed_for_what_passes(
+    error: Exception, kind: str, crowd_of: Callable[..., Crowd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = crowd_of(1, room=1)
+
+    def fail(path: Path, digest: str) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crowd.cache.transit.fetcher, "compile", fail)
+        request = crowd.ask("a0")
+        crowd.driver.run()
+    assert crowd.driver.failures[request].kind == kind
+    assert crowd.say("a0")
+
+
+def test_who_waits_for_room_is_looked_for_in_host_memory_once(crowd_of: Callable[..., Crowd]) -> None:
+    crowd = crowd_of(8, room=4, host=8, max_num_seqs=8)
+    for name in crowd.names:
+        crowd.say(name)
+    for name in crowd.names[:4]:
+        crowd.ask(name, max_tokens=80)
+    crowd.wait(lambda: len(crowd.engine.scheduler.running) == 4)
+    hits = crowd.engine.stats().host.hits
+    for name in crowd.names[4:]:
+        crowd.ask(name, max_tokens=2)
+    for _ in range(20):
+        crowd.driver.step()
+    waiting = dict(crowd.cache.transit.moving)
+    for _ in range(20):
+        crowd.driver.step()
+    assert waiting
+    assert crowd.cache.transit.moving == waiting, "the same entries: how long they wait is counted from their start"
+    assert crowd.engine.stats().host.hits - hits <= 4
+    crowd.driver.run()
+
+
 # Pins
 
 
@@ -284,6 +374,25 @@ def test_pins_beyond_their_share_wait_and_hold_nobody_up(crowd_of: Callable[...,
     assert stats.pinned == ("a0", "a1", "a2")
     assert stats.pins_waiting == ("a3", "a4", "a5")
     assert max(Counter(crowd.compiled).values()) == 1, "those without room are not loaded again and again"
+
+
+def test_pins_get_in_whatever_is_asked_for(crowd_of: Callable[..., Crowd]) -> None:
+    """Requests over 34 other adapters wait without end, with room for eight."""
+    crowd, draw = crowd_of(36, room=8, host=60, max_num_seqs=16), random.Random(1)
+
+    def overload() -> None:
+        while len(crowd.engine.scheduler.waiting) < 60:
+            crowd.ask(draw.choice(crowd.names[2:]), max_tokens=draw.randrange(2, 12))
+        crowd.driver.step()
+
+    for _ in range(60):
+        overload()
+    crowd.engine.set_pins(SetPins((crowd.use("a0"), crowd.use("a1"))))
+    for _ in range(150):
+        overload()
+        if len(crowd.engine.stats().pinned) == 2:
+            break
+    assert crowd.engine.stats().pinned == ("a0", "a1")
 
 
 def test_a_pin_that_cannot_be_loaded_is_tried_once(crowd_of: Callable[..., Crowd]) -> None:
@@ -347,6 +456,46 @@ def test_gone_is_said_once_the_bytes_are_back(crowd_of: Callable[..., Crowd]) ->
     assert crowd.driver.failures["u"] == AdapterGone("u", "a0", True, 0)
     assert (crowd.cache.arena.used, crowd.cache.host.used) == (0, 0)
     assert len(crowd.driver.outputs[running]) == 20
+
+
+def test_what_is_to_leave_serves_until_nobody_holds_it(crowd_of: Callable[..., Crowd]) -> None:
+    crowd = crowd_of(1, room=1)
+    running = crowd.ask("a0", max_tokens=100)
+    crowd.wait(lambda: bool(crowd.engine.scheduler.running))
+    assert crowd.engine.unload(UnloadAdapter("u", "a0")) == []
+    late = crowd.ask("a0", max_tokens=3)
+    crowd.wait(lambda: len(crowd.driver.outputs.get(late, [])) == 3)
+    assert len(crowd.driver.outputs[running]) < 100
+    assert "u" not in crowd.driver.failures
+    crowd.driver.run()
+    assert crowd.driver.failures["u"] == AdapterGone("u", "a0", True, 0)
+    assert crowd.cache.arena.used == 0
+    assert crowd.compiled == ["a0"]
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_nobody_gets_hold_of_what_leaves_by_force(
+    copied: bool, crowd_of: Callable[..., Crowd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is ready or still being copied: who asks next has it loaded anew."""
+    crowd, gate = crowd_of(1, room=1), threading.Event()
+    loader = crowd.cache.transit.loader
+    copy = loader._copy
+    monkeypatch.setattr(loader, "_copy", lambda *args: gate.wait(20) and copy(*args))
+    if copied:
+        gate.set()
+    lost = crowd.ask("a0", max_tokens=50)
+    crowd.wait(lambda: bool(crowd.engine.scheduler.running) if copied else crowd.cache.arena.used > 0)
+    crowd.driver._take(crowd.engine.unload(UnloadAdapter("u", "a0", force=True)))
+    assert not crowd.cache.is_ready("a0")
+    late = crowd.ask("a0")
+    crowd.driver.step()
+    gate.set()
+    crowd.driver.run()
+    assert crowd.driver.failures[lost].kind == "AdapterUnloaded"
+    assert crowd.driver.failures["u"] == AdapterGone("u", "a0", True, 1)
+    assert len(crowd.driver.outputs[late]) == 3
+    assert crowd.compiled == ["a0", "a0"]
 
 
 def test_force_ends_running_and_waiting_requests_and_no_others(crowd_of: Callable[..., Crowd]) -> None:
@@ -430,3 +579,16 @@ def test_pages_outlive_their_adapter(crowd_of: Callable[..., Crowd]) -> None:
 def test_stats_before_anything_happened_are_plain(crowd_of: Callable[..., Crowd]) -> None:
     stats = crowd_of(1, room=3).engine.stats()
     assert replace(stats.device, capacity=0) == replace(stats.host, capacity=0) == stats.disk
+
+
+def test_room_in_pieces_costs_no_warm_adapter(crowd_of: Callable[..., Crowd]) -> None:
+    """Thirty-two of 64 blocks are free, none beside another: thirty of them are put together, over some steps."""
+    crowd = crowd_of(64, room=64, host=80)
+    for name in crowd.names:
+        crowd.say(name)
+    for entry in sorted(crowd.cache.device.entries, key=lambda one: one.block)[::2]:
+        crowd.command(UnloadAdapter(f"u-{entry.digest}", entry.digest))
+    crowd.add("big", _ops(99, rank=8 * 30))
+    assert crowd.say("big")
+    stats = crowd.engine.stats()
+    assert (stats.device.evictions, len(stats.resident)) == (0, 33)
