@@ -40,10 +40,6 @@ class Bounds:
     start: int
     most: int
 
-    @property
-    def fixed(self) -> bool:
-        return self.least == self.most
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
