@@ -95,10 +95,10 @@ class Changes:
                 self._db.run("INSERT INTO labels VALUES (?, ?, ?, ?)", self._base, name, key, value)
         self._check_count("labels", name, MAX_LABELS)
 
-    def alias(self, name: str, aliases: Mapping[str, int | None], *, replace: bool) -> None:
+    def alias(self, name: str, aliases: Mapping[str, int | None], dropped: Iterable[str]) -> None:
         """Raises AdapterNameInvalid, AdapterNotFound for a version, AdapterConflict, AdapterRejected for too many."""
-        if replace:
-            self._db.run("DELETE FROM aliases WHERE base = ? AND name = ?", self._base, name)
+        for alias in dropped:
+            self._db.run("DELETE FROM aliases WHERE base = ? AND name = ? AND alias = ?", self._base, name, alias)
         for alias, version in aliases.items():
             self._check_alias(name, check_name(alias, param="aliases"), version)
             self._db.run("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?)", self._base, alias, name, version)

@@ -138,31 +138,6 @@ class Registry(RegistryReads):
             self._change.set_current(name, wanted)
             return entry
 
-    def pin(self, name: str, pinned: bool) -> AdapterEntry:
-        """Mark a name, or take the mark off: new versions keep it, a delete ends it. Raises AdapterNotFound."""
-        with self._db.transaction():
-            self._existing(name)
-            self._change.pin(name, pinned)
-            return self._read.find(name)
-
-    def label(self, name: str, changes: Mapping[str, str | None]) -> AdapterEntry:
-        """Set labels of a name; None takes one off. Raises AdapterNotFound, AdapterRejected."""
-        with self._db.transaction():
-            self._existing(name)
-            self._change.label(name, changes)
-            return self._read.find(name)
-
-    def alias(self, name: str, aliases: Mapping[str, int | None], *, replace: bool = True) -> AdapterEntry:
-        """Give a name aliases: of a version, or (None) of whatever is current. ``replace``: these and no others.
-
-        Aliases share the namespace of names. Raises AdapterNotFound for the name or a version, AdapterNameInvalid,
-        AdapterConflict for a name of an adapter or another name's alias.
-        """
-        with self._db.transaction():
-            self._existing(name)
-            self._change.alias(name, aliases, replace=replace)
-            return self._read.find(name)
-
     def change(
         self,
         name: str,
@@ -172,14 +147,15 @@ class Registry(RegistryReads):
         aliases: Mapping[str, int | None] = NO_ALIASES,
         dropped: Collection[str] = (),
     ) -> AdapterEntry:
-        """All of pin, label and alias at once, or nothing. ``aliases`` are added or moved, ``dropped`` ones go.
+        """All of it or nothing; a delete ends it. Raises AdapterNotFound for the name or a version.
 
-        Raises what those raise.
+        pinned: a mark that new versions keep. labels: None takes one off; raises AdapterRejected. aliases: added or
+        moved, to a version or (None) to whatever is current; ``dropped`` ones go. They share the namespace of names:
+        raises AdapterNameInvalid, and AdapterConflict for a name of an adapter or another name's alias.
         """
         with self._db.transaction():
             self._existing(name)
-            kept = {alias: version for alias, version in self.aliases(name).items() if alias not in dropped}
-            self._change.alias(name, {**kept, **aliases}, replace=True)
+            self._change.alias(name, aliases, dropped)
             self._change.label(name, labels)
             if pinned is not None:
                 self._change.pin(name, pinned)

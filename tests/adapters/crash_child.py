@@ -93,11 +93,11 @@ def perform(registry: Registry, contents: dict[str, Path], operation: Operation)
         case ["rollback", name, version]:
             return registry.rollback(name, version).version
         case ["pin", name, pinned]:
-            return registry.pin(name, pinned).version
+            return registry.change(name, pinned=pinned).version
         case ["label", name, labels]:
-            return registry.label(name, labels).version
+            return registry.change(name, labels=labels).version
         case ["alias", name, aliases, replace]:
-            return registry.alias(name, aliases, replace=replace).version
+            return registry.change(name, aliases=aliases, dropped=registry.aliases(name) if replace else ()).version
         case ["delete", name]:
             return [[entry.name, entry.version] for entry in registry.delete(name).entries]
         case ["gc", keep]:

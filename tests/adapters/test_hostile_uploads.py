@@ -250,9 +250,9 @@ def test_bad_adapter_names_write_nothing(case: str, registry: Registry, root: Pa
     calls: list[Callable[[str], object]] = [
         lambda name: registry.commit(name, blob, "test", family="LORA", rank=4, nbytes=1),
         lambda name: registry.begin_import(name, "hf:x/y", None, ""),
-        lambda name: registry.alias("a", {name: 1}),
-        lambda name: registry.pin(name, True),
-        lambda name: registry.label(name, {}),
+        lambda name: registry.change("a", aliases={name: 1}),
+        lambda name: registry.change(name, pinned=True),
+        lambda name: registry.change(name, labels={}),
         registry.delete,
         registry.versions,
     ]

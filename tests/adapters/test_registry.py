@@ -73,7 +73,7 @@ def test_what_is_missing_is_not_found(registry: Registry, adapter: Path) -> None
         lambda: registry.versions("b"),
         lambda: registry.delete("b"),
         lambda: registry.rollback("a", 2),
-        lambda: registry.pin("b", True),
+        lambda: registry.change("b", pinned=True),
     ]
     for call in calls:
         with pytest.raises(AdapterNotFound):
@@ -86,7 +86,7 @@ def test_what_is_missing_is_not_found(registry: Registry, adapter: Path) -> None
 
 def test_pins_survive_new_versions_but_not_deletion(registry: Registry, adapter: Path, other: Path) -> None:
     push(registry, "a", adapter)
-    assert registry.pin("a", True).pinned
+    assert registry.change("a", pinned=True).pinned
     assert push(registry, "a", other).pinned
     registry.delete("a")
     assert not push(registry, "a", other).pinned
@@ -240,8 +240,8 @@ def test_pages(registry: Registry, adapter: Path) -> None:
     for nothing in ("%", "_", "a_", "é", "c"):
         assert walk(prefix=nothing) == []
     for name in names[::3]:
-        registry.pin(name, True)
-        registry.label(name, {"team": "x", "even": str(names.index(name) % 2)})
+        registry.change(name, pinned=True)
+        registry.change(name, labels={"team": "x", "even": str(names.index(name) % 2)})
     assert walk(pinned=True) == names[::3] == [entry.name for entry in registry.pinned()]
     assert walk(pinned=False) == [name for name in names if name not in names[::3]]
     assert walk(labels={"team": "x"}) == names[::3]

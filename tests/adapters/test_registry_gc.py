@@ -44,7 +44,7 @@ def numbers(report: GcReport) -> list[tuple[str, int]]:
 def test_old_versions_go_unless_somebody_needs_them(registry: Registry, root: Path, folders: list[Path]) -> None:
     entries = [push(registry, "a", folder) for folder in folders]
     push(registry, "b", folders[4])
-    registry.alias("a", {"stable": 1})
+    registry.change("a", aliases={"stable": 1})
     _, ticket = registry.hold("a@3")
     registry.rollback("a", 2)
     assert numbers(collect(registry, 10)) == numbers(collect(registry, 5)) == []

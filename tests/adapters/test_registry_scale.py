@@ -78,7 +78,7 @@ def timings(registry: Registry) -> dict[str, float]:
         "names of strangers": milliseconds(lambda: registry.names_of(strangers)),
         "pinned": milliseconds(registry.pinned),
         "count": milliseconds(registry.count),
-        "a label set": milliseconds(lambda: registry.label(name(3), {"stage": "x"})),
+        "a label set": milliseconds(lambda: registry.change(name(3), labels={"stage": "x"})),
     }
 
 

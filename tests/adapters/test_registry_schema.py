@@ -61,7 +61,7 @@ def test_the_first_schema_opens(old: Path) -> None:
         assert registry.recovered == []
         registry.close()
     registry = Registry(old, "base")
-    assert registry.alias("a", {"stable": 3}).aliases == ("stable",)
+    assert registry.change("a", aliases={"stable": 3}).aliases == ("stable",)
     assert registry.get("stable").version == 3
     assert registry.begin_import("gone", "hf:x/y", None, "").state == "fetching"
     registry.close()

@@ -25,14 +25,14 @@ class Killed(BaseException):
 
 
 PART = "onebase.adapters.registry"
-BLOBS, STAGE, REGISTRY = (f"{PART}.{part}" for part in ("blobs", "stage", "registry:Registry"))
+BLOBS, STAGE, SWEEPER = (f"{PART}.{part}" for part in ("blobs", "stage", "collection:Sweeper"))
 # (where, what, which call of it): four syncs make a push durable: two files, their folder, the folder of blobs
 PUSH = [(STAGE, name, 1) for name in ("check_folder", "check_finite", "digest_of")]
 PUSH += [(STAGE, "sync", call) for call in (1, 2, 3)] + [(BLOBS, "sync", 1)]
 PUSH += [(f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
 PUSH += [(f"{PART}.changes:Changes", "add_version", 1), (f"{PART}.database:Database", "_commit", 1)]
-PUSH += [(REGISTRY, "_collect", 1), (f"{PART}.queries:Queries", "_entry", 1)]
-DELETE = [(REGISTRY, "_collect", 1), (f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
+PUSH += [(SWEEPER, "collect", 1), (f"{PART}.queries:Queries", "_entry", 1)]
+DELETE = [(SWEEPER, "collect", 1), (f"{BLOBS}:os", "rename", 1), (BLOBS, "remove", 1)]
 
 
 def abandon(registry: Registry) -> None:

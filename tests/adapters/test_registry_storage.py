@@ -63,9 +63,9 @@ def on_failing_disk(registry: Registry, root: Path, faults: Path) -> Callable[[s
 def test_a_commit_whose_sync_fails_is_gone_after_a_crash(on_failing_disk: Callable[[str], None], root: Path) -> None:
     """Its frames lie in the log, whole: only the fence keeps them from being taken up again."""
     on_failing_disk("""
-registry.pin("a", True)  # the log has its header, so that the next sync is of frames
+registry.change("a", pinned=True)  # the log has its header, so that the next sync is of frames
 disk.faults_fail_syncs(folder(), 1)
-fails(StorageFailed, lambda: registry.label("a", {"team": "x"}))
+fails(StorageFailed, lambda: registry.change("a", labels={"team": "x"}))
 assert not registry.get("a").labels
 """)
     registry = Registry(root, "base")
@@ -76,16 +76,16 @@ assert not registry.get("a").labels
 def test_no_change_is_taken_until_a_failed_one_is_undone(on_failing_disk: Callable[[str], None], root: Path) -> None:
     on_failing_disk("""
 disk.faults_fail_all(folder(), errno.EIO)
-fails(StorageFailed, lambda: registry.pin("a", True))
+fails(StorageFailed, lambda: registry.change("a", pinned=True))
 disk.faults_fail_syncs(folder(), 0)
-registry.pin("a", False)
+registry.change("a", pinned=False)
 disk.faults_fail_syncs(folder(), 1000)
-fails(StorageUncertain, lambda: registry.label("a", {"team": "x"}))
+fails(StorageUncertain, lambda: registry.change("a", labels={"team": "x"}))
 disk.faults_fail_all(folder(), errno.EIO)
-fails(StorageFailed, lambda: registry.label("a", {"team": "y"}))
+fails(StorageFailed, lambda: registry.change("a", labels={"team": "y"}))
 assert not registry.get("a").labels
 disk.faults_fail_syncs(folder(), 0)
-registry.label("a", {"stage": "z"})
+registry.change("a", labels={"stage": "z"})
 assert registry.get("a").labels == {"stage": "z"}
 """)
     registry = Registry(root, "base")
@@ -99,7 +99,7 @@ def test_a_change_that_could_not_be_undone_holds_wholly_or_not_at_all(
     """The disk goes when the change is written, so nobody can take it back; a restart finds it, and its files."""
     on_failing_disk(f"""
 blob = registry.stage_folder(Path({str(other)!r}))
-registry.pin("a", True)
+registry.change("a", pinned=True)
 disk.faults_end_at_sync(folder())
 fails(StorageUncertain, lambda: registry.commit("b", blob, "test", family="LORA", rank=4, nbytes=1))
 disk.faults_fail_syncs(folder(), 0)
@@ -116,11 +116,11 @@ assert registry.count() == 1
 def test_a_full_disk_is_told_and_reads_go_on(on_failing_disk: Callable[[str], None], root: Path, adapter: Path) -> None:
     on_failing_disk(f"""
 disk.faults_fail_all(folder(), errno.ENOSPC)
-fails(StorageFull, lambda: registry.pin("a", True))
+fails(StorageFull, lambda: registry.change("a", pinned=True))
 fails(StorageFull, lambda: registry.stage_folder(Path({str(adapter)!r})))
 assert not registry.get("a").pinned and registry.get("a").path.is_dir()
 disk.faults_fail_syncs(folder(), 0)
-assert registry.pin("a", True).pinned
+assert registry.change("a", pinned=True).pinned
 registry.discard(registry.stage_folder(Path({str(adapter)!r})))
 """)
     registry = Registry(root, "base")
@@ -147,7 +147,7 @@ def test_a_full_disk_lets_itself_be_emptied(
     assert (root / "reserve").stat().st_blocks * 512 >= 4 << 20
     with monkeypatch.context() as patch:
         patch.setattr(registry._db, "run", full_but_for_the_reserve)
-        for refused in (lambda: registry.pin("a", True), lambda: registry.label("a", {"team": "x"})):
+        for refused in (lambda: registry.change("a", pinned=True), lambda: registry.change("a", labels={"team": "x"})):
             with pytest.raises(StorageFull):
                 refused()
         assert (root / "reserve").exists(), "it is for what makes room"
