@@ -16,7 +16,7 @@ from onebase.serve.api.store import AdapterStore
 async def adapter_page(server: Server, wanted: AdapterFilter) -> dict[str, Any]:
     """Without ``state``: names that have a version. With ``ready``: those of them with no import under way."""
     store = server.require_loaded().store
-    if wanted.state is None or wanted.state == AdapterState.READY:
+    if wanted.state is None or wanted.state == "ready":
         return await _serving(server, store, wanted)
     return await _importing(server, store, wanted, AdapterState(wanted.state))
 
