@@ -90,7 +90,8 @@ def test_a_restart_goes_on_with_what_was_under_way(root: Path) -> None:
 
 
 def test_there_may_be_very_many(registry: Registry) -> None:
-    made = [begin(registry, f"a{index:04}") for index in range(1010)]
+    with registry._db.transaction():  # one sync for all
+        made = [registry._imports.begin(f"a{index:04}", "hf:x/y", None, "me") for index in range(1010)]
     assert len(registry.imports(unfinished=True)) == 1010
     assert registry.find_import(made[0].id) == made[0]
     assert registry.find_import("nothing") is None
