@@ -117,7 +117,8 @@ class Engine:
     def load(self, command: LoadAdapter) -> list[Output]:
         """Compile an adapter and make it resident; answered once it is known to be good, at once or by a later step().
 
-        It goes to the device right after, if there is room; if not, with the first request that needs it.
+        It goes to the device right after, also in the place of adapters that nobody uses or waits for. Where these are
+        not enough it goes there with the first request that needs it.
         """
         entry = self.adapters.fetch(command.use.digest, command.use.path)
         outputs = self._kept(entry)

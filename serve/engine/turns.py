@@ -61,6 +61,7 @@ class Turns:
         self._lookahead = lookahead
         self._parts: dict[str, Parts] = {}  # of adapters that requests wait for, also of those that had to be dropped
         self._drained: set[str] = set()  # by the last plan
+        self._may_go: list[str] = []  # running ones that can be drained, the coldest last
 
     def plan(self, waiting: Iterable[Sequence]) -> None:
         """Decide, and have loaded what is decided: onto the device, and for the next turn into host memory."""
@@ -74,11 +75,15 @@ class Turns:
             return
         self._remember(digest for sequence in first for digest in sequence.digests)
         self.running = self._adapters.running() - pins.keys()
+        coldest_first = self._adapters.policy.coldest_first
+        self._may_go = [*coldest_first(self.running & self._drained), *coldest_first(self.running - self._drained)][
+            ::-1
+        ]
         self._go_through(first)
 
     def _go_through(self, waiting: list[Sequence]) -> None:
         room, later = self._device_room(), self._device_room()
-        host: _Room | None = None
+        host, full = self._host_room(), False
         for sequence in waiting:
             uses = {use.digest: use for use in sequence.request.adapters if self._needs_turn(use.digest)}
             if not uses or not self.draining.isdisjoint(uses):
@@ -86,10 +91,8 @@ class Turns:
             if self._adapters.num_compiling > _MOST_COMPILING and not all(map(self._adapters.is_known, uses)):
                 self._leave_room(uses, room, later)
                 continue
-            if host is None and self._bring(uses, room, later):
-                continue
-            host = host or self._host_room()
-            if not self._bring_closer(uses, host):
+            full = full or not self._bring(uses, room, later, host)
+            if full and not self._bring_closer(uses, host):
                 return
 
     def _needs_turn(self, digest: str) -> bool:
@@ -104,29 +107,31 @@ class Turns:
         return room
 
     def _host_room(self) -> _Room:
-        """Beside those that are on their way to the device: they are in host memory until they have been copied. In
-        bytes as the device counts them: programs take more in host memory, by their records and by whole pages."""
+        """In bytes as the device counts them: programs take more in host memory, by their records and by whole pages.
+        Those on their way to the device take part of it, in the tier or outside, until they have been copied."""
         host, mean = self._adapters.host, self._adapters.transit.mean_bytes
         share = len(host) * mean / host.used if host.used else 1.0
-        room = _Room(int(host.capacity * min(share, 1.0)))
-        for digest in self.planned:
-            if not self._adapters.is_ready(digest):
-                room.take(self._parts_of(digest))
-        return room
+        return _Room(int(host.capacity * min(share, 1.0)))
 
-    def _bring(self, uses: Mapping[str, AdapterUse], room: _Room, later: _Room) -> bool:
+    def _bring(self, uses: Mapping[str, AdapterUse], room: _Room, later: _Room, host: _Room) -> bool:
         """Plan the adapters onto the device; False where they do not fit beside those of older requests. The oldest
-        request's always do: the device's room is made for them."""
+        request's always do: the device's room is made for them. Where they have to wait for room, and host memory has
+        none, they are not loaded before."""
         new = [digest for digest in uses if digest not in self.running]
         for digest in new:
             room.take(self._parts_of(digest))
             later.take(self._parts_of(digest))
         if not self._drain_for(uses, later) and self.planned:
             return False
-        for digest, use in uses.items():
-            self._adapters.await_ready(digest, use.path)
-        self.wanted.update(uses)
-        self.planned.update(dict.fromkeys(uses, room.left >= 0 or not new))
+        has_room = room.left >= 0 or not new
+        for digest in uses:
+            if not self._adapters.is_ready(digest):
+                host.take(self._parts_of(digest))
+        if has_room or host.left >= 0 or not self.planned:
+            for digest, use in uses.items():
+                self._adapters.await_ready(digest, use.path)
+            self.wanted.update(uses)
+        self.planned.update(dict.fromkeys(uses, has_room))
         return True
 
     def _leave_room(self, uses: Iterable[str], *rooms: _Room) -> None:
@@ -135,22 +140,20 @@ class Turns:
             for room in rooms:
                 room.take(self._parts_of(digest))
 
-    def _drain_for(self, uses: Iterable[str], room: _Room) -> bool:
+    def _drain_for(self, uses: Collection[str], room: _Room) -> bool:
         """Drain running adapters until there is room; none where all of them are not enough."""
         if room.left >= 0:
             return True
         drained: list[str] = []
-        may_go = self.running - self.planned.keys() - self.draining - set(uses)
-        while room.left < 0 and may_go:
-            before = may_go & self._drained
-            coldest = self._adapters.policy.coldest(before or may_go)
-            assert coldest is not None
-            may_go.remove(coldest)
-            drained.append(coldest)
-            room.give_back(self._adapters.parts(coldest))
+        while room.left < 0 and self._may_go:
+            coldest = self._may_go.pop()
+            if coldest not in self.planned and coldest not in uses:
+                drained.append(coldest)
+                room.give_back(self._adapters.parts(coldest))
         if room.left < 0:
             for digest in drained:
                 room.take(self._adapters.parts(digest))
+            self._may_go = drained[::-1]
             return False
         self.draining.update(drained)
         return True

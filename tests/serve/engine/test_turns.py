@@ -76,14 +76,15 @@ def test_new_pins_are_held_against_all_that_wait(crowd_of: Callable[..., Crowd])
     assert crowd.engine.waiting._new == {}
 
 
-def test_packed_programs_stay_within_host_memory(crowd_of: Callable[..., Crowd]) -> None:
+@pytest.mark.parametrize("room", [8, 15])
+def test_packed_programs_stay_within_host_memory(room: int, crowd_of: Callable[..., Crowd]) -> None:
     """Those that wait for their place on the device, outside the tier, are charged to it as well. Compilations that are
     started before sizes are known may be too many, and are dropped once they are known."""
-    crowd = crowd_of(40, room=8, host=10, max_num_seqs=24)
-    for name in crowd.names[:8]:
+    crowd = crowd_of(40, room=room, host=10, max_num_seqs=24)
+    for name in crowd.names[:room]:
         crowd.ask(name, max_tokens=200)
-    crowd.wait(lambda: len(crowd.engine.scheduler.running) == 8)
-    for name in crowd.names[8:]:
+    crowd.wait(lambda: len(crowd.engine.scheduler.running) == room)
+    for name in crowd.names[room:]:
         crowd.ask(name, max_tokens=2)
     host, most = crowd.cache.host, 0
     for _ in range(150):
