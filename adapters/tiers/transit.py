@@ -125,7 +125,7 @@ class Transit:
         except OneBaseError as error:
             return entry.fail(error)
         except OSError as error:  # the adapter may be as good as any
-            return entry.fail(StorageFailed(f"the adapter could not be read: {error}"))
+            return entry.fail(StorageFailed(f"the adapter could not be read: {error.strerror or error}"))
         except (MemoryError, OutOfMemoryError) as error:
             return entry.fail(EngineError(f"there is no memory to load the adapter now: {error}"))
         except Exception as error:  # a hostile file must not end the loop, whatever a library makes of it

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onebase.adapters.errors import AdapterRejected, AdapterUnloaded, EngineDead, ModelRejected, RequestRejected
+from onebase.adapters.errors import AdapterUnloaded, EngineDead, ModelRejected, RequestRejected, StorageFailed
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.inprocess import InProcessEngine
@@ -87,9 +87,9 @@ async def _contract(client: EngineClient, adapter: AdapterUse) -> None:
     assert (await client.unload_adapter(adapter.digest, force=True)).aborted == 1
     with pytest.raises(AdapterUnloaded):
         await lost
-    with pytest.raises(AdapterRejected):
+    with pytest.raises(StorageFailed):
         await client.load_adapter(AdapterUse("e" * 64, "/nowhere"))
-    with pytest.raises(AdapterRejected):
+    with pytest.raises(StorageFailed):
         await _tokens(client, _request("d", 6, AdapterUse("e" * 64, "/nowhere")))
     with pytest.raises(RequestRejected, match="0 to 127"):
         await _tokens(client, Request("e", (500,), SamplingParams()))
