@@ -74,11 +74,13 @@ class AdapterCache:
     @property
     def busy(self) -> bool:
         """Whether collect() or place() will have something to do soon: a thread is at work, or has just filled what an
-        entry waits for, or a pin waits for room that is being made step by step."""
-        return any(
-            entry.working or entry.state is State.COPYING or entry.digest in self.device.pinned
-            for entry in self._moving.values()
-        )
+        entry waits for, or room is made step by step for a pin or for what a command loads."""
+        return any(map(self._comes_soon, self._moving.values()))
+
+    def _comes_soon(self, entry: Entry) -> bool:
+        if entry.working or entry.state is State.COPYING or entry.digest in self.device.pinned:
+            return True
+        return entry.wants_room and self.device.has_bytes(entry)
 
     @property
     def num_compiling(self) -> int:
@@ -237,8 +239,9 @@ class AdapterCache:
         """For one that is not planned: it goes where there is room, or is dropped; who needs it later plans it."""
         if entry.digest in self.device.pinned:
             return
-        placed = entry.wants_room and room and self.transit.place(entry, reserved, awaited=False)
-        if not placed and entry.digest not in wanted:
+        asks = room and entry.wants_room
+        kept = asks and (self.transit.place(entry, reserved, awaited=False) or self.device.has_bytes(entry))
+        if not kept and entry.digest not in wanted:
             self.transit.remove(entry)
 
     def _fetch_pins(self) -> Mapping[str, str]:

@@ -67,6 +67,10 @@ class DeviceTier:
             self._entries[entry.digest] = entry
         return found
 
+    def has_bytes(self, entry: Entry) -> bool:
+        """Whether there is room for a packed entry, be it in pieces: then some steps of compaction will place it."""
+        return entry.packed is not None and self._lacking(entry.packed) <= 0
+
     def drop(self, entry: Entry) -> None:
         """Take an entry out of the tables and the arena, as far as it is there."""
         if entry.handle >= 0:

@@ -581,14 +581,20 @@ def test_stats_before_anything_happened_are_plain(crowd_of: Callable[..., Crowd]
     assert replace(stats.device, capacity=0) == replace(stats.host, capacity=0) == stats.disk
 
 
-def test_room_in_pieces_costs_no_warm_adapter(crowd_of: Callable[..., Crowd]) -> None:
-    """Thirty-two of 64 blocks are free, none beside another: thirty of them are put together, over some steps."""
+@pytest.mark.parametrize("asked", [True, False])
+def test_room_in_pieces_costs_no_warm_adapter(asked: bool, crowd_of: Callable[..., Crowd]) -> None:
+    """Thirty-two of 64 blocks are free, none beside another: thirty of them are put together, over some steps; for a
+    request, and for a command while nothing runs."""
     crowd = crowd_of(64, room=64, host=80)
     for name in crowd.names:
         crowd.say(name)
     for entry in sorted(crowd.cache.device.entries, key=lambda one: one.block)[::2]:
         crowd.command(UnloadAdapter(f"u-{entry.digest}", entry.digest))
     crowd.add("big", _ops(99, rank=8 * 30))
-    assert crowd.say("big")
+    if asked:
+        assert crowd.say("big")
+    else:
+        crowd.driver._take(crowd.engine.load(LoadAdapter("l", crowd.use("big"))))
+        crowd.wait(lambda: not (crowd.engine.has_work or crowd.cache.busy))
     stats = crowd.engine.stats()
     assert (stats.device.evictions, len(stats.resident)) == (0, 33)
