@@ -46,7 +46,9 @@ def _serving(model: Path, data: Path) -> Iterator[httpx.Client]:
     command += ["--max-batch-tokens", "16384", "--kv-memory", "0.2", "--adapter-memory", "0.2"]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+        # Without a limit: over it the pool closes idle connections, sometimes under a thread that was just given one.
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=unlimited) as http:
             _wait(http, process)
             yield http
     finally:
