@@ -125,7 +125,8 @@ def test_all_families_in_one_batch(
                 zip(expected, pool.map(lambda name: _ask(http, name, expected[name].prompt), expected), strict=True)
             )
         steps = _steps(http) - before
-    assert steps < len(expected) / 2, f"{steps} forwards for {len(expected)} requests: they hardly met in a batch"
+    alone = len(expected) * NUM_GREEDY  # forwards, if each request had its own
+    assert steps < alone / 4, f"{steps} forwards, {alone} one by one: they hardly met in a batch"
     worst = {name: _compare(name, answers[name], expected[name]) for name in expected}
     wrong = {name: value for name, value in worst.items() if value > TOLERANCE}
     assert not wrong, wrong
