@@ -63,9 +63,15 @@ def _submit(driver: Any, job: dict[str, Any]) -> str:
     return driver.submit(job["prompt"], *uses, **options)
 
 
+def _long_one(seed: int) -> dict[str, Any]:
+    """It needs no adapter, so that several of them run at once however long loads take, and fills four pages."""
+    prompt = [3 + seed, *range(10, 20)]
+    return {"prompt": prompt, "adapter": None, "max_tokens": 50, "temperature": 0.8, "top_p": 1.0, "seed": seed}
+
+
 TIGHT = [
     pytest.param({"max_batch_tokens": 7, "max_num_seqs": 3}, id="few tokens"),
-    pytest.param({"kv_memory": 0.00012, "max_num_seqs": 8}, id="few pages"),
+    pytest.param({"kv_memory": 0.00006, "max_num_seqs": 8}, id="few pages"),
     pytest.param({"adapter_memory": 0.00012, "max_num_seqs": 4}, id="few adapters"),
     pytest.param({"kv_memory": 0.00005, "adapter_memory": 0.00012, "page_size": 4}, id="little of all"),
 ]
@@ -76,7 +82,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(
     options: dict[str, Any], adapters: list[Path], make_driver: Callable[..., Any]
 ) -> None:
     alone, crowded = make_driver("llama", max_model_len=64), make_driver("llama", max_model_len=64, **options)
-    jobs = _jobs(adapters, 24, seed=len(options))
+    jobs = _jobs(adapters, 24, seed=len(options)) + [_long_one(seed) for seed in range(8)]
     expected = []
     for job in jobs:
         request_id = _submit(alone, job)
