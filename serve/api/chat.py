@@ -10,11 +10,11 @@ from starlette.responses import Response
 from onebase.serve.api.answer import Choice, answer
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
+from onebase.serve.api.chat_schemas import ChatRequest
 from onebase.serve.api.generation import plan
 from onebase.serve.api.logprobs import chat_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
-from onebase.serve.api.schemas import ChatRequest
 from onebase.serve.api.state import server_of
 from onebase.serve.api.token_texts import TokenTexts
 

@@ -11,11 +11,11 @@ from starlette.responses import Response
 from onebase.serve.api.answer import Choice, answer
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
+from onebase.serve.api.completion_schemas import CompletionRequest
 from onebase.serve.api.generation import plan
 from onebase.serve.api.logprobs import LegacyWriter, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
-from onebase.serve.api.schemas import CompletionRequest
 from onebase.serve.api.state import Loaded, server_of
 from onebase.serve.api.token_texts import TokenTexts
 

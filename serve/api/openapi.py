@@ -8,14 +8,14 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from onebase.serve.api import adapter_schemas, schemas
+from onebase.serve.api import adapter_schemas, chat_schemas, completion_schemas, pooling_schemas, tokenize_schemas
 
 BODIES = (
-    schemas.CompletionRequest,
-    schemas.ChatRequest,
-    schemas.ClassifyRequest,
-    schemas.TokenizeRequest,
-    schemas.DetokenizeRequest,
+    completion_schemas.CompletionRequest,
+    chat_schemas.ChatRequest,
+    pooling_schemas.ClassifyRequest,
+    tokenize_schemas.TokenizeRequest,
+    tokenize_schemas.DetokenizeRequest,
     adapter_schemas.AdapterSource,
     adapter_schemas.AdapterChange,
     adapter_schemas.Rollback,

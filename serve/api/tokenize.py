@@ -11,8 +11,8 @@ from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import find_model
-from onebase.serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from onebase.serve.api.state import Loaded, server_of
+from onebase.serve.api.tokenize_schemas import DetokenizeRequest, TokenizeRequest
 
 COUNTED_CHARS = 1 << 20  # texts up to this length can be counted, however short the context
 

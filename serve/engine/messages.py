@@ -22,11 +22,24 @@ class AdapterUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match. source: a JSON schema, a regular expression, or a grammar in Lark's notation."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to pick tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off; seed is always set by the API side.
 
     max_tokens 0: the prompt is computed, and no token follows. logprobs, prompt_logprobs: how many alternatives to tell
     beside each generated token and each token of the prompt; None: tell nothing.
+
+    logit_bias: (token, what is added to its logit). presence_penalty and frequency_penalty: subtracted from the logits
+    of tokens that were generated, once and for each time. repetition_penalty: divides positive and multiplies negative
+    logits of tokens of the prompt and of the answer (arXiv:1909.05858). min_tokens: neither an end token nor a stop
+    token is drawn before so many.
     """
 
     max_tokens: int = 16
@@ -39,11 +52,21 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate. n > 1 and several prompts are several requests.
+
+    tenant: whose it is, for fair sharing and for the prefix cache: tenants share no pages. priority: lower runs
+    earlier. timeout: seconds after which it fails, from when the engine got it; None: never. cache_salt: requests share
+    pages only with those of the same salt.
 
     classifies: the head of one of its adapters reads the prompt, and no token follows; max_tokens must be 0.
     """
@@ -53,6 +76,10 @@ class Request:
     sampling: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
     classifies: bool = False
+    tenant: str = ""
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

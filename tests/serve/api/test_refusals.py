@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from onebase.serve.api.schemas import CompletionRequest
+from onebase.serve.api.completion_schemas import CompletionRequest
 
 COMPLETION_CASES: list[tuple[dict[str, Any], str]] = [
     ({"model": 5}, "model"),
