@@ -99,7 +99,7 @@ class Engine:
             self._validate(request)
         except OneBaseError as error:
             return [_failure(request.id, error)]
-        sequence = Sequence.of(without_idle(request), self._order)
+        sequence = Sequence.of(without_idle(request), self._order, self._eos)
         self._order += 1
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -236,7 +236,7 @@ class Engine:
             return TokenOutput(sequence.id, (), "length", cached_tokens=cached)
         sequence.tokens.append(token)
         self._generated_tokens += 1
-        reason = sequence.finish_reason(self._eos, self.max_model_len)
+        reason = sequence.finish_reason(self.max_model_len)
         if reason is not None:
             self.abort(sequence.id)
         return TokenOutput(sequence.id, (token,), reason, logprobs, cached_tokens=cached)

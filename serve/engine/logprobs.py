@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from onebase.serve.engine.messages import Logprobs, SamplingParams
+from onebase.serve.engine.messages import Logprobs
 
 LEAST = -9999.0  # what the protocol says in place of minus infinity
 # Logits that are turned into log-probabilities at once, so that the temporaries stay small beside the model.
@@ -31,34 +31,28 @@ class TokenLogprob:
 
 
 def score(logits: Tensor, tokens: Tensor, width: int) -> Logprobs | None:
+    """Of all rows, see ``score_table``. None where a row is not finite. One copy to the host, whatever the width."""
+    width = min(width, logits.shape[-1])
+    return pack(score_table(logits, tokens, width).cpu().numpy(), width)
+
+
+def score_table(logits: Tensor, tokens: Tensor, width: int) -> Tensor:
     """Log-softmax in float32, before any temperature. logits: [n, vocabulary]; tokens: int64 [n], same device.
 
-    None where a row is not finite. One copy to the host, whatever the width.
+    float64 [n, 3 + 2 * width], on the device: token, log-probability, rank, the likeliest tokens, their
+    log-probabilities; all of them are exact in float64. width: at most the vocabulary.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, tokens[:, None])
     ranks = (logprobs > chosen).sum(dim=-1, keepdim=True) + 1
-    width = min(width, logprobs.shape[1])
     top, top_tokens = torch.topk(logprobs, width, dim=-1)
-    parts = (tokens[:, None], chosen, ranks, top_tokens, top)
-    table = torch.cat([part.double() for part in parts], dim=1).cpu().numpy()  # all of them are exact in float64
-    return None if np.isnan(table).any() else _pack(table, width)
+    return torch.cat([part.double() for part in (tokens[:, None], chosen, ranks, top_tokens, top)], dim=1)
 
 
-def told(logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) -> list[Logprobs | None]:
-    """Of the token drawn for each row, where its request asked for it. Costs nothing where none did."""
-    asked = [row for row, p in enumerate(params) if p.logprobs is not None]
-    found: list[Logprobs | None] = [None] * len(params)
-    step = max(1, BLOCK // logits.shape[-1])
-    for rows in (asked[at : at + step] for at in range(0, len(asked), step)):
-        widths = [params[row].logprobs or 0 for row in rows]
-        whole = score(logits[rows], tokens[rows].clamp(min=0), max(widths))
-        for at, (row, width) in enumerate(zip(rows, widths, strict=True)):
-            found[row] = whole and cut(whole, at, at + 1, width)
-    return found
-
-
-def _pack(table: NDArray[np.float64], width: int) -> Logprobs:
+def pack(table: NDArray[np.float64], width: int) -> Logprobs | None:
+    """A ``score_table`` on the host. None where a row is not finite."""
+    if np.isnan(table).any():
+        return None
     tokens, chosen, ranks, top_tokens, top = np.split(table, np.cumsum((1, 1, 1, width)), axis=1)
     return Logprobs(
         width=width,

@@ -19,6 +19,7 @@ from onebase.serve.engine.classes import Classes, classify, wants_classes
 from onebase.serve.engine.prefixes import store_prefixes
 from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
 from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.upload import upload
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.sites import StepPlans
 from onebase.serve.model.trunk import Trunk
@@ -69,8 +70,8 @@ class ModelRunner:
         """One forward: logits of these packed rows, which are ``runs`` to the adapters."""
         device = self._base.device
         ids, spans = _pack(chunks)
-        tokens, positions = (_upload(array, device) for array in (np.maximum(ids, 0), spans))
-        self._plans.tokens = _upload(ids, device) if (ids < 0).any() else None
+        tokens, positions = (upload(array, device) for array in (np.maximum(ids, 0), spans))
+        self._plans.tokens = upload(ids, device) if (ids < 0).any() else None
         self._plans.rows = self._plan([run for c in chunks for run in c.sequence.runs(c.start, c.stop)])
         self._plans.logits = self._plan(runs)
         self._base.context.batch = self._attention_batch(chunks)
@@ -79,7 +80,7 @@ class ModelRunner:
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=_upload(rows, device),
+            logits_to_keep=upload(rows, device),
         )
         self._base.context.batch = None
         logits: Tensor = out.logits[0]
@@ -89,7 +90,7 @@ class ModelRunner:
         """Of other rows of a forward whose trunk gave ``hidden``."""
         plan = BatchPlan.from_rows(uses)
         self._plans.logits = None if plan.is_base else plan
-        return self._trunk.logits(hidden, _upload(np.asarray(rows), self._base.device))
+        return self._trunk.logits(hidden, upload(np.asarray(rows), self._base.device))
 
     def _plan(self, runs: list[Run]) -> BatchPlan | None:
         """None for a batch of base rows only: its sites then cost one branch."""
@@ -126,8 +127,3 @@ def _pack(chunks: Rows[Chunk]) -> tuple[np.ndarray, np.ndarray]:
 def _sampled_rows(chunks: Rows[Chunk]) -> np.ndarray:
     ends = np.cumsum([c.num_tokens for c in chunks]) - 1
     return ends[[c.samples for c in chunks]].astype(np.int64)
-
-
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

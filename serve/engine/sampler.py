@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence as Rows
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from onebase.serve.engine.messages import SamplingParams
+from onebase.serve.engine.upload import upload
 
 NOT_FINITE = -1  # in place of a token where a row's logits hold NaN or +inf
 # Rows are drawn in blocks of about this many probabilities, so that the temporaries stay small beside the model.
@@ -40,7 +42,7 @@ def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -
         for block in (rows[at : at + step] for at in range(0, len(rows), step)):
             chosen = [params[row] for row in block]
             draws = [uniform(params[row].seed, positions[row]) for row in block]
-            index = _upload(torch.tensor(block), logits.device)
+            index = upload(np.array(block, dtype=np.int64), logits.device)
             tokens[index] = draw(_probabilities(logits[index], chosen), chosen, _column(draws, logits.device))
     return tokens.masked_fill(~torch.isfinite(best), NOT_FINITE)
 
@@ -49,13 +51,9 @@ def _is_filtered(p: SamplingParams) -> bool:
     return p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0
 
 
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def _column(values: Rows[float], device: torch.device) -> Tensor:
     """[rows, 1] float32."""
-    return _upload(torch.tensor(values, dtype=torch.float32).unsqueeze(1), device)
+    return upload(np.array(values, dtype=np.float32), device)[:, None]
 
 
 def _probabilities(logits: Tensor, params: Rows[SamplingParams]) -> Tensor:

@@ -12,6 +12,7 @@ from onebase.kernels.plan import Run, Uses
 from onebase.serve.engine.layout import Layout, span_at
 from onebase.serve.engine.messages import AdapterUse, FinishReason, Request
 from onebase.serve.engine.prefix_cache import ROOT, Activation, Block
+from onebase.serve.engine.token_counts import TokenCounts
 
 
 class Status(StrEnum):
@@ -29,7 +30,8 @@ class Sequence:
     of a decoding sequence has been sampled but not yet computed. num_cached: slots that the prefix cache gave.
     num_scored: tokens of the prompt whose successor's log-probability was told. unclassified: slots that a
     classification head has still to read. order: arrival; never changes, so preempted sequences keep their place.
-    layout: None until its adapters are known.
+    layout: None until its adapters are known. eos: the model's end tokens. counts: of its tokens, where it asks for
+    penalties; adjust.py makes and keeps them.
     """
 
     request: Request
@@ -43,12 +45,14 @@ class Sequence:
     adapters: tuple[Entry, ...] = ()  # referenced while it runs, in the order of the request
     status: Status = Status.WAITING
     layout: Layout | None = None
+    eos: frozenset[int] = frozenset()
+    counts: TokenCounts | None = None
     _blocks: list[Block] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: Request, order: int) -> Sequence:
+    def of(cls, request: Request, order: int, eos: frozenset[int] = frozenset()) -> Sequence:
         """Without adapters it is laid out at once."""
-        return cls(request, order, list(request.prompt), layout=None if request.adapters else Layout())
+        return cls(request, order, list(request.prompt), layout=None if request.adapters else Layout(), eos=eos)
 
     def lay_out(self, layout: Layout) -> None:
         """Its adapters are known: put their virtual tokens before the prompt."""
@@ -59,6 +63,7 @@ class Sequence:
     def restart(self) -> None:
         """Forget what was computed. The K and V that an adapter stores count as computed: they are copied."""
         self.num_cached = 0
+        self.counts = None
         self.num_computed = self.placed.num_stored
 
     def reuse(self, num_cached: int) -> None:
@@ -168,12 +173,17 @@ class Sequence:
             )
         )
 
-    def finish_reason(self, eos: frozenset[int], max_model_len: int) -> FinishReason | None:
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end it."""
+        sampling = self.request.sampling
+        return frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self.eos.union(sampling.stop_token_ids)
+
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Why the sequence ends after its last token, or None where it goes on."""
-        sampling, last = self.request.sampling, self.tokens[-1]
-        if last in sampling.stop_token_ids or (last in eos and not sampling.ignore_eos):
+        if self.tokens[-1] in self.ends:
             return "stop"
-        if self.num_generated >= sampling.max_tokens or len(self.tokens) >= max_model_len:
+        if self.num_generated >= self.request.sampling.max_tokens or len(self.tokens) >= max_model_len:
             return "length"
         return None
 

@@ -13,8 +13,8 @@ import transformers
 from onebase.adapters.program import LowRank, SiteOps
 from onebase.kernels.ops.tokens import SoftPrompt
 from onebase.serve.engine import prompts
-from onebase.serve.engine.logprobs import LEAST, cut, joined, score, told, unpack
-from onebase.serve.engine.messages import Failure, SamplingParams
+from onebase.serve.engine.logprobs import LEAST, cut, joined, score, unpack
+from onebase.serve.engine.messages import Failure
 
 from .ear import Ear
 from .programs import PROMPT, Programs
@@ -60,14 +60,6 @@ def test_impossible_tokens_have_the_protocols_least_value_and_nan_has_none() -> 
     assert len(one.top) == 3
     logits[0, 2] = torch.inf
     assert score(logits, torch.tensor([0]), 1) is None
-
-
-def test_only_those_who_asked_are_told() -> None:
-    params = [SamplingParams(), SamplingParams(logprobs=0), SamplingParams(logprobs=2)]
-    found = told(torch.randn(3, 8), torch.tensor([1, 2, 3]), params)
-    assert found[0] is None
-    assert [one and one.width for one in found[1:]] == [0, 2]
-    assert told(torch.randn(3, 8), torch.tensor([1, 2, 3]), [SamplingParams()] * 3) == [None] * 3
 
 
 @torch.inference_mode()
