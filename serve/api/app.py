@@ -14,6 +14,7 @@ from onebase.serve.api import (
     chat,
     classify,
     completions,
+    embeddings,
     health,
     models,
     openapi,
@@ -45,7 +46,18 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
 
     app = FastAPI(title="OneBase", version=VERSION, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.server = server
-    for module in (health, models, completions, chat, classify, tokenize, adapters, adapter_changes, vllm_compat):
+    for module in (
+        health,
+        models,
+        completions,
+        chat,
+        classify,
+        embeddings,
+        tokenize,
+        adapters,
+        adapter_changes,
+        vllm_compat,
+    ):
         app.include_router(module.router)
     install_handlers(app)
     app.add_middleware(LocalHostOnly, settings=settings)

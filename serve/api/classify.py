@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,22 +14,20 @@ from fastapi import APIRouter, Depends, Request
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from onebase.adapters.errors import EngineDead
+from onebase.serve.api import pooled
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.completions import encoded
 from onebase.serve.api.errors import bad_request
-from onebase.serve.api.generation import Usage, check_ids, merged
+from onebase.serve.api.generation import Usage
+from onebase.serve.api.pooled import check_inputs, outputs_of, written
 from onebase.serve.api.pooling_schemas import ClassifyRequest
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import Target, resolve
-from onebase.serve.api.state import Loaded, Server, server_of
+from onebase.serve.api.state import Server, server_of
 from onebase.serve.api.stream import encode_json, until_disconnect
-from onebase.serve.engine.messages import ClassLogits, SamplingParams, TokenOutput
+from onebase.serve.engine.messages import ClassLogits, SamplingParams
 from onebase.serve.engine.messages import Request as EngineRequest
-
-LONG_ANSWER = 1 << 14  # values; shorter answers are written faster than a thread is woken
-MAX_VALUES = 1 << 21  # probabilities of one answer: about 40 MB of JSON
 
 router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
@@ -65,7 +62,7 @@ async def classify(request: Request) -> Response:
     server.admission.sequences.take(len(body.prompts), request.state.held, "input")
     target = await resolve(request, loaded, body.model, body.adapters)
     prompts = await encoded(loaded, body.prompts, body.add_special_tokens, "input")
-    _check(prompts, loaded)
+    check_inputs(prompts, loaded)
     usage = Usage(sum(map(len, prompts)))
     server.admission.tokens.take(usage.prompt_tokens, request.state.held, "input")
     found = await until_disconnect(request.receive, _run(server, target, prompts, usage))
@@ -77,60 +74,33 @@ async def classify(request: Request) -> Response:
         "model": target.label,
         "usage": usage.as_dict(),
     }
-    data = await _written(answer, found, server, activated=body.use_activation is not False)
-    return Response(data, media_type="application/json", headers={"x-onebase-adapters": target.exact})
-
-
-async def _written(answer: dict[str, Any], found: Sequence[_Found], server: Server, *, activated: bool) -> bytes:
-    """The answer as JSON; a long one is written in a thread."""
+    activated = body.use_activation is not False
 
     def write() -> bytes:
         return encode_json(answer | {"data": [_item(at, one, activated) for at, one in enumerate(found)]})
 
-    if sum(one.num_values for one in found) <= LONG_ANSWER:
-        return write()
-    return await asyncio.get_running_loop().run_in_executor(server.parsers, write)
-
-
-def _check(prompts: Sequence[Sequence[int]], loaded: Loaded) -> None:
-    context = loaded.info.max_model_len
-    for prompt in prompts:
-        if not prompt:
-            raise bad_request("The input has no tokens: give at least one.", "input")
-        if len(prompt) > context:
-            message = f"The input has {len(prompt)} tokens; the context is {context}."
-            raise bad_request(message, "input", "context_length_exceeded")
-        check_ids(prompt, loaded.info.vocab_size, "input")
+    data = await written(server, sum(one.num_values for one in found), write)
+    return Response(data, media_type="application/json", headers={"x-onebase-adapters": target.exact})
 
 
 async def _run(server: Server, target: Target, prompts: Sequence[Sequence[int]], usage: Usage) -> list[_Found]:
     """All prompts at once; the first failure, or the client's leaving, ends them all."""
     found = [_Found() for _ in prompts]
     values = 0
-    async with aclosing(merged([_sequence(server, target, at, prompt) for at, prompt in enumerate(prompts)])) as told:
+    requests = [
+        EngineRequest(uuid.uuid4().hex, tuple(prompt), SamplingParams(0), target.uses, classifies=True)
+        for prompt in prompts
+    ]
+    async with aclosing(outputs_of(server, requests)) as told:
         async for index, output in told:
             usage.cached_tokens += output.cached_tokens
             if output.classes is not None:
                 found[index].add(output.classes)
                 values += len(output.classes.logits) // 4
-            if values > MAX_VALUES:
-                message = f"The answer would have over {MAX_VALUES} probabilities: send fewer or shorter inputs."
+            if values > pooled.MAX_VALUES:
+                message = f"The answer would have over {pooled.MAX_VALUES} probabilities: send fewer or shorter inputs."
                 raise bad_request(message, "input")
     return found
-
-
-async def _sequence(
-    server: Server, target: Target, index: int, prompt: Sequence[int]
-) -> AsyncGenerator[tuple[int, TokenOutput], None]:
-    request = EngineRequest(uuid.uuid4().hex, tuple(prompt), SamplingParams(0), target.uses, classifies=True)
-    async with aclosing(server.engine.generate(request)) as outputs:
-        async for output in outputs:
-            if output.finish_reason == "abort":
-                raise EngineDead("The engine gave the sequence up.")
-            yield index, output
-            if output.finish_reason is not None:
-                return
-    raise EngineDead("The engine ended the sequence without a reason.")
 
 
 def _item(index: int, found: _Found, activated: bool) -> dict[str, Any]:

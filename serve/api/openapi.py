@@ -14,6 +14,7 @@ BODIES = (
     completion_schemas.CompletionRequest,
     chat_schemas.ChatRequest,
     pooling_schemas.ClassifyRequest,
+    pooling_schemas.EmbeddingRequest,
     tokenize_schemas.TokenizeRequest,
     tokenize_schemas.DetokenizeRequest,
     adapter_schemas.AdapterSource,

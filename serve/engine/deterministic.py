@@ -26,6 +26,7 @@ from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine import classes
 from onebase.serve.engine.layout import Layout, Span
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
+from onebase.serve.engine.pooling import pool_rows, wants_rows
 from onebase.serve.engine.prompts import merge, score_prompts, wants_scores
 from onebase.serve.engine.runner import ModelRunner
 from onebase.serve.engine.scheduler import Chunk
@@ -101,10 +102,12 @@ class DeterministicRunner(ModelRunner):
             piece.sequence.num_computed = piece.start
             chunks.append(Chunk(piece.sequence, piece.stop - piece.start, piece.samples))
         scored = [chunk for chunk in chunks if wants_scores(chunk)]
-        with self._trunk.recording(any(map(classes.wants_classes, chunks))) as recorded:
+        read = any(classes.wants_classes(chunk) or wants_rows(chunk) for chunk in chunks)
+        with self._trunk.recording(read) as recorded:
             logits = self._padded(chunks, block[0].adapters, wanted=bool(scored) or any(p.samples for p in block))
         for hidden in recorded:
             classes.merge(self.classes, classes.classify(chunks, hidden[0][0], at_once=1))
+            pool_rows(chunks, hidden[0][0], one_by_one=True)
         if scored:
             merge(self.scores, score_prompts(chunks, lambda rows, uses: logits[list(rows)], self._base.vocab_size, 1))
         ends = np.cumsum([chunk.num_tokens for chunk in chunks])

@@ -168,8 +168,9 @@ class Engine:
         if room < needed:
             message = f"the prompt has {len(request.prompt)} tokens, the model's context {self.max_model_len}"
             raise RequestRejected(message, param="prompt")
-        if request.classifies and request.sampling.max_tokens:
-            raise RequestRejected("a request that classifies generates nothing: max_tokens must be 0")
+        if (request.classifies or request.embeds) and request.sampling.max_tokens:
+            verb = "classifies" if request.classifies else "embeds"
+            raise RequestRejected(f"a request that {verb} generates nothing: max_tokens must be 0")
         if request.classifies and not without_idle(request).adapters:
             raise RequestRejected(NO_HEAD, param="model")
         if request.id in self._sequences:
@@ -232,8 +233,11 @@ class Engine:
             return self._overflowed(sequence)
         cached = sequence.num_cached_prompt if sequence.num_cached and not sequence.num_generated else 0
         if sequence.request.sampling.max_tokens == 0:
+            embedding = None if sequence.pool is None else sequence.pool.vector()
+            if sequence.request.embeds and embedding is None:
+                return self._overflowed(sequence)
             self.abort(sequence.id)
-            return TokenOutput(sequence.id, (), "length", cached_tokens=cached)
+            return TokenOutput(sequence.id, (), "length", cached_tokens=cached, embedding=embedding)
         sequence.tokens.append(token)
         self._generated_tokens += 1
         reason = sequence.finish_reason(self.max_model_len)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Request:
     pages only with those of the same salt.
 
     classifies: the head of one of its adapters reads the prompt, and no token follows; max_tokens must be 0.
+    embeds: the hidden states of its prompt's last token, or the mean of all of them, are wanted; the same holds.
     """
 
     id: str
@@ -80,6 +82,7 @@ class Request:
     priority: int = 0
     timeout: float | None = None
     cache_salt: str = ""
+    embeds: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,8 @@ class TokenOutput:
     logprobs: of these tokens. prompt_logprobs: of the next tokens of the prompt, from its second on; they come in as
     many outputs as the prompt has chunks, all of them before the first token. cached_tokens: tokens of the prompt that
     the prefix cache gave; said with the first token. classes: of a request that classifies; as many outputs as the
-    chunks whose tokens are spoken of, all of them before the last output.
+    chunks whose tokens are spoken of, all of them before the last output. embedding: float32 [width of the model] in
+    the machine's byte order, in the last output of a request that embeds.
     """
 
     id: str
@@ -125,6 +129,7 @@ class TokenOutput:
     prompt_logprobs: Logprobs | None = None
     cached_tokens: int = 0
     classes: ClassLogits | None = None
+    embedding: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine.classes import Classes, classify, wants_classes
+from onebase.serve.engine.pooling import pool_rows, wants_rows
 from onebase.serve.engine.prefixes import store_prefixes
 from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
 from onebase.serve.engine.scheduler import Chunk
@@ -54,16 +55,19 @@ class ModelRunner:
         """
         self.scores, self.classes = {}, {}
         scored, classified = any(map(wants_scores, chunks)), any(map(wants_classes, chunks))
+        pooled = any(map(wants_rows, chunks))
         keep = _sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
         runs = [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples]
-        with self._trunk.recording(scored or classified) as recorded:
+        with self._trunk.recording(scored or classified or pooled) as recorded:
             logits = self._run(chunks, rows, runs)
         for hidden in recorded:
             if scored:
                 self.scores = score_prompts(chunks, partial(self._logits, hidden), self._base.vocab_size)
             if classified:
                 self.classes = classify(chunks, hidden[0][0])
+            if pooled:
+                pool_rows(chunks, hidden[0][0])
         return logits if len(keep) else None
 
     def _run(self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run]) -> Tensor:

@@ -11,6 +11,7 @@ from onebase.adapters.tiers.entry import Entry
 from onebase.kernels.plan import Run, Uses
 from onebase.serve.engine.layout import Layout, span_at
 from onebase.serve.engine.messages import AdapterUse, FinishReason, Request
+from onebase.serve.engine.pooling import Pool
 from onebase.serve.engine.prefix_cache import ROOT, Activation, Block
 from onebase.serve.engine.token_counts import TokenCounts
 
@@ -29,7 +30,8 @@ class Sequence:
     num_computed counts tokens whose K/V is in pages (or comes from the adapter before the next chunk). The last token
     of a decoding sequence has been sampled but not yet computed. num_cached: slots that the prefix cache gave.
     num_scored: tokens of the prompt whose successor's log-probability was told. unclassified: slots that a
-    classification head has still to read. order: arrival; never changes, so preempted sequences keep their place.
+    classification head has still to read. pool: of a request that embeds. order: arrival; never changes, so preempted
+    sequences keep their place.
     layout: None until its adapters are known. eos: the model's end tokens. counts: of its tokens, where it asks for
     penalties; adjust.py makes and keeps them.
     """
@@ -47,17 +49,22 @@ class Sequence:
     layout: Layout | None = None
     eos: frozenset[int] = frozenset()
     counts: TokenCounts | None = None
+    pool: Pool | None = None
     _blocks: list[Block] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request, order: int, eos: frozenset[int] = frozenset()) -> Sequence:
         """Without adapters it is laid out at once."""
-        return cls(request, order, list(request.prompt), layout=None if request.adapters else Layout(), eos=eos)
+        if request.adapters:
+            return cls(request, order, list(request.prompt), eos=eos)
+        layout = Layout()
+        return cls(request, order, list(request.prompt), layout=layout, pool=Pool.of(request, layout), eos=eos)
 
     def lay_out(self, layout: Layout) -> None:
         """Its adapters are known: put their virtual tokens before the prompt."""
         self.layout = layout
         self.tokens[:0] = range(-1, -1 - layout.num_virtual, -1)
+        self.pool = Pool.of(self.request, layout)
         self.restart()
 
     def restart(self) -> None:
@@ -101,7 +108,8 @@ class Sequence:
         told = self.num_scored >= len(self.request.prompt) - 1
         if self.request.sampling.prompt_logprobs is not None and not told:
             return 0
-        return self.unclassified.start if self.unclassified else len(self.tokens) - 1
+        unread = self.unclassified or (range(0) if self.pool is None else self.pool.left)
+        return unread.start if unread else len(self.tokens) - 1
 
     @property
     def uncopied(self) -> range:

@@ -27,6 +27,8 @@ MESSAGES: list[Message] = [
     m.TokenOutput("a", (7,), "stop"),
     m.TokenOutput("a", (), classes=m.ClassLogits(2, True, b"\x00\xff\x00\x00abcd")),
     m.Request("a", (1,), m.SamplingParams(0), (), classifies=True),
+    m.Request("a", (1,), m.SamplingParams(0), (), embeds="mean"),
+    m.TokenOutput("a", (), "length", embedding=b"\x00\x00\x80?"),
     m.TokenOutput("a", (7,), None, m.Logprobs(1, b"\x00\xff\x00\x00", b"abcd", b"efgh", b"ijkl", b"mnop")),
     m.Failure("a", "AdapterRejected", "no", "r"),
     m.AdapterReady("c", "d", "LORA", 8, 100, 2),
