@@ -83,7 +83,7 @@ def _parts(chunks: Sequence[Chunk]) -> list[_Part]:
         if slots and width is not None:
             targets = tuple(sequence.tokens[slots.start + 1 : slots.stop + 1])
             uses = tuple(sequence.uses_at(slot) for slot in slots)
-            parts.append(_Part(sequence.id, first + slots.start - sequence.num_computed, targets, uses, width))
+            parts.append(_Part(sequence.id, first + slots.start - chunk.start, targets, uses, width))
         first += chunk.num_tokens
     return parts
 
@@ -94,6 +94,6 @@ def _slots(chunk: Chunk) -> range:
     if sequence.request.sampling.prompt_logprobs is None:
         return range(0)
     first = sequence.num_virtual
-    start = max(sequence.num_computed, first + sequence.num_scored)
-    stop = min(sequence.num_computed + chunk.num_tokens, first + len(sequence.request.prompt) - 1)
+    start = max(chunk.start, first + sequence.num_scored)
+    stop = min(chunk.stop, first + len(sequence.request.prompt) - 1)
     return range(start, max(start, stop))

@@ -1,10 +1,9 @@
-"""Turns a schedule into one packed forward: tokens in adapter order, attention batch, adapter plans, logits."""
+"""Turns a schedule into one packed forward: inputs made on the host, the model over them, logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine.classes import Classes, classify, wants_classes
+from onebase.serve.engine.inputs import StepInputs, adapter_order, pack, sampled_rows
 from onebase.serve.engine.pooling import pool_rows, wants_rows
 from onebase.serve.engine.prefixes import store_prefixes
 from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
@@ -44,8 +44,8 @@ class ModelRunner:
 
     @staticmethod
     def in_adapter_order(chunks: Rows[Chunk]) -> list[Chunk]:
-        """Base rows first, then rows by adapters: so that the rows of one adapter are one segment."""
-        return sorted(chunks, key=_adapter_order)
+        """See inputs.adapter_order."""
+        return sorted(chunks, key=adapter_order)
 
     @torch.inference_mode()
     def forward(self, chunks: Rows[Chunk]) -> Tensor | None:
@@ -56,7 +56,7 @@ class ModelRunner:
         self.scores, self.classes = {}, {}
         scored, classified = any(map(wants_scores, chunks)), any(map(wants_classes, chunks))
         pooled = any(map(wants_rows, chunks))
-        keep = _sampled_rows(chunks)
+        keep = sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
         runs = [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples]
         with self._trunk.recording(scored or classified or pooled) as recorded:
@@ -72,19 +72,32 @@ class ModelRunner:
 
     def _run(self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run]) -> Tensor:
         """One forward: logits of these packed rows, which are ``runs`` to the adapters."""
+        inputs = self._inputs(chunks, rows, runs)
+        store_prefixes(chunks, inputs.rows, self._instructions, self._base)
+        return self._forward(inputs)
+
+    def _inputs(self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run]) -> StepInputs:
         device = self._base.device
-        ids, spans = _pack(chunks)
-        tokens, positions = (upload(array, device) for array in (np.maximum(ids, 0), spans))
-        self._plans.tokens = upload(ids, device) if (ids < 0).any() else None
-        self._plans.rows = self._plan([run for c in chunks for run in c.sequence.runs(c.start, c.stop)])
-        self._plans.logits = self._plan(runs)
-        self._base.context.batch = self._attention_batch(chunks)
-        store_prefixes(chunks, self._plans.rows, self._instructions, self._base)
+        ids, positions = pack(chunks)
+        return StepInputs(
+            ids=upload(np.maximum(ids, 0), device),
+            virtual=upload(ids, device) if (ids < 0).any() else None,
+            positions=upload(positions, device),
+            logits_rows=upload(rows, device),
+            attention=self._attention_batch(chunks),
+            rows=self._plan([run for c in chunks for run in c.sequence.runs(c.start, c.stop)]),
+            logits=self._plan(runs),
+        )
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """Logits [len(inputs.logits_rows), vocabulary]. Reads nothing of the step but ``inputs``."""
+        self._plans.tokens, self._plans.rows, self._plans.logits = inputs.virtual, inputs.rows, inputs.logits
+        self._base.context.batch = inputs.attention
         out = self._base.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
             use_cache=False,
-            logits_to_keep=upload(rows, device),
+            logits_to_keep=inputs.logits_rows,
         )
         self._base.context.batch = None
         logits: Tensor = out.logits[0]
@@ -109,25 +122,3 @@ class ModelRunner:
             self._base.context.page_size,
             self._base.device,
         )
-
-
-def _adapter_order(chunk: Chunk) -> tuple[Uses, Uses, int]:
-    """Where an adapter is activated inside a chunk its base rows come first, beside the others'."""
-    sequence = chunk.sequence
-    last = sequence.uses_at(chunk.stop - 1)
-    return last, last if chunk.num_tokens == 1 else sequence.uses_at(chunk.start), sequence.order
-
-
-def _pack(chunks: Rows[Chunk]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (virtual ones are negative) and position ids of all chunks, one after the other: int64 [T] each."""
-    tokens = [c.sequence.tokens[c.start : c.stop] for c in chunks]
-    spans = [range(c.sequence.placed.position(c.start), c.sequence.placed.position(c.stop)) for c in chunks]
-    return (
-        np.fromiter(chain.from_iterable(tokens), dtype=np.int64),
-        np.fromiter(chain.from_iterable(spans), dtype=np.int64),
-    )
-
-
-def _sampled_rows(chunks: Rows[Chunk]) -> np.ndarray:
-    ends = np.cumsum([c.num_tokens for c in chunks]) - 1
-    return ends[[c.samples for c in chunks]].astype(np.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from onebase.serve.engine.pages import PageAllocator
@@ -41,20 +41,20 @@ def _no_more(count: int) -> Room:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one sequence computes in a step. samples: its last token is reached, so a new one is drawn."""
+    """What one sequence computes in a step. samples: its last token is reached, so a new one is drawn. start: its first
+    slot, the first that was not computed when the chunk was made."""
 
     sequence: Sequence
     num_tokens: int
     samples: bool
+    start: int = field(init=False)
 
-    @property
-    def start(self) -> int:
-        """Its first slot."""
-        return self.sequence.num_computed
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.sequence.num_computed)
 
     @property
     def stop(self) -> int:
-        return self.sequence.num_computed + self.num_tokens
+        return self.start + self.num_tokens
 
 
 class Scheduler:

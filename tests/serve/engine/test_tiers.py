@@ -273,7 +273,7 @@ def test_uploads_without_end_keep_no_request_from_its_adapter(crowd_of: Callable
     names = iter(crowd.names[1:])
 
     def upload_and_step() -> None:
-        while len(crowd.engine._commands) < 12:
+        while len(crowd.engine.commands) < 12:
             name = next(names)
             crowd.driver._take(crowd.engine.load(LoadAdapter(f"upload of {name}", crowd.use(name))))
         crowd.driver.step()

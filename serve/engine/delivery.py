@@ -1,0 +1,77 @@
+"""What a step's results become: tokens of their sequences, ends, and outputs for the API side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from onebase.adapters.errors import EngineError
+from onebase.serve.engine.commands import failure
+from onebase.serve.engine.draw import Drawn
+from onebase.serve.engine.messages import ClassLogits, Failure, Logprobs, TokenOutput
+from onebase.serve.engine.sampler import NOT_FINITE
+from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.sequence import Sequence, Status
+from onebase.serve.engine.stats import Counters
+
+Told = TokenOutput | Failure
+End = Callable[[Sequence], None]  # takes a sequence out of the engine and frees all it holds
+_OVERFLOW = "the model's logits are not finite: its weights or the adapter's overflow"
+
+
+class Delivery:
+    """Sequences that have ended since the step was launched (aborted, refused) are passed over."""
+
+    def __init__(self, max_model_len: int, counters: Counters, end: End) -> None:
+        self._max_model_len = max_model_len
+        self._counters = counters
+        self._end = end
+
+    def scores(self, chunk: Chunk, scores: Logprobs | None) -> Told:
+        """Log-probabilities of the prompt's tokens in a chunk; None where they are not finite."""
+        sequence = chunk.sequence
+        if scores is None:
+            return self._overflowed(sequence)
+        computed = sequence.prompt_tokens(0, chunk.stop)
+        sequence.num_scored = min(computed, len(sequence.request.prompt) - 1)
+        return TokenOutput(sequence.id, (), prompt_logprobs=scores)
+
+    def classes(self, chunk: Chunk, classes: ClassLogits | None) -> Told:
+        """What a head said of a chunk; None where it is not finite."""
+        sequence = chunk.sequence
+        if classes is None:
+            return self._overflowed(sequence)
+        left = sequence.unclassified
+        sequence.unclassified = range(max(left.start, min(chunk.stop, left.stop)), left.stop)
+        return TokenOutput(sequence.id, (), classes=classes)
+
+    def tokens(self, sequences: Iterable[Sequence], drawn: Iterable[Drawn]) -> list[Told]:
+        """The tokens that were drawn, a row for each sequence."""
+        return [
+            self._token(sequence, token, logprobs)
+            for sequence, (token, logprobs) in zip(sequences, drawn, strict=True)
+            if sequence.status is not Status.FINISHED
+        ]
+
+    def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Told:
+        if token == NOT_FINITE:
+            return self._overflowed(sequence)
+        cached = sequence.num_cached_prompt if sequence.num_cached and not sequence.num_generated else 0
+        if sequence.request.sampling.max_tokens == 0:
+            return self._nothing_generated(sequence, cached)
+        sequence.tokens.append(token)
+        self._counters.generated_tokens += 1
+        reason = sequence.finish_reason(self._max_model_len)
+        if reason is not None:
+            self._end(sequence)
+        return TokenOutput(sequence.id, (token,), reason, logprobs, cached_tokens=cached)
+
+    def _nothing_generated(self, sequence: Sequence, cached: int) -> Told:
+        embedding = None if sequence.pool is None else sequence.pool.vector()
+        if sequence.request.embeds and embedding is None:
+            return self._overflowed(sequence)
+        self._end(sequence)
+        return TokenOutput(sequence.id, (), "length", cached_tokens=cached, embedding=embedding)
+
+    def _overflowed(self, sequence: Sequence) -> Failure:
+        self._end(sequence)
+        return failure(sequence.id, EngineError(_OVERFLOW))

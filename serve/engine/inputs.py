@@ -1,0 +1,59 @@
+"""What a forward reads: packed tokens, positions, the attention batch, the adapters' plans. Made on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from onebase.kernels.attention import AttentionBatch
+from onebase.kernels.plan import BatchPlan, Uses
+from onebase.serve.engine.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """All that one forward reads, on the model's device.
+
+    ids: int64 [T], 0 for virtual tokens; virtual: the same with virtual ones negative, None where there are none.
+    positions: int64 [T]. logits_rows: int64, the packed rows that reach the output head. rows, logits: plans over the
+    packed rows and over those; None where all of them are the base's.
+    """
+
+    ids: Tensor
+    virtual: Tensor | None
+    positions: Tensor
+    logits_rows: Tensor
+    attention: AttentionBatch
+    rows: BatchPlan | None
+    logits: BatchPlan | None
+
+
+def adapter_order(chunk: Chunk) -> tuple[Uses, Uses, int]:
+    """Base rows first, then rows by adapters, so that the rows of one adapter are one segment.
+
+    Where an adapter is activated inside a chunk its base rows come first, beside the others'."""
+    sequence = chunk.sequence
+    last = sequence.uses_at(chunk.stop - 1)
+    return last, last if chunk.num_tokens == 1 else sequence.uses_at(chunk.start), sequence.order
+
+
+def pack(chunks: Rows[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids (virtual ones are negative) and position ids of all chunks, one after the other: int64 [T] each."""
+    tokens = [c.sequence.tokens[c.start : c.stop] for c in chunks]
+    spans = [range(c.sequence.placed.position(c.start), c.sequence.placed.position(c.stop)) for c in chunks]
+    return (
+        np.fromiter(chain.from_iterable(tokens), dtype=np.int64),
+        np.fromiter(chain.from_iterable(spans), dtype=np.int64),
+    )
+
+
+def sampled_rows(chunks: Rows[Chunk]) -> NDArray[np.int64]:
+    """The packed rows after which a token is drawn."""
+    ends = np.cumsum([c.num_tokens for c in chunks]) - 1
+    rows: NDArray[np.int64] = ends[[c.samples for c in chunks]].astype(np.int64)
+    return rows
