@@ -20,19 +20,23 @@ def mixed(
     tokens_out: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    shape: Annotated[str, typer.Option(help="tiny or 135m.")] = "135m",
+    http: Annotated[bool, typer.Option("--http", help="Ours through the real server, streamed.")] = False,
     out: Out = None,
 ) -> None:
-    """Tokens per second on the CPU, 135M shape: ours, `generate`, and PEFT's mixed batch."""
+    """Tokens per second on the CPU: ours, `generate`, and PEFT's mixed batch."""
     import torch
 
-    from onebase.bench.mixed import run
-    from onebase.bench.workload import Load
+    from onebase.bench.mixed import Plan, run
+    from onebase.bench.workload import SHAPES, Load
 
     kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in kinds:
         raise typer.BadParameter(f"allowed: {', '.join(kinds)}", param_hint="--dtype")
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"allowed: {', '.join(SHAPES)}", param_hint="--shape")
     load = Load(requests, tokens_in, tokens_out)
-    run(load, clients=clients, num_adapters=adapters, rounds=rounds, dtype=kinds[dtype], out=out)
+    run(Plan(load, clients, adapters, rounds, kinds[dtype], http, shape), out)
 
 
 @app.command()
