@@ -158,8 +158,8 @@ def check_shapes(
         )
     if k.shape != (batch.num_tokens, heads, dim) or v.shape != k.shape:
         raise ValueError(f"k is {list(k.shape)}, v is {list(v.shape)}: allowed is {[batch.num_tokens, heads, dim]}")
-    if not q.dtype == k.dtype == v.dtype == cache.data.dtype:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: allowed is the cache's {cache.data.dtype}")
+    if not q.dtype == k.dtype == v.dtype == cache.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: allowed is the cache's {cache.dtype}")
     if cache.page_size != batch.page_size:
         raise ValueError(f"page_size is {batch.page_size} in the batch but {cache.page_size} in the cache")
     if options.sinks is not None and options.sinks.shape != q.shape[1:2]:

@@ -68,7 +68,7 @@ def _attend(q: Tensor, cache: PageCache, batch: AttentionBatch, block: _Block, o
     queries = torch.zeros((BLOCK, *q.shape[1:]), dtype=dtype, device=q.device)
     queries[at] = q[block.rows].to(dtype)
     first = 0 if options.window is None else max(0, block.start + 1 - options.window)
-    keys, values = (_slots(pages, batch, block, first, dtype) for pages in (cache.k, cache.v))  # [KV, S, D]
+    keys, values = (_slots(cache, half, batch, block, first, dtype) for half in (0, 1))  # [KV, S, D]
     folded = queries.view(BLOCK, heads, -1, q.shape[2]).permute(1, 2, 0, 3).flatten(1, 2)  # [KV, G * BLOCK, D]
     logits = torch.bmm(folded, keys.transpose(1, 2)).view(q.shape[1], BLOCK, -1) * options.scale
     if options.softcap is not None:
@@ -78,13 +78,14 @@ def _attend(q: Tensor, cache: PageCache, batch: AttentionBatch, block: _Block, o
     return out[:, at].transpose(0, 1).to(q.dtype)
 
 
-def _slots(pages: Tensor, batch: AttentionBatch, block: _Block, first: int, dtype: torch.dtype) -> Tensor:
+def _slots(cache: PageCache, half: int, batch: AttentionBatch, block: _Block, first: int, dtype: torch.dtype) -> Tensor:
     """K or V of the positions from ``first`` to the block's end, zeros where there is none yet: [KV, S, D]."""
     stop = min(block.kv_len, block.start + BLOCK)
     low = first // batch.page_size
     table = batch.block_tables[block.sequence, low : -(-stop // batch.page_size)].long()
-    found = pages[table].flatten(0, 1)[first - low * batch.page_size : stop - low * batch.page_size]
-    slots = torch.zeros((pages.shape[2], block.start + BLOCK - first, pages.shape[3]), dtype=dtype, device=pages.device)
+    found = cache.read(half, table).flatten(0, 1)[first - low * batch.page_size : stop - low * batch.page_size]
+    shape = (cache.num_kv_heads, block.start + BLOCK - first, cache.head_dim)
+    slots = torch.zeros(shape, dtype=dtype, device=found.device)
     slots[:, : len(found)] = found.transpose(0, 1).to(dtype)
     return slots
 

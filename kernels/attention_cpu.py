@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onebase.kernels import kv_fp8
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, check_shapes
 from onebase.kernels.attention_cpu_plan import Gather, Group, Layout, Steps, Tile, plan
 
@@ -31,6 +32,8 @@ class CpuAttention:
         layout = Layout.of(cache, q.shape[1], options.window)
         _write(k, v, cache, batch, layout.steps)
         groups = batch.once(("cpu", layout), lambda: plan(batch, layout))
+        if cache.fp8 and not all(group.gather for group in groups):
+            k, v = _as_stored(k), _as_stored(v)
         if len(groups) == 1 and isinstance(groups[0].tokens, slice):
             return _attend_group(q, k, v, cache, batch, groups[0], options)
         out = torch.empty(q.shape, dtype=q.dtype)
@@ -39,8 +42,16 @@ class CpuAttention:
         return out
 
 
+def _as_stored(x: Tensor) -> Tensor:
+    """What attention will read of it later."""
+    return kv_fp8.decode_fast(*kv_fp8.encode(x), x.dtype)
+
+
 def _write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, steps: Steps) -> None:
     """Both halves in one copy of [2 * T * kv_heads, dim] rows."""
+    if cache.fp8:
+        cache.write(batch.slots, k, v)
+        return
     rows = batch.once(("cpu write", steps, cache.num_kv_heads), lambda: _slot_rows(cache, batch, steps))
     _rows(cache, steps, 1).index_copy_(0, rows, torch.cat((k, v)).view(-1, cache.head_dim))
 
@@ -53,11 +64,11 @@ def _slot_rows(cache: PageCache, batch: AttentionBatch, steps: Steps) -> Tensor:
 
 
 def _rows(cache: PageCache, steps: Steps, tokens: int) -> Tensor:
-    """The cache's memory from its first page to its last as [n, tokens * dim], whatever else lies between them.
+    """The cache's memory from its first page to its last as rows of so many tokens, whatever else lies between them.
 
-    tokens: page_size, or 1."""
+    tokens: page_size, or 1 (not in fp8). The rows are [n, tokens * dim]; in fp8 the tokens' exponents follow."""
     num_heads = steps.half + (cache.num_pages - 1) * steps.page + cache.num_kv_heads
-    width = tokens * cache.head_dim
+    width = cache.head_items * tokens // cache.page_size
     return cache.data.as_strided((num_heads * cache.page_size // tokens, width), (width, 1))
 
 
@@ -81,14 +92,17 @@ def _attend_group(
 
 def _gathered(cache: PageCache, gather: Gather, group: Group) -> tuple[Tensor, Tensor]:
     """K and V as [n, KV, S, D], each head contiguous."""
-    copied = (
-        _rows(cache, Steps.of(cache), cache.page_size)
-        .index_select(0, gather.pages)
-        .view(-1, cache.head_dim)
-        .index_fill_(0, gather.dead, 0.0)
-    )
+    rows = _rows(cache, Steps.of(cache), cache.page_size).index_select(0, gather.pages)
+    copied = (_decoded(rows, cache) if cache.fp8 else rows).view(-1, cache.head_dim).index_fill_(0, gather.dead, 0.0)
     keys, values = copied.view(2, group.num_seqs, cache.num_kv_heads, -1, cache.head_dim)
     return keys, values
+
+
+def _decoded(rows: Tensor, cache: PageCache) -> Tensor:
+    """[n, page_size, dim] from rows [n, page_size * dim + page_size]."""
+    items = cache.page_size * cache.head_dim
+    codes = rows[:, :items].view(-1, cache.page_size, cache.head_dim)
+    return kv_fp8.decode_fast(codes, rows[:, items:], cache.dtype)
 
 
 def _fresh(k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor]:

@@ -80,8 +80,7 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, cache: PageCache) -> Steps:
         half, page = cache.data.stride()[:2]
-        item = cache.page_size * cache.head_dim
-        return cls(page // item, half // item)
+        return cls(page // cache.head_items, half // cache.head_items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ class Layout:
     @classmethod
     def of(cls, cache: PageCache, num_heads: int, window: int | None) -> Layout:
         heads = cache.num_kv_heads
-        token_bytes = 2 * heads * cache.head_dim * cache.data.dtype.itemsize
+        token_bytes = 2 * heads * cache.head_dim * cache.dtype.itemsize
         return cls(Steps.of(cache), heads, token_bytes, num_heads // heads, window)
 
 

@@ -24,7 +24,7 @@ class ReferenceAttention:
         outputs = []
         start = 0
         for i, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
-            keys, values = (_cached(pages, batch, i, kv_len) for pages in (cache.k, cache.v))
+            keys, values = (_cached(cache, half, batch, i, kv_len) for half in (0, 1))
             outputs.append(attend(q[start : start + query_len], keys, values, options))
             start += query_len
         return torch.cat(outputs)
@@ -54,7 +54,7 @@ def _visible(query_len: int, kv_len: int, window: int | None, device: torch.devi
     return visible if window is None else visible & (position - key < window)
 
 
-def _cached(pages: Tensor, batch: AttentionBatch, sequence: int, kv_len: int) -> Tensor:
+def _cached(cache: PageCache, half: int, batch: AttentionBatch, sequence: int, kv_len: int) -> Tensor:
     """[kv_len, KV, D]"""
     table = batch.block_tables[sequence, : -(-kv_len // batch.page_size)].long()
-    return pages[table].flatten(0, 1)[:kv_len]
+    return cache.read(half, table).flatten(0, 1)[:kv_len]

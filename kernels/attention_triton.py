@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from onebase.kernels import kv_fp8
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, check_shapes
+from onebase.kernels.attention_triton_fp8 import decode, write_fp8
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,13 +98,13 @@ def _store_partial(acc, top, total, partial, stats, dim, DIM: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=BATCH_VIEWS)
 def _attend(
-    q, k_pages, v_pages, out, partial, stats, tables, query_starts, kv_lens, tiles, sinks,
+    q, k_pages, v_pages, k_exponents, v_exponents, out, partial, stats, tables, query_starts, kv_lens, tiles, sinks,
     q_t, q_h, q_d, page_stride, slot_stride, head_stride, dim_stride, out_t, out_h, table_stride,
     scale, softcap, window,
     GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    FP8: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, kv head, split) attends its rows over its share of the keys."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -130,10 +132,12 @@ def _attend(
         key = begin + tl.arange(0, BLOCK_N)
         known = key < high
         page = tl.load(table + key // PAGE, mask=known, other=0).to(tl.int64)
-        where = page * page_stride + key % PAGE * slot_stride + kv_head.to(tl.int64) * head_stride
-        where = where[:, None] + dim[None, :] * dim_stride  # [N, D]
+        page = page * page_stride + kv_head.to(tl.int64) * head_stride
+        where = (page + key % PAGE * slot_stride)[:, None] + dim[None, :] * dim_stride  # [N, D]
         loaded = known[:, None] & (dim[None, :] < DIM)
         keys = tl.load(k_pages + where, mask=loaded, other=0.0)
+        if FP8:
+            keys = decode(keys, k_exponents + page + key % PAGE, known, queries.dtype)
         logits = _dot(queries, tl.trans(keys), WIDE) * scale  # [M, N]
         if HAS_SOFTCAP:
             logits = softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)  # tanh
@@ -146,6 +150,8 @@ def _attend(
         weights = tl.exp2(logits - origin[:, None])
         shrink = tl.exp2(top - origin)
         values = tl.load(v_pages + where, mask=loaded, other=0.0)
+        if FP8:
+            values = decode(values, v_exponents + page + key % PAGE, known, queries.dtype)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None] + _dot(weights.to(values.dtype), values, WIDE)
         top = above
@@ -244,7 +250,7 @@ class TritonAttention:
 
     def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
         """A prompt, a decoding row, and one whose keys are split."""
-        device, dtype, size = cache.data.device, cache.data.dtype, cache.page_size
+        device, dtype, size = cache.data.device, cache.dtype, cache.page_size
         own = cache.single()
         for queries, length in ((2, 2), (1, 1), (1, 2 * self.split_tokens)):
             batch = AttentionBatch.build([queries], [length], [[0] * -(-length // size)], size, device)
@@ -259,7 +265,7 @@ class TritonAttention:
         for rows in (np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)):
             if len(rows):
                 decode = bool(lens[rows[0]] == 1)
-                blocks = _Blocks.of(group, cache.head_dim, cache.data.dtype.itemsize, decode)
+                blocks = _Blocks.of(group, cache.head_dim, cache.dtype.itemsize, decode)
                 tiles = _tiles(batch, rows, blocks.m // group)
                 longest = max(batch.kv_lens[i] for i in rows)
                 keys = min(longest, window) if window else longest
@@ -287,10 +293,23 @@ def _upload(tiles: np.ndarray, device: torch.device) -> Tensor:
 
 def _run_write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -> None:
     heads, dim = cache.num_kv_heads, cache.head_dim
+    if cache.exponents is not None:
+        write_fp8[batch.num_tokens, heads](
+            k, v, *_stored(cache), batch.slots, *k.stride(), *v.stride(), *cache.k.stride()[:3],
+            DIM=dim, PAGE=cache.page_size, BLOCK=triton.next_power_of_2(dim),
+        )  # fmt: skip
+        return
     _write[(batch.num_tokens,)](
         k, v, cache.k, cache.v, batch.slots, *k.stride(), *v.stride(), *cache.k.stride(),
         HEADS=heads, DIM=dim, PAGE=cache.page_size, BLOCK=triton.next_power_of_2(heads * dim),
     )  # fmt: skip
+
+
+def _stored(cache: PageCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of K and V, and their exponents; without fp8 K and V, and nothing that is read."""
+    if cache.exponents is None:
+        return cache.k, cache.v, cache.k, cache.v
+    return cache.k.view(kv_fp8.CODE), cache.v.view(kv_fp8.CODE), cache.exponents[0], cache.exponents[1]
 
 
 def _run_attend(
@@ -305,13 +324,13 @@ def _run_attend(
     shape = {"GROUP": q.shape[1] // heads, "DIM": dim, "BLOCK_M": blocks.m, "BLOCK_D": blocks.d}
     shape["HAS_SINKS"] = options.sinks is not None
     _attend[programs](
-        q, cache.k, cache.v, out, partial, stats,
+        q, *_stored(cache), out, partial, stats,
         batch.block_tables, batch.query_starts, batch.kv_lens_device, launch.tiles, sinks,
         *q.stride(), *cache.k.stride(), out.stride(0), out.stride(1), batch.block_tables.stride(0),
         options.scale, options.softcap or 0.0, options.window or 0,
         **shape, PAGE=cache.page_size, BLOCK_N=blocks.n, HAS_WINDOW=options.window is not None,
         HAS_SOFTCAP=options.softcap is not None,
-        SPLIT=launch.splits > 1, WIDE=not isinstance(_attend, JITFunction),
+        SPLIT=launch.splits > 1, FP8=cache.fp8, WIDE=not isinstance(_attend, JITFunction),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if launch.splits > 1:

@@ -9,21 +9,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onebase.kernels import kv_fp8
+
 # What a slot's bytes are a multiple of: slots of any type begin where adapters' blocks may end, and GPUs read at once.
 SLOT_ALIGN = 256
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """K/V of one layer: what its pages have to hold."""
+    """K/V of one layer: what its pages have to hold. dtype: of the values; fp8: they are stored as kv_fp8 has them."""
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    fp8: bool = False
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of an element in memory."""
+        return torch.uint8 if self.fp8 else self.dtype
+
+    def head_bytes(self, page_size: int) -> int:
+        """K or V of one head in one page."""
+        return page_size * (self.head_dim + self.fp8) * self.stored.itemsize
 
     def bytes_per_page(self, page_size: int) -> int:
-        return PageCache.bytes_per_page(page_size, self.num_kv_heads, self.head_dim, self.dtype)
+        """K and V together."""
+        return 2 * self.num_kv_heads * self.head_bytes(page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +50,7 @@ class SlotLayout:
     def of(cls, shapes: Sequence[LayerShape], page_size: int) -> SlotLayout:
         """A slot is whole multiples of each layer's heads, so that a head's page has a row number in every layer."""
         sizes = [shape.bytes_per_page(page_size) for shape in shapes]
-        heads = {page_size * shape.head_dim * shape.dtype.itemsize for shape in shapes}
+        heads = {shape.head_bytes(page_size) for shape in shapes}
         grain = math.lcm(SLOT_ALIGN, *heads)
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         return cls(tuple(starts), -(-sum(sizes) // grain) * grain)
@@ -51,20 +64,30 @@ class PageCache:
     and by place. On CUDA tokens come before heads in memory (what FlashAttention's block tables expect); on the CPU
     heads come before tokens, so that a gather of pages leaves each head contiguous and the matmuls read it without
     another copy.
+
+    dtype: of K and V as attention reads them. In fp8 ``data`` holds codes, uint8, and ``exponents`` [2, num_pages,
+    page_size, kv_heads] what they are scaled by (kv_fp8); heads come before tokens on every device, and a head's
+    exponents lie behind its codes, so that one gather fetches both.
     """
 
     data: Tensor
+    dtype: torch.dtype
+    exponents: Tensor | None = None
 
     @classmethod
     def allocate(
         cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> PageCache:
         """Zeroed, so that the memory is committed now and not in the middle of serving."""
-        shape = LayerShape(num_kv_heads, head_dim, dtype, device)
-        nbytes = shape.bytes_per_page(page_size)
-        buffer = torch.zeros(num_pages * nbytes, dtype=torch.uint8, device=device)
+        return cls.of_shape(LayerShape(num_kv_heads, head_dim, dtype, device), page_size, num_pages)
+
+    @classmethod
+    def of_shape(cls, shape: LayerShape, page_size: int, num_pages: int) -> PageCache:
+        """Zeroed pages of their own: K of all of them, then V."""
+        nbytes, size = shape.bytes_per_page(page_size), shape.stored.itemsize
+        buffer = torch.zeros(num_pages * nbytes, dtype=torch.uint8, device=shape.device)
         half, page = num_pages * nbytes // 2, nbytes // 2
-        return cls(_laid_out(buffer, shape, page_size, num_pages, 0, half // dtype.itemsize, page // dtype.itemsize))
+        return _laid_out(buffer, shape, page_size, num_pages, 0, half // size, page // size)
 
     @classmethod
     def within(
@@ -72,9 +95,9 @@ class PageCache:
     ) -> PageCache:
         """Pages of a layer at ``offset`` of each of ``num_pages`` slots. buffer: uint8, 1-D; the slots are its first
         ones. It is not written."""
-        size = shape.dtype.itemsize
+        size = shape.stored.itemsize
         half = shape.bytes_per_page(page_size) // 2
-        return cls(_laid_out(buffer, shape, page_size, num_pages, offset // size, half // size, slot_bytes // size))
+        return _laid_out(buffer, shape, page_size, num_pages, offset // size, half // size, slot_bytes // size)
 
     @staticmethod
     def bytes_per_page(page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -83,16 +106,24 @@ class PageCache:
 
     def single(self) -> PageCache:
         """One page of its own with the same distances between slots: kernels compiled for it are compiled for this."""
-        _, *strides = self.data.stride()
-        half = self.data[0, 0].numel()
-        shape = (2, 1, *self.data.shape[2:])
-        data = torch.empty_strided(shape, (half, *strides), dtype=self.data.dtype, device=self.data.device)
-        return PageCache(data.zero_())
+        exponents = None if self.exponents is None else _one_page(self.exponents)
+        return PageCache(_one_page(self.data), self.dtype, exponents)
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [T, kv_heads, head_dim] at flat slots (page * page_size + offset), int64 [T]."""
-        place = (slots // self.page_size, slots % self.page_size)
-        self.k[place], self.v[place] = k, v
+        self.put(slots // self.page_size, slots % self.page_size, torch.stack((k, v)))
+
+    def put(self, pages: Tensor, offsets: Tensor, kv: Tensor) -> None:
+        """Put K and V, kv [2, T, kv_heads, head_dim], at these places of these pages, int64 [T] each."""
+        if self.exponents is None:
+            self.data[:, pages, offsets] = kv.to(self.dtype)
+        else:
+            self.data[:, pages, offsets], self.exponents[:, pages, offsets] = kv_fp8.encode(kv)
+
+    def read(self, half: int, pages: Tensor) -> Tensor:
+        """K (half 0) or V (1) of these pages, int64 [n] -> [n, page_size, kv_heads, head_dim] in ``dtype``."""
+        stored = self.data[half][pages]
+        return stored if self.exponents is None else kv_fp8.decode(stored, self.exponents[half][pages], self.dtype)
 
     @property
     def k(self) -> Tensor:
@@ -103,6 +134,15 @@ class PageCache:
     def v(self) -> Tensor:
         """[num_pages, page_size, kv_heads, head_dim]"""
         return self.data[1]
+
+    @property
+    def fp8(self) -> bool:
+        return self.exponents is not None
+
+    @property
+    def head_items(self) -> int:
+        """Elements of K or V of one head in one page."""
+        return self.page_size * (self.head_dim + self.fp8)
 
     @property
     def num_pages(self) -> int:
@@ -123,9 +163,20 @@ class PageCache:
 
 def _laid_out(
     buffer: Tensor, shape: LayerShape, page_size: int, num_pages: int, offset: int, half: int, page: int
-) -> Tensor:
-    """[2, num_pages, page_size, kv_heads, head_dim]; offset and distances in elements."""
-    heads, dim = shape.num_kv_heads, shape.head_dim
-    token, head = (dim, page_size * dim) if buffer.device.type == "cpu" else (heads * dim, dim)
+) -> PageCache:
+    """offset and distances in elements."""
+    heads, dim, codes = shape.num_kv_heads, shape.head_dim, page_size * shape.head_dim
+    heads_first = buffer.device.type == "cpu" or shape.fp8
+    token, head = (dim, codes + page_size * shape.fp8) if heads_first else (heads * dim, dim)
     sizes, strides = (2, num_pages, page_size, heads, dim), (half, page, token, head, 1)
-    return buffer.view(shape.dtype).as_strided(sizes, strides, offset)
+    stored = buffer.view(shape.stored)
+    data = stored.as_strided(sizes, strides, offset)
+    exponents = stored.as_strided(sizes[:-1], (half, page, 1, head), offset + codes) if shape.fp8 else None
+    return PageCache(data, shape.dtype, exponents)
+
+
+def _one_page(x: Tensor) -> Tensor:
+    """Zeros [2, 1, ...] with the strides that x [2, num_pages, ...] has."""
+    _, *strides = x.stride()
+    half = sum((size - 1) * stride for size, stride in zip(x.shape[2:], strides[1:], strict=True)) + 1
+    return torch.empty_strided((2, 1, *x.shape[2:]), (half, *strides), dtype=x.dtype, device=x.device).zero_()

@@ -75,6 +75,9 @@ def serve(
     prefix_caching: Annotated[
         bool | None, typer.Option(help="Keep pages of earlier requests for those that begin alike.")
     ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="auto: K and V as the model has them; fp8_e4m3: in half the memory.")
+    ] = None,
     device_memory: Annotated[float | None, typer.Option(help="Share of the device to use, 0 to 1.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="GiB for KV pages, or MIN:MAX.")] = None,
     adapter_memory: Annotated[str | None, typer.Option(help="GiB for adapters on the device, or MIN:MAX.")] = None,

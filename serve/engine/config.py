@@ -26,6 +26,7 @@ class EngineConfig:
     page_size: int = 16
     prefix_caching: bool = True  # pages of earlier requests are found again by requests that begin alike
     deterministic: bool = False  # the bits of a request depend on nothing but the request
+    kv_dtype: str = "auto"  # auto: the model's | fp8_e4m3: 8 bits an element and a scale for each token and head
     device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
     kv_memory: float | None = None
     kv_memory_max: float | None = None

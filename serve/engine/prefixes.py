@@ -30,8 +30,7 @@ def store_prefixes(
         placed = instructions.placed(layer.attention, plan)
         prefixes = {item.segment.handle: item.op for item in placed if isinstance(item.op, KvPrefix)}
         stored = [_rows(chunk, prefixes) for chunk in starting]
-        data = base.context.caches[index].data
-        data[:, pages, offsets] = torch.cat(stored, dim=1).to(data.dtype)
+        base.context.caches[index].put(pages, offsets, torch.cat(stored, dim=1))
 
 
 def _slots(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ _INERT = frozenset(
 class AttentionContext:
     """Pages of every layer and the batch of the present step. One per loaded model.
 
-    Layers are discovered by the probe forward: the first call of a layer records its shape and makes its pages.
+    Layers are discovered by the probe forward: the first call of a layer records its shape and makes its pages. These
+    hold K and V as they are; the pages that serve hold them in fp8 where that was asked for.
     """
 
     body: AttentionBody
     page_size: int
     num_pages: int
+    fp8: bool = False
     batch: AttentionBatch | None = None
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     caches: dict[int, PageCache] = field(default_factory=dict)
@@ -76,7 +78,11 @@ class AttentionContext:
 
     def slot_layout(self) -> SlotLayout:
         """How one page of every known layer lies in a slot."""
-        return SlotLayout.of(list(self.shapes.values()), self.page_size)
+        return SlotLayout.of(list(self._stored().values()), self.page_size)
+
+    def _stored(self) -> dict[int, LayerShape]:
+        """The known layers' shapes in the pages that serve."""
+        return {layer: replace(shape, fp8=self.fp8) for layer, shape in self.shapes.items()}
 
     def lie_in(self, buffer: Tensor, num_pages: int) -> None:
         """Give every known layer its part of ``num_pages`` slots, in place of the pages it has; those are lost.
@@ -87,7 +93,7 @@ class AttentionContext:
         self.slots = buffer[: num_pages * layout.nbytes].view(num_pages, layout.nbytes)
         self.caches = {
             layer: PageCache.within(buffer, shape, self.page_size, num_pages, offset, layout.nbytes)
-            for (layer, shape), offset in zip(self.shapes.items(), layout.offsets, strict=True)
+            for (layer, shape), offset in zip(self._stored().items(), layout.offsets, strict=True)
         }
 
     def move_pages(self, moves: Mapping[int, int]) -> None:
@@ -124,10 +130,7 @@ class AttentionContext:
         return cache
 
     def _pages(self, layer: int) -> PageCache:
-        shape = self.shapes[layer]
-        return PageCache.allocate(
-            self.num_pages, self.page_size, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.device
-        )
+        return PageCache.of_shape(self.shapes[layer], self.page_size, self.num_pages)
 
 
 def paged_attention_forward(

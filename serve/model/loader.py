@@ -25,6 +25,7 @@ from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FP8_CUDA = (8, 9)  # the first compute capability that converts e4m3
 # Rotary tables that change with the longest sequence of a batch: exact only while no sequence passes this length.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -114,7 +115,8 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     model.set_attn_implementation(ATTENTION_NAME)
     text = model.config.get_text_config()
     body = select_attention(model.device, "blocks") if config.deterministic else select_attention(model.device)
-    context = AttentionContext(body, config.page_size, num_pages=-(-PROBE_TOKENS // config.page_size))
+    fp8 = pick_fp8(config.kv_dtype, model.device)
+    context = AttentionContext(body, config.page_size, num_pages=-(-PROBE_TOKENS // config.page_size), fp8=fp8)
     context.attach(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     result: ProbeResult = probe(model, context, vocab_size)
@@ -165,6 +167,17 @@ def pick_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> tor
         stored = _DTYPES[stored]
     assert isinstance(stored, torch.dtype)
     return torch.float32 if device.type == "cpu" and stored is torch.float16 else stored
+
+
+def pick_fp8(kv_dtype: str, device: torch.device) -> bool:
+    """Whether the pages hold fp8. Raises ModelRejected where the device cannot convert it."""
+    if kv_dtype == "fp8_e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CUDA:
+        raise ModelRejected(
+            f"kv_dtype: fp8_e4m3 needs a GPU of compute capability 8.9 or later; this is "
+            f"{torch.cuda.get_device_name(device)}; allowed here: auto",
+            param="kv_dtype",
+        )
+    return kv_dtype == "fp8_e4m3"
 
 
 def _from_pretrained(path: str, dtype: torch.dtype, hub: dict[str, Any]) -> PreTrainedModel:

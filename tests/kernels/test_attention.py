@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onebase.kernels import attention_cpu_plan
+from onebase.kernels import attention_cpu_plan, kv_fp8
 from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOptions, PageCache, select_attention
 from onebase.kernels.pages import LayerShape, SlotLayout
 
@@ -51,6 +51,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     spread: float = 1.0  # standard deviation of the logits, roughly
+    fp8: bool = False  # pages hold 8 bits an element
     slots: bool = False  # the layer's pages lie in slots, between those of other layers
     seed: int = 0
 
@@ -96,7 +97,7 @@ class World:
         keys, values = (
             torch.cat([o, new[start : start + query_len]]) for o, new in zip(old, (self.k, self.v), strict=True)
         )
-        return keys, values
+        return (keys, values) if not self.case.fp8 else (_rounded(keys), _rounded(values))
 
     def batch(self) -> AttentionBatch:
         return AttentionBatch.build(
@@ -107,22 +108,26 @@ class World:
         """Poisoned everywhere but at the cached tokens of each sequence."""
         case = self.case
         cache = self._slots(poison) if case.slots else self._plain()
-        cache.data.fill_(poison)
+        _fill(cache, poison)
         for (query_len, kv_len), pages, (keys, values) in zip(case.lens, self.pages, self.history, strict=True):
             for position in range(kv_len - query_len):
                 page, offset = pages[position // case.page_size], position % case.page_size
-                cache.k[page, offset], cache.v[page, offset] = keys[position], values[position]
+                place = torch.tensor([page], device=self.device), torch.tensor([offset], device=self.device)
+                cache.put(*place, torch.stack((keys[position], values[position]))[:, None])
         return cache
 
     def _plain(self) -> PageCache:
-        case = self.case
-        return PageCache.allocate(self.num_pages, case.page_size, case.kv_heads, case.dim, case.dtype, self.device)
+        return PageCache.of_shape(self.shape, self.case.page_size, self.num_pages)
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.case.kv_heads, self.case.dim, self.case.dtype, self.device, self.case.fp8)
 
     def _slots(self, poison: float) -> PageCache:
         """The second of three layers of different shapes and types, all of them poisoned."""
         case = self.case
-        shape = LayerShape(case.kv_heads, case.dim, case.dtype, self.device)
-        shapes = [LayerShape(1, 24, torch.float64, self.device), shape, LayerShape(2, 8, torch.float32, self.device)]
+        others = [LayerShape(1, 24, torch.float64, self.device), LayerShape(2, 8, torch.float32, self.device)]
+        shapes = [others[0], self.shape, others[1]]
         layout = SlotLayout.of(shapes, case.page_size)
         self.buffer = torch.zeros(self.num_pages * layout.nbytes, dtype=torch.uint8, device=self.device)
         self.layers = [
@@ -130,7 +135,7 @@ class World:
             for one, offset in zip(shapes, layout.offsets, strict=True)
         ]
         for layer in self.layers:
-            layer.data.fill_(poison)
+            _fill(layer, poison)
         return self.layers[1]
 
     def expected(self) -> Tensor:
@@ -155,6 +160,19 @@ class World:
         if self.options.sinks is not None:
             total = total + self.options.sinks.double().exp()[:, None]
         return torch.einsum("hj,jhd->hd", weights / total, values.double())
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return kv_fp8.decode(*kv_fp8.encode(x), x.dtype)
+
+
+def _fill(cache: PageCache, poison: float) -> None:
+    """In fp8 the exponent of NaN, whatever the poison."""
+    if cache.exponents is None:
+        cache.data.fill_(poison)
+    else:
+        cache.data.fill_(1)
+        cache.exponents.fill_(kv_fp8.NOT_FINITE)
 
 
 def run(body: AttentionBody, world: World, cache: PageCache | None = None) -> Tensor:
@@ -191,6 +209,7 @@ def cases(max_len: int, max_seqs: int, dims: list[int], dtypes: list[torch.dtype
         window=st.none() | st.integers(1, max_len),
         softcap=st.none() | st.sampled_from([1.5, 30.0]),
         sinks=st.booleans(),
+        fp8=st.booleans(),
         slots=st.booleans(),
         seed=st.integers(0, 1 << 20),
     )
@@ -233,6 +252,9 @@ NAMED = [
     pytest.param(replace(SMALL, page_size=128), id="page-128"),
     pytest.param(replace(SMALL, dim=96, group=1), id="dim-96-no-groups"),
     pytest.param(replace(MIXED, dtype=torch.bfloat16, slots=True, group=3), id="slots"),
+    pytest.param(replace(MIXED, fp8=True, kv_heads=3), id="fp8"),
+    pytest.param(replace(MIXED, fp8=True, dtype=torch.bfloat16, slots=True, dim=64, window=40), id="fp8-slots"),
+    pytest.param(replace(SMALL, fp8=True, dtype=torch.float16, sinks=True, softcap=9.0), id="fp8-fp16"),
 ]
 
 
@@ -313,26 +335,30 @@ def test_slots_beyond_two_thousand_million_elements(name: str) -> None:
     assert torch.equal(run(select_attention(CPU, name), world, cache), want)
 
 
-def test_a_slot_holds_all_of_a_page() -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_slot_holds_all_of_a_page(fp8: bool) -> None:
     """A body gives the same bits over slots that were copied elsewhere."""
-    world = World(replace(SMALL, slots=True))
+    world = World(replace(SMALL, slots=True, fp8=fp8))
     cache, body = world.cache(), select_attention(CPU, "cpu")
     want = run(body, world, cache)
     cache, moved = world.cache(), world.pages[0][:1] + world.pages[2][:1]
     free = [page for page in range(world.num_pages) if all(page not in held for held in world.pages)]
     slots = world.buffer.view(world.num_pages, -1)
     slots[free[:2]] = slots[moved]
-    cache.data[:, moved] = float("nan")
+    slots[moved] = 255  # NaN in every type
     world.pages = [[dict(zip(moved, free, strict=False)).get(page, page) for page in held] for held in world.pages]
     assert torch.equal(run(body, world, cache), want)
 
 
 @pytest.mark.parametrize("slots", [False, True])
-def test_a_single_page_has_the_caches_strides(slots: bool) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_single_page_has_the_caches_strides(slots: bool, fp8: bool) -> None:
     """What is compiled for it serves the whole cache, which it does not touch."""
-    cache = World(replace(SMALL, slots=slots)).cache()
+    cache = World(replace(SMALL, slots=slots, fp8=fp8)).cache()
     single = cache.single()
     assert single.num_pages == 1
+    if single.exponents is not None and cache.exponents is not None:
+        assert single.exponents[0].stride() == cache.exponents[0].stride()
     assert single.k.stride() == cache.k.stride()
     assert single.data.untyped_storage().data_ptr() != cache.data.untyped_storage().data_ptr()
 
