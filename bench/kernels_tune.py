@@ -80,10 +80,9 @@ class Bench:
         x = torch.zeros((rows, h_in), dtype=buffer.dtype, device=buffer.device)
         return cls(tables, groups, x, BatchPlan.from_runs(runs))
 
-    def shape(self, op: Op, member: int | None = None) -> Shape:
-        """Of a shrink of the group, or of the expand of one of its sites."""
-        group = self.groups[0] if member is None else (self.groups[0][member],)
-        return TritonKernels(self.tables, Configs()).shape(op, group, self.plan)
+    def shape(self, op: Op) -> Shape:
+        """Of a launch over the group."""
+        return TritonKernels(self.tables, Configs()).shape(op, self.groups[0], self.plan)
 
     def shrink(self, configs: Configs) -> Side:
         kernels, plan = TritonKernels(self.tables, configs), _fresh(self.plan)
@@ -94,14 +93,14 @@ class Bench:
 
         return run
 
-    def expand(self, configs: Configs, member: int) -> Side:
+    def expand(self, configs: Configs) -> Side:
         kernels, plan = TritonKernels(self.tables, configs), _fresh(self.plan)
         shrunk = [kernels.shrink(self.x, group, plan) for group in self.groups]
-        y = self.x.new_zeros((len(self.x), self.tables.sites[member].out_features))
+        ys = [self.x.new_zeros((len(self.x), self.tables.sites[site].out_features)) for site in self.groups[0]]
 
         def run() -> None:
             for group, one in zip(self.groups, shrunk, strict=True):
-                kernels.expand(y, one, group[member], plan)
+                kernels.expand_group(ys, one, group, plan)
 
         return run
 
@@ -145,10 +144,7 @@ def tuned(
 
 
 def _tune(bench: Bench, clock: Clock, found: dict[Shape, Config]) -> None:
-    sides: list[tuple[Shape, Callable[[Configs], Side]]] = [(bench.shape("shrink"), bench.shrink)]
-    for member in range(len(bench.groups[0])):
-        sides.append((bench.shape("expand", member), lambda configs, member=member: bench.expand(configs, member)))  # type: ignore[misc]
-    for shape, side in sides:
+    for shape, side in ((bench.shape("shrink"), bench.shrink), (bench.shape("expand"), bench.expand)):
         if shape not in found:
             best = search(heuristic(shape), _OPTIONS[shape.op], _cost(shape, side, clock))
             if best is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -47,6 +48,9 @@ class LowRankKernels(Protocol):
         y: [plan.num_rows, out_features], last stride 1, any row stride (a slice of a fused output).
         """
 
+    def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
+        """``expand`` at several sites of the shrunk's group, each into its own y; in one launch where bodies can."""
+
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         """y[row] += segment.scale * (op.scale * A[tokens[row]] @ B + add_out), in place.
 
@@ -56,5 +60,8 @@ class LowRankKernels(Protocol):
     def forget(self, handle: int) -> None:
         """Drop what is cached of a program. Called when it is removed from the tables."""
 
-    def warm_up(self) -> None:
-        """Compile what serving may need, by launches on data of its own. Bodies that compile nothing do nothing."""
+    def warm_up(self, groups: Iterable[tuple[int, ...]] = ()) -> None:
+        """Compile what serving may need, by launches on data of its own. Bodies that compile nothing do nothing.
+
+        groups: the sites whose shrinks and expands go together.
+        """

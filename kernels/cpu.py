@@ -7,7 +7,7 @@ gathers, packs.py and cpu_steps.py for masked products, cpu_split.py and cpu_tun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -81,6 +81,10 @@ class CpuKernels:
         for packed, xa in zip(mine.step.packed, mine.packed, strict=True):
             _expand_packed(y, packed, xa)
 
+    def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
+        for y, site in zip(ys, sites, strict=True):
+            self.expand(y, shrunk, site, plan)
+
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         for use in self._tables.uses(site, plan, token=True):
             self._token_segment(y, tokens, site, use)
@@ -91,7 +95,7 @@ class CpuKernels:
         self._split.forget(handle)
         self._keep_schedules(lambda plan, schedule: handle not in plan.handles and schedule.stands)
 
-    def warm_up(self) -> None:
+    def warm_up(self, groups: Iterable[tuple[int, ...]] = ()) -> None:
         """Nothing is compiled."""
 
     def _keep_schedules(self, condition: Callable[[BatchPlan, Schedule], bool]) -> None:

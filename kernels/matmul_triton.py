@@ -18,8 +18,9 @@ So what changes with the batch is exempt, or always a multiple of 16: xa's rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,6 +34,8 @@ from onebase.kernels.tables import FIELDS, ProgramTables, SiteShape
 from onebase.kernels.tiles import ROWS_BY_BLOCK, TILE_FIELDS, tiles_of
 from onebase.kernels.warm_up import warm_plan, zero_programs
 
+SLICES = 3  # outputs of one expand: q, k and v
+
 
 @triton.jit
 def _dot(left, right, WIDE: tl.constexpr):
@@ -40,6 +43,12 @@ def _dot(left, right, WIDE: tl.constexpr):
     if WIDE:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _whole(rank):
+    """Up to a multiple of 16: xa holds zeros between, so that its rows are read in whole vectors."""
+    return tl.cdiv(rank, 16) * 16
 
 
 @triton.jit(do_not_specialize=["packed_rows", "group_size"])
@@ -91,23 +100,35 @@ def _shrink_kernel(
         acc += _dot(x_tile, tl.trans(a_tile), WIDE)
     plane = (split * group_size + member).to(tl.int64) * packed_rows
     out = xa + (plane + tl.load(tile + 1) + m)[:, None] * width + r[None, :]
-    tl.store(out, acc, mask=here[:, None] & (r < rank)[None, :])
+    tl.store(out, acc, mask=here[:, None] & (r < _whole(rank))[None, :])
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["site0", "site1", "site2", "member0", "member1", "member2"])
 def _expand_kernel(
-    y,  # [rows, out_features], row stride y_stride
+    y0,  # three slices: outputs of sites of one group, [rows, n0], row stride stride0; those that are not there: n 0
+    y1,
+    y2,
     arena,
     table,  # [programs, n_sites, FIELDS] int64
     scales,  # the table read as float64
     tiles,  # [n_tiles, TILE_FIELDS] int32, of one layer
     tile_scales,  # the tiles read as float32
-    source,  # linear: xa of the site's member, fp32; token: the token ids, int64
-    y_stride,
-    out_features,
-    site,
+    source,  # linear: xa [splits, group, packed_rows, width] fp32; token: the token ids, int64
+    stride0,
+    stride1,
+    stride2,
+    n0,
+    n1,
+    n2,
+    site0,
+    site1,
+    site2,
+    member0,  # their places in the group
+    member1,
+    member2,
     n_sites,
-    split_stride,  # elements between the parts of xa
+    member_stride,  # elements of xa between members
+    split_stride,  # and between the parts of K
     width,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,18 +140,26 @@ def _expand_kernel(
     FIELDS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
 ):
-    """Grid: (tiles of the layer, column blocks)."""
+    """Grid: (tiles of the layer, column blocks of all slices)."""
     tile = tiles + tl.program_id(0) * TILE_FIELDS
     count = tl.load(tile + 2)
     if count == 0:
         return
+    block = tl.program_id(1)
+    second, third = tl.cdiv(n0, BLOCK_N), tl.cdiv(n0, BLOCK_N) + tl.cdiv(n1, BLOCK_N)
+    site = tl.where(block >= third, site2, tl.where(block >= second, site1, site0))
     at = (tl.load(tile + 3).to(tl.int64) * n_sites + site) * FIELDS
     rank = tl.load(table + at + 3)
     add_out = tl.load(table + at + 2)
     if (rank == 0) & (add_out < 0):
         return
+    y = tl.where(block >= third, y2, tl.where(block >= second, y1, y0))
+    y_stride = tl.where(block >= third, stride2, tl.where(block >= second, stride1, stride0))
+    out_features = tl.where(block >= third, n2, tl.where(block >= second, n1, n0))
+    member = tl.where(block >= third, member2, tl.where(block >= second, member1, member0))
+    block -= tl.where(block >= third, third, tl.where(block >= second, second, 0))
     m = tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     here = m < count
     rows = tl.load(tile) + m
     b_start = arena + tl.multiple_of(tl.load(table + at + 1), ALIGN) + n[None, :]
@@ -138,11 +167,12 @@ def _expand_kernel(
         tokens = tl.load(source + rows, mask=here, other=0)
         xa_rows = arena + tl.load(table + at) + tokens[:, None] * rank
     else:
-        xa_rows = source + (tl.load(tile + 1) + m).to(tl.int64)[:, None] * width
+        xa_rows = source + member.to(tl.int64) * member_stride + (tl.load(tile + 1) + m).to(tl.int64)[:, None] * width
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    stored = rank if TOKEN else _whole(rank)
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        inside = here[:, None] & (r < rank)[None, :]
+        inside = here[:, None] & (r < stored)[None, :]
         xa_tile = tl.load(xa_rows + r[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_R]
         for part in tl.static_range(1, SPLITS):
             xa_tile += tl.load(xa_rows + part * split_stride + r[None, :], mask=inside, other=0.0)
@@ -151,13 +181,21 @@ def _expand_kernel(
         acc += _dot(xa_tile.to(b_tile.dtype), b_tile, WIDE)
     acc = acc * tl.load(scales + at + 4).to(tl.float32)
     if add_out >= 0:
-        bias = tl.load(arena + add_out + n, mask=n < out_features, other=0.0)
+        bias = tl.load(arena + tl.multiple_of(add_out, ALIGN) + n, mask=n < out_features, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     out = y + rows.to(tl.int64)[:, None] * y_stride + n[None, :]
     mask = here[:, None] & (n < out_features)[None, :]
     new = tl.load(out, mask=mask, other=0.0).to(tl.float32)
     new += acc * tl.load(tile_scales + tl.program_id(0) * TILE_FIELDS + 4)
-    tl.store(out, new.to(y.dtype.element_ty), mask=mask)
+    tl.store(out, new.to(y0.dtype.element_ty), mask=mask)
+
+
+class Slice(NamedTuple):
+    """An output that an expand adds to: of a site, whose xa has the place ``member`` in its group."""
+
+    y: Tensor
+    site: int
+    member: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,22 +233,31 @@ class TritonKernels:
         return TritonShrunk(group, xa)
 
     def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
+        self.expand_group((y,), shrunk, (site,), plan)
+
+    def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
         mine = own(shrunk, TritonShrunk)
-        if not (tiles_of(plan, self._tables).fixed or self._tables.uses(site, plan)):
+        if not (tiles_of(plan, self._tables).fixed or any(self._tables.uses(site, plan) for site in sites)):
             return
-        member = mine.xa[:, mine.group.index(site)]
-        self._expand(y, member, site, plan, splits=len(mine.xa), split_stride=mine.xa.stride(0), op="expand")
+        _, config = self._choose("expand", sites, plan)
+        slices = [Slice(y, site, mine.group.index(site)) for y, site in zip(ys, sites, strict=True)]
+        for at in range(0, len(slices), SLICES):
+            self._expand(slices[at : at + SLICES], mine.xa, plan, config, token=False)
 
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         if tiles_of(plan, self._tables).fixed or self._tables.uses(site, plan, token=True):
-            self._expand(y, tokens.contiguous(), site, plan, splits=1, split_stride=0, op="token")
+            _, config = self._choose("token", (site,), plan)
+            self._expand([Slice(y, site, 0)], tokens.contiguous(), plan, config, token=True)
 
     def forget(self, handle: int) -> None:
         """Nothing is cached of a program."""
 
-    def warm_up(self) -> None:
-        """Every block shape at every shape of site, with programs of zeros; and every tuned one that may come."""
+    def warm_up(self, groups: Iterable[tuple[int, ...]] = ()) -> None:
+        """Every block shape at every shape of site and of group, with programs of zeros; and every tuned one that may
+        come."""
         shapes = {shape: site for site, shape in enumerate(self._tables.sites)}
+        kinds = {tuple(self._tables.sites[site] for site in group): group for group in groups}
+        kinds |= {(shape,): (site,) for shape, site in shapes.items()}
         widest = max(max(shape.in_features, shape.out_features) for shape in shapes)
         ranks = [rank for rank in (16, 32, 64, 128) if rank <= 128 // self._tables.buffer.element_size()]
         zeros = self._tables.buffer.new_zeros(ranks[-1] * widest)
@@ -219,8 +266,9 @@ class TritonKernels:
                 programs = zero_programs(zeros, self._tables.sites, rank, 1, token)
                 for rows in ROWS_BY_BLOCK:
                     plan = BatchPlan(rows, (Segment(0, rows, 0),))
-                    for site in shapes.values():
-                        TritonKernels(programs, Configs())._launch_once((site,), plan, token)
+                    for group in kinds.values():
+                        if len(group) == 1 or not token:
+                            TritonKernels(programs, Configs())._launch_once(group, plan, token)
         self._warm_up_tuned(shapes)
 
     def _warm_up_tuned(self, shapes: Mapping[SiteShape, int]) -> None:
@@ -236,37 +284,42 @@ class TritonKernels:
                 TritonKernels(programs, configs)._launch_once(group, warm_plan(shape), shape.op == "token")
 
     def _launch_once(self, group: tuple[int, ...], plan: BatchPlan, token: bool) -> None:
-        buffer, site = self._tables.buffer, self._tables.sites[group[0]]
-        tokens = torch.zeros(plan.num_rows, dtype=torch.int64, device=buffer.device)
-        shrunk = None if token else self.shrink(buffer.new_zeros(plan.num_rows, site.in_features), group, plan)
-        for member in group:
-            y = buffer.new_zeros(plan.num_rows, self._tables.sites[member].out_features)
-            if shrunk is None:
-                self.token_low_rank(y, tokens, member, plan)
-            else:
-                self.expand(y, shrunk, member, plan)
+        buffer, sites = self._tables.buffer, self._tables.sites
+        ys = [buffer.new_zeros(plan.num_rows, sites[site].out_features) for site in group]
+        if token:
+            tokens = torch.zeros(plan.num_rows, dtype=torch.int64, device=buffer.device)
+            for y, site in zip(ys, group, strict=True):
+                self.token_low_rank(y, tokens, site, plan)
+        else:
+            x = buffer.new_zeros(plan.num_rows, sites[group[0]].in_features)
+            self.expand_group(ys, self.shrink(x, group, plan), group, plan)
 
-    def _expand(
-        self, y: Tensor, source: Tensor, site: int, plan: BatchPlan, *, splits: int, split_stride: int, op: Op
-    ) -> None:
-        _require_rows("y", y)
+    def _expand(self, slices: list[Slice], source: Tensor, plan: BatchPlan, config: Config, *, token: bool) -> None:
+        """One launch for each layer of the plan. source: xa, or the token ids."""
         tables, tiles = self._tables, tiles_of(plan, self._tables)
-        width, config = self._choose(op, (site,), plan)
-        if op == "expand":
-            width = source.shape[-1]  # of the group's widest
+        for one in slices:
+            _require_rows("y", one.y)
+        blocks = sum(triton.cdiv(one.y.shape[1], config.block) for one in slices)
+        padded = slices + [slices[0]] * (SLICES - len(slices))
+        widths = [one.y.shape[1] if at < len(slices) else 0 for at, one in enumerate(padded)]
+        splits, strides = (
+            (1, (0, 0, 16)) if token else (len(source), (source.stride(1), source.stride(0), source.shape[3]))
+        )
         for start, stop in tiles.layers:
             layer = tiles.data[start:stop]
-            _expand_kernel[(stop - start, triton.cdiv(y.shape[1], config.block))](
-                y, tables.buffer, tables.device_table, tables.device_table.view(torch.float64),
+            _expand_kernel[(stop - start, blocks)](
+                *(one.y for one in padded), tables.buffer, tables.device_table, tables.device_table.view(torch.float64),
                 layer, layer.view(torch.float32), source,
-                y.stride(0), y.shape[1], site, len(tables.sites), split_stride, width,
-                BLOCK_M=tiles.block_m, BLOCK_N=config.block, BLOCK_R=config.block_r, SPLITS=splits, TOKEN=op == "token",
-                WIDE=not y.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
+                *(one.y.stride(0) for one in padded), *widths,
+                *(one.site for one in padded), *(one.member for one in padded), len(tables.sites),
+                *strides,
+                BLOCK_M=tiles.block_m, BLOCK_N=config.block, BLOCK_R=config.block_r, SPLITS=splits, TOKEN=token,
+                WIDE=not source.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
 
     def shape(self, op: Op, group: tuple[int, ...], plan: BatchPlan) -> Shape:
-        """What a launch's configuration is looked up by. An expand's group is its one site."""
+        """What a launch's configuration is looked up by."""
         tables, tiles = self._tables, tiles_of(plan, self._tables)
         return Shape.of(
             op,

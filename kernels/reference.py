@@ -5,7 +5,7 @@ Segment by segment, each product in fp32 (float64 stays float64), one rounding a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +40,15 @@ class ReferenceKernels:
         for use in self._tables.uses(site, plan):
             self._update(y, site, use, lambda use=use: parts[site, use.segment])  # type: ignore[misc]
 
+    def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
+        for y, site in zip(ys, sites, strict=True):
+            self.expand(y, shrunk, site, plan)
+
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         for use in self._tables.uses(site, plan, token=True):
             self._update(y, site, use, lambda use=use: self._look_up(tokens, site, use))  # type: ignore[misc]
 
-    def warm_up(self) -> None:
+    def warm_up(self, groups: Iterable[tuple[int, ...]] = ()) -> None:
         """Nothing is compiled."""
 
     def forget(self, handle: int) -> None:

@@ -63,7 +63,7 @@ class ProgramRow(NamedTuple):
 class ProgramTables:
     """The installed programs. Handles are unique and growing; a program's operands never change once installed.
 
-    alignment: what every a and b offset so far is a multiple of, in elements: 16 bytes' worth, or 1. Kernels load
+    alignment: what every offset so far is a multiple of, in elements: 16 bytes' worth, or 1. Kernels load
     whole vectors in the first case.
     """
 
@@ -94,7 +94,8 @@ class ProgramTables:
         for site, op in operands.items():
             self._check(site, op, within)
         whole = 16 // self.buffer.element_size()
-        is_aligned = not any(op.a % whole or op.b % whole for op in operands.values())
+        starts = (start for op in operands.values() for start in (op.a, op.b, max(op.add_out, 0)))
+        is_aligned = not any(start % whole for start in starts)
         return ProgramRow(dict(operands), self._encode(operands), is_aligned)
 
     def install(self, handle: int, program: Mapping[int, Operands] | ProgramRow) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from onebase.adapters.base import SiteKind
 from onebase.adapters.formats import compile_folder
 from onebase.adapters.program import AdapterProgram
 from onebase.adapters.tiers.arena import Arena
@@ -29,7 +30,7 @@ def adapter_tier(
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
     kernels = select_kernels(tables, "reference") if config.deterministic else select_kernels(tables)
-    kernels.warm_up()
+    kernels.warm_up({entry.group for entry in base.probed if entry.site.kind is SiteKind.LINEAR})
     context = SiteContext(kernels, tables, instructions, plans)
     wrap_sites(base.probed, base.norms, base.blocks, context)
     base.context.adapt(context, [layer.attention for layer in base.layers])

@@ -1,7 +1,7 @@
 """Adapted modules: each site of the base is wrapped once, by an instance attribute over its forward.
 
 A site with no adapter in the batch costs one branch. Sites that read the same tensor (q/k/v, gate/up) form a group
-whose shrinks share one launch: the first member computes it, the last one drops it.
+with one shrink and one expand: the first member that is called computes all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from onebase.adapters.base import Site, SiteKind
-from onebase.kernels.base import LowRankKernels, Shrunk
+from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable, Placed
 from onebase.kernels.ops.bottleneck import BlockBottleneck
 from onebase.kernels.ops.instruction import wide
@@ -70,21 +70,32 @@ class SiteContext:
 
 @dataclass(slots=True, eq=False)
 class SiteGroup:
-    """Sites that read one tensor, in the order in which the model calls them."""
+    """Linear sites that read one tensor, in the order in which the model calls them.
+
+    The first that is called computes all of them, so that the group has one shrink and one expand; the others find
+    their output here. members: their indices; linears: what computes them without low rank.
+    """
 
     members: tuple[int, ...]
+    linears: list[AdaptedLinear] = field(default_factory=list)
     source: Tensor | None = None
-    shrunk: Shrunk | None = None
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
-    def shrink(self, x: Tensor, site: int, kernels: LowRankKernels, plan: BatchPlan) -> Shrunk:
-        """The group's shrink of x [.., in]; computed by whichever member asks first."""
-        if self.source is not x or self.shrunk is None:
-            self.source = x
-            self.shrunk = kernels.shrink(x.reshape(-1, x.shape[-1]), self.members, plan)
-        return self.shrunk
+    def output(self, x: Tensor, site: int, plan: BatchPlan, context: SiteContext) -> Tensor:
+        """What the site gives for x [.., in_features]."""
+        if self.source is not x or site not in self.outputs:
+            self.source, self.outputs = x, self._compute(x, plan, context)
+        y = self.outputs.pop(site)
+        if not self.outputs:
+            self.source = None
+        return y
 
-    def release(self) -> None:
-        self.source = self.shrunk = None
+    def _compute(self, x: Tensor, plan: BatchPlan, context: SiteContext) -> dict[int, Tensor]:
+        ys = [linear.without_low_rank(x, plan) for linear in self.linears]
+        if any(context.tables.active(site, plan) for site in self.members):
+            shrunk = context.kernels.shrink(x.reshape(-1, x.shape[-1]), self.members, plan)
+            context.kernels.expand_group([y.view(-1, y.shape[-1]) for y in ys], shrunk, self.members, plan)
+        return dict(zip(self.members, ys, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +150,9 @@ def wrap_sites(
             entry.module.forward = AdaptedEmbedding(base, index, entry, context)
         else:
             group = groups.setdefault(entry.group, SiteGroup(entry.group))
-            entry.module.forward = AdaptedLinear(base, index, entry, group, context)
+            linear = AdaptedLinear(base, index, entry, group, context)
+            group.linears.append(linear)
+            entry.module.forward = linear
     for norm in norms:
         norm.module.forward = AdaptedNorm(norm.module.forward, norm, context)
     for block in blocks:
@@ -157,22 +170,17 @@ class AdaptedLinear:
     context: SiteContext
 
     def __call__(self, x: Tensor) -> Tensor:
-        context = self.context
-        plan = context.plans.logits if self.entry.is_head else context.plans.rows
+        plans = self.context.plans
+        plan = plans.logits if self.entry.is_head else plans.rows
         if plan is None:
             y: Tensor = self.base(x)
             return y
-        plain = not self.entry.is_head and not context.touches(self.entry.site.path)
-        y = self.base(x) if plain else self._with_instructions(x, plan)
-        if context.tables.active(self.index, plan):
-            shrunk = self.group.shrink(x, self.index, context.kernels, plan)
-            context.kernels.expand(y.view(-1, y.shape[-1]), shrunk, self.index, plan)
-        if self.index == self.group.members[-1]:
-            self.group.release()
-        return y
+        return self.group.output(x, self.index, plan, self.context)
 
-    def _with_instructions(self, x: Tensor, plan: BatchPlan) -> Tensor:
-        work = self.context.instructions.work(self.entry.site.path, plan, x.device)
+    def without_low_rank(self, x: Tensor, plan: BatchPlan) -> Tensor:
+        """The base's output, with what instructions add."""
+        plain = not self.entry.is_head and not self.context.touches(self.entry.site.path)
+        work = None if plain else self.context.instructions.work(self.entry.site.path, plan, x.device)
         if work is None:
             y: Tensor = self.base(x)
             return y

@@ -108,22 +108,32 @@ def make_body(name: str, tables: ProgramTables) -> LowRankKernels:
     return select_kernels(tables, name)  # type: ignore[arg-type]
 
 
-def check(body: LowRankKernels, world: World, plan: BatchPlan, rows: Sequence[tuple[tuple[int, float], ...]]) -> None:
+def check(
+    body: LowRankKernels,
+    world: World,
+    plan: BatchPlan,
+    rows: Sequence[tuple[tuple[int, float], ...]],
+    *,
+    together: bool = False,
+) -> None:
     """All three sites of one batch; y is a strided slice of a larger tensor whose other columns must not change."""
     before = world.buffer.clone()
     n = len(rows)
     x = world.tensor(n, 2 * SITES[0].in_features)[:, : SITES[0].in_features]
     tokens = torch.randint(SITES[TOKEN_SITE].in_features, (n,), generator=world.random).to(world.device)
     shrunk = body.shrink(x, GROUP, plan)
+    wholes = [world.tensor(n, shape.out_features + 7) for shape in SITES]
+    kepts = [whole.clone() for whole in wholes]
+    ys = [whole[:, 4 : 4 + shape.out_features] for whole, shape in zip(wholes, SITES, strict=True)]
+    wanted = [world.expected(y, tokens if site == TOKEN_SITE else x, site, rows) for site, y in enumerate(ys)]
+    if together:
+        body.expand_group([ys[site] for site in GROUP], shrunk, GROUP, plan)
+    else:
+        for site in reversed(GROUP):
+            body.expand(ys[site], shrunk, site, plan)
+    body.token_low_rank(ys[TOKEN_SITE], tokens, TOKEN_SITE, plan)
     for site, shape in enumerate(SITES):
-        whole = world.tensor(n, shape.out_features + 7)
-        kept, y = whole.clone(), whole[:, 4 : 4 + shape.out_features]
-        source = tokens if site == TOKEN_SITE else x
-        want, size = world.expected(y, source, site, rows)
-        if site == TOKEN_SITE:
-            body.token_low_rank(y, tokens, site, plan)
-        else:
-            body.expand(y, shrunk, site, plan)
+        whole, kept, y, (want, size) = wholes[site], kepts[site], ys[site], wanted[site]
         error = (y.double() - want).abs()
         assert bool((error <= 6 * torch.finfo(world.dtype).eps * size).all()), (site, error.max())
         bare = [row for row, uses in enumerate(rows) if not any(site in world.truth[h] for h, _ in uses)]
@@ -168,7 +178,7 @@ def check_drawn(name: str, dtype: str, programs: list, runs: list, seed: int, de
     rows = [uses for length, uses in runs for _ in range(length)]
     body, plan = make_body(name, world.tables), BatchPlan.from_runs(runs)
     for _ in range(1 + 3 * (name == "cpu-prepacked")):  # the last finds every pack prepacked
-        check(body, world, plan, rows)
+        check(body, world, plan, rows, together=bool(seed % 4))
 
 
 @needs_interpreter
@@ -218,7 +228,8 @@ def run_example(name: str, dtype: str, layout: str, device: str = "cpu") -> None
     world = example_world(dtype, device)
     runs = EXAMPLES[layout]
     rows = [uses for length, uses in runs for _ in range(length)]
-    check(make_body(name, world.tables), world, BatchPlan.from_runs(runs), rows)
+    for together in (False, True):
+        check(make_body(name, world.tables), world, BatchPlan.from_runs(runs), rows, together=together)
 
 
 @pytest.mark.parametrize("layout", EXAMPLES)

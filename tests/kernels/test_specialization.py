@@ -70,22 +70,21 @@ from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import Operands, ProgramTables, SiteShape
 
 SITES = [SiteShape(64, 64)] * 20
+GROUPS = ((0,), (1, 2, 3), (4, 5), (16,), (17, 18))
 RANKS = (0, 1, 3, 16, 17, 33, 77)
 tables = ProgramTables(torch.zeros(1 << 16, dtype=torch.bfloat16), SITES)
 for handle in range(40):
     op = Operands(RANKS[handle % len(RANKS)], 1.0, 0, 0, add_out=0)
     tables.install(handle, {**{site: op for site in range(19)}, 19: Operands(op.rank, 1.0, 0, 0, token=True)})
 body = TritonKernels(tables)
-body.warm_up()
+body.warm_up(GROUPS)
 report()
 
 def apply(runs):
     plan = BatchPlan.from_runs(runs)
     x = torch.zeros(plan.num_rows, 64, dtype=torch.bfloat16)
-    for group in ((0,), (1, 2, 3), (4, 5), (16,), (17, 18)):
-        shrunk = body.shrink(x, group, plan)
-        for site in group:
-            body.expand(x.clone(), shrunk, site, plan)
+    for group in GROUPS:
+        body.expand_group([x.clone() for _ in group], body.shrink(x, group, plan), group, plan)
     body.token_low_rank(x, torch.zeros(plan.num_rows, dtype=torch.int64), 19, plan)
 
 for _ in range(400):
