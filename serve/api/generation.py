@@ -250,13 +250,9 @@ def _token_limit(loaded: Loaded, prompt: int, asked: int | None, default: int | 
         raise bad_request("The prompt has no tokens: give at least one.", "prompt")
     room = context - prompt
     if room < 1 and asked != 0:
-        raise _too_long(
-            f"The prompt has {prompt} tokens; the context is {context}, and one has to be left to generate."
-        )
+        raise _too_long(context, f"the prompt has {prompt}, and one has to be left to generate.")
     if asked is not None and asked > room:
-        raise _too_long(
-            f"The prompt has {prompt} tokens and max_tokens is {asked}: over the context of {context} tokens."
-        )
+        raise _too_long(context, f"the prompt has {prompt}, and max_tokens is {asked}.")
     return min(default or room, room) if asked is None else asked
 
 
@@ -267,5 +263,7 @@ def check_ids(prompt: Sequence[int], vocab_size: int, param: str) -> None:
         raise bad_request(f"Token id {worst} is not in the vocabulary: ids are 0 to {vocab_size - 1}.", param)
 
 
-def _too_long(message: str) -> Exception:
+def _too_long(context: int, what: str) -> Exception:
+    """Begins as OpenAI's message does: clients look for that, and make an exception of their own of it."""
+    message = f"This model's maximum context length is {context} tokens: {what}"
     return bad_request(message, code="context_length_exceeded")
