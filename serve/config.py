@@ -85,7 +85,6 @@ class Settings(BaseSettings):
     max_inflight_tokens: int = Field(default=1 << 23, ge=1, le=1 << 32)
     prefix_caching: bool = True
     deterministic: bool = False
-    overlap: bool | None = None
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     device_memory: float = Field(default=0.9, gt=0, le=1)
     kv_memory: Memory | None = None
@@ -200,7 +199,6 @@ class Settings(BaseSettings):
             max_num_seqs=self.max_num_seqs,
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
-            overlap=self.overlap,
             kv_dtype=self.kv_dtype,
             device_memory=self.device_memory,
             kv_memory=_least(self.kv_memory),

@@ -83,8 +83,7 @@ class Scheduler:
         chunks: dict[str, Chunk] = {}
         budget = self._max_batch_tokens
         preemptions, all_go_on = self.preemptions, True
-        going_on = (sequence for sequence in self.running if sequence.num_uncomputed)
-        for sequence in sorted(going_on, key=lambda s: (s.num_uncomputed > 1, s.order)):
+        for sequence in sorted(self.running, key=lambda s: (s.num_uncomputed > 1, s.order)):
             if budget and sequence.status is Status.RUNNING:
                 num_tokens = self._continue(sequence, budget, chunks, release)
                 budget, all_go_on = budget - num_tokens, all_go_on and num_tokens > 0
@@ -153,18 +152,15 @@ class Scheduler:
         self._grow(sequence, len(sequence.tokens))
 
     def computed(self, chunk: Chunk) -> None:
-        """A chunk's K and V are in its pages before the device does anything that it is told from now on, and its
-        tokens are known: the pages that are full can be found by others."""
-        sequence, size = chunk.sequence, self.pages.page_size
-        if sequence.status is not Status.RUNNING:  # it has ended since
-            return
-        sequence.num_computed = chunk.stop
+        """A chunk's K and V are in its pages now; those that it filled can be found by others."""
+        sequence, page_size = chunk.sequence, self.pages.page_size
+        copied, first, stop = sequence.uncopied, chunk.start, chunk.stop
+        sequence.num_computed = stop
         if self.pages.cache is None:
             return
-        full = chunk.stop // size
-        for index in range(sequence.num_filed, full):
-            self.pages.cache.add(sequence.pages[index], sequence.block(index, size))
-        sequence.num_filed = full
+        first = copied.start if copied else first  # stored K and V were copied beside it
+        for index in range(first // page_size, stop // page_size):
+            self.pages.cache.add(sequence.pages[index], sequence.block(index, page_size))
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> Room:
         missing = self.pages.pages_for(num_tokens) - len(sequence.pages)
