@@ -15,6 +15,7 @@ OneBaseError
 +-- EngineError
     +-- EngineDead           the engine process died; it is being restarted               503
     +-- RequestRejected      the engine cannot run this request                           400
+    +-- RequestTimedOut      the request's own ``timeout`` is over                          408
     +-- AdapterUnloaded      an adapter of the request was unloaded by force              409
 """
 
@@ -84,6 +85,10 @@ class EngineDead(EngineError):
 
 class RequestRejected(EngineError):
     """The engine refuses the request, and would refuse it again."""
+
+
+class RequestTimedOut(EngineError):
+    """The request did not end within its ``timeout``; the client has given it up."""
 
 
 class AdapterUnloaded(EngineError):

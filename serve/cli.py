@@ -69,6 +69,9 @@ def serve(
         int | None, typer.Option(help="Sequences accepted at once, running or waiting; over it 429.")
     ] = None,
     max_inflight_tokens: Annotated[int | None, typer.Option(help="Their prompt tokens; over it 429.")] = None,
+    max_step_stretch: Annotated[
+        float | None, typer.Option(help="How many times as long a prompt may make a step for who decodes; 0: no bound.")
+    ] = None,
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="Same request, same bits, whatever else runs. Slower.")
     ] = None,

@@ -83,6 +83,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(default=64, ge=1, le=1 << 16)
     max_inflight_seqs: int = Field(default=4096, ge=1, le=1 << 20)
     max_inflight_tokens: int = Field(default=1 << 23, ge=1, le=1 << 32)
+    max_step_stretch: float = Field(default=2.0, ge=0, le=1000)
     prefix_caching: bool = True
     deterministic: bool = False
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
@@ -131,6 +132,13 @@ class Settings(BaseSettings):
     @classmethod
     def _watched(cls, value: Path | None) -> Path | None:
         return None if value is None else _folder(value, "--watch")
+
+    @field_validator("max_step_stretch")
+    @classmethod
+    def _stretches(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(f"{value:g} leaves no time for prompts; allowed is more than 1, or 0 for no bound")
+        return value
 
     @field_validator("api_key", "admin_key")
     @classmethod
@@ -197,6 +205,7 @@ class Settings(BaseSettings):
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
             max_num_seqs=self.max_num_seqs,
+            max_step_stretch=self.max_step_stretch,
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
             kv_dtype=self.kv_dtype,

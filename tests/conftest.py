@@ -192,7 +192,7 @@ def make_driver(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Engin
 
     def make(architecture: str, **options: Any) -> EngineDriver:
         defaults = {"dtype": "float32", "device": "cpu", "page_size": 8, "kv_memory": 0.01, "adapter_memory": 0.05}
-        defaults["host_cache"] = 0.0
+        defaults |= {"host_cache": 0.0, "max_step_stretch": 0.0}  # chunks do not follow from what steps took
         config = EngineConfig(model=str(checkpoint(architecture)), **(defaults | options))
         base = load_model(config)
         drivers.append(EngineDriver(Engine(config, base), [entry.site for entry in base.probed]))

@@ -87,9 +87,14 @@ class AdapterCache:
         """Adapters that requests wait for, on their way to host memory."""
         return self.transit.num_awaited
 
+    @property
+    def ready(self) -> Collection[str]:
+        """Digests of the adapters that may be acquired; a view, which changes with them."""
+        return self.transit.ready.keys()
+
     def resident(self) -> dict[str, int]:
         """digest -> bytes on the device."""
-        return {entry.digest: entry.nbytes for entry in self.device.entries if entry.state is State.READY}
+        return {digest: entry.nbytes for digest, entry in self.transit.ready.items()}
 
     def running(self) -> set[str]:
         """Digests that running sequences hold references on."""
@@ -97,8 +102,7 @@ class AdapterCache:
 
     def is_ready(self, digest: str) -> bool:
         """Whether the adapter may be acquired. One that is to leave may be, as long as somebody keeps it here."""
-        entry = self._entries.get(digest)
-        return entry is not None and entry.state is State.READY
+        return digest in self.transit.ready
 
     def is_known(self, digest: str) -> bool:
         """Whether it is in some tier above the disk, or on its way there."""

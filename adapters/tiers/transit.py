@@ -25,9 +25,9 @@ from onebase.adapters.tiers.shared_blocks import SharedBlocks
 
 
 class Transit:
-    """entries: of all adapters that are on the device or on their way; moving: those that are not ready. left: told of
-    each that is in neither any more. loads: adapters that became ready, so far. num_awaited: reads under way that
-    requests wait for."""
+    """entries: of all adapters that are on the device or on their way; moving: those that are not ready, ready: the
+    others. left: told of each that is in neither any more. loads: adapters that became ready, so far. num_awaited:
+    reads under way that requests wait for."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Transit:
     ) -> None:
         self.entries: dict[str, Entry] = {}
         self.moving: dict[str, Entry] = {}
+        self.ready: dict[str, Entry] = {}
         self.meters = LoadMeters()
         self.loads = self.num_awaited = 0
         self.fetcher = fetcher
@@ -114,6 +115,7 @@ class Transit:
         """Forget an entry that holds nothing of the device."""
         del self.entries[entry.digest]
         self.moving.pop(entry.digest, None)
+        self.ready.pop(entry.digest, None)
         self._left(entry.digest)
 
     def _read(self, entry: Entry, protected: Collection[str]) -> None:
@@ -164,7 +166,7 @@ class Transit:
             return self._give_up(entry, "what it shares with another one could not be copied")
         self._installer.install(entry)
         entry.state = State.READY
-        del self.moving[entry.digest]
+        self.ready[entry.digest] = self.moving.pop(entry.digest)
         self.loads += 1
         return self.meters.add("wait", time.monotonic() - entry.asked_at)
 
@@ -184,7 +186,8 @@ class Transit:
         users = sum(len(entry.shared) for entry in self.entries.values() if entry.block >= 0)
         if users != self._shared.num_references:
             raise RuntimeError(f"adapters: {users} uses of shared blocks, counted {self._shared.num_references}")
-        if {d for d, e in self.entries.items() if e.state is not State.READY} != self.moving.keys():
+        ready = {digest for digest, entry in self.entries.items() if entry.state is State.READY}
+        if self.ready.keys() != ready or self.moving.keys() != self.entries.keys() - ready:
             raise RuntimeError("adapters: those that are not ready are not those that move")
         awaited = sum(entry.awaited for entry in self.moving.values() if entry.state is State.COMPILING)
         if awaited != self.num_awaited:

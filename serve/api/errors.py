@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import structlog
 from fastapi import FastAPI, Request
@@ -43,7 +42,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
-        if self.status in {409, 507}:
+        if self.status in {408, 409, 507}:
             return {"x-should-retry": "false"}
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in {429, 503} else {}
 
@@ -81,6 +80,7 @@ _ANSWERS: Mapping[type[tree.OneBaseError], _Answer] = {
     tree.StorageFailed: _Answer(500, "storage_failed"),
     tree.AdapterError: _Answer(400, "adapter_rejected"),
     tree.EngineDead: _Answer(503, "engine_dead"),
+    tree.RequestTimedOut: _Answer(408, "timeout"),
     tree.AdapterUnloaded: _Answer(409, "adapter_unloaded"),
     tree.RequestRejected: _Answer(400, "request_rejected"),
     tree.ModelRejected: _Answer(503, "model_rejected"),
@@ -122,7 +122,7 @@ def _rank(detail: ErrorDetails) -> tuple[bool, int, int]:
 
 def _path(detail: ErrorDetails) -> str:
     """The place in the JSON, without pydantic's names of a union's members (``list[int]``, ``str``)."""
-    *outer, last = _without_tags(detail)
+    *outer, last = detail["loc"] or ("",)
     parts = [part for part in outer if isinstance(part, int) or (part.isidentifier() and part not in _UNION_MEMBERS)]
     if (
         detail["type"] == "extra_forbidden"
@@ -133,17 +133,7 @@ def _path(detail: ErrorDetails) -> str:
     return ".".join(str(part) for part in parts)[:MAX_PARAM]
 
 
-def _without_tags(detail: ErrorDetails) -> Sequence[int | str]:
-    """The location without the names of tagged members, which follow an index; a tag that is wrong is the field."""
-    loc = detail["loc"] or ("",)
-    if detail["type"].startswith("union_tag"):
-        return (*loc, detail["ctx"]["discriminator"].strip("'"))
-    tagged = (isinstance(before, int) and part in _TAGS for before, part in pairwise(loc))
-    return [loc[0], *(part for part, is_tag in zip(loc[1:], tagged, strict=True) if not is_tag)]
-
-
 MAX_PARAM = 200
-_TAGS = frozenset({"system", "developer", "user", "assistant", "tool"})
 _UNION_MEMBERS = frozenset({"str", "int", "float", "bool"})
 
 

@@ -9,8 +9,10 @@ from onebase.kernels.instructions import InstructionTable
 from onebase.serve.engine.budget import DeviceBudget
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
+from onebase.serve.engine.fairness import Fairness
 from onebase.serve.engine.memory import MemoryPlan, allocate, arena_in, plan_memory
 from onebase.serve.engine.messages import EngineInfo
+from onebase.serve.engine.pace import Pace
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.prefix_cache import PrefixCache
 from onebase.serve.engine.runner import ModelRunner
@@ -43,6 +45,7 @@ def assemble(config: EngineConfig, base: LoadedModel) -> Parts:
     scheduler = _scheduler(config, memory)
     plans, instructions = StepPlans(), InstructionTable()
     adapters = adapter_tier(config, base, arena_in(buffer, memory, base.dtype), plans, instructions)
+    scheduler.ready = adapters.ready
     pad, lookahead = base.config.get("pad_token_id"), 2 * config.max_num_seqs
     waiting = WaitingRoom(scheduler, adapters, memory.max_model_len, pad, lookahead)
     budget = DeviceBudget(memory, scheduler, adapters, base.context.move_pages, waiting)
@@ -57,7 +60,8 @@ def assemble(config: EngineConfig, base: LoadedModel) -> Parts:
 def _scheduler(config: EngineConfig, memory: MemoryPlan) -> Scheduler:
     cache = PrefixCache() if config.prefix_caching else None
     pages = PageAllocator(memory.pages.start, config.page_size, cache, first=memory.first_page)
-    return Scheduler(pages, config.max_batch_tokens, config.max_num_seqs)
+    fairness, pace = Fairness(dict(config.tenant_weights)), Pace(config.max_step_stretch)
+    return Scheduler(pages, config.max_batch_tokens, config.max_num_seqs, fairness, pace)
 
 
 def _info(config: EngineConfig, base: LoadedModel, memory: MemoryPlan, adapters: AdapterCache) -> EngineInfo:

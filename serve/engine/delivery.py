@@ -55,7 +55,7 @@ class Delivery:
     def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Told:
         if token == NOT_FINITE:
             return self._overflowed(sequence)
-        cached = sequence.num_cached_prompt if sequence.num_cached and not sequence.num_generated else 0
+        cached = 0 if sequence.num_generated else sequence.num_given
         if sequence.request.sampling.max_tokens == 0:
             return self._nothing_generated(sequence, cached)
         sequence.tokens.append(token)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from onebase.adapters.errors import OneBaseError, RequestRejected
+import time
+
+from onebase.adapters.errors import OneBaseError, RequestRejected, RequestTimedOut
 from onebase.serve.engine.admission import check_request
 from onebase.serve.engine.assembly import assemble
 from onebase.serve.engine.combine import without_idle
 from onebase.serve.engine.commands import AdapterCommands, failure
 from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.deadlines import Deadlines
 from onebase.serve.engine.delivery import Delivery
 from onebase.serve.engine.draw import draw, draw_apart
 from onebase.serve.engine.messages import (
@@ -48,6 +51,7 @@ class Engine:
         self._delivery = Delivery(self.info.max_model_len, self.counters, self._end)
         self._draw = draw_apart if config.deterministic else draw
         self._sequences: dict[str, Sequence] = {}
+        self._deadlines = Deadlines()
         self._order = 0
 
     # Requests and commands
@@ -63,6 +67,7 @@ class Engine:
         sequence = Sequence.of(without_idle(request), self._order, self._eos)
         self._order += 1
         self._sequences[request.id] = sequence
+        self._deadlines.add(request.id, request.timeout)
         self.scheduler.add(sequence)
         self.waiting.add(sequence)
         return []
@@ -98,7 +103,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Move adapter loads on and run one forward, if there is anything to run."""
-        outputs = self._poll_adapters()
+        outputs = [*self._refuse(self._expired()), *self._poll_adapters()]
         chunks = self.runner.in_adapter_order(
             self.scheduler.schedule(self.waiting.may_start, self._take, self._release)
         )
@@ -106,10 +111,17 @@ class Engine:
             outputs += self._run(chunks)
         return outputs
 
+    def _expired(self) -> Refused:
+        """Requests that have waited or run for too long."""
+        over = [self._sequences[request_id] for request_id in self._deadlines.expired()]
+        return [(sequence, _timed_out(sequence.request)) for sequence in over]
+
     def _run(self, chunks: list[Chunk]) -> list[Output]:
+        started = time.perf_counter()
         logits = self.runner.forward(chunks)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         drawn = [] if logits is None else self._draw(logits, sampling)
+        self.scheduler.observe(chunks, time.perf_counter() - started)
         self._account(chunks)
         return [*self._told(chunks), *self._delivery.tokens(sampling, drawn)]
 
@@ -134,6 +146,7 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free all it holds."""
         del self._sequences[sequence.id]
+        self._deadlines.remove(sequence.id)
         self._release(sequence)
         self.scheduler.finish(sequence)
         self.waiting.leave(sequence)
@@ -192,3 +205,7 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
+
+
+def _timed_out(request: Request) -> RequestTimedOut:
+    return RequestTimedOut(f"the request did not end within its timeout of {request.timeout:g} s", param="timeout")

@@ -1,8 +1,10 @@
 """Prefix cache: pages that are full stay findable by what they hold, until their room is needed.
 
 What a page holds follows from its tokens, from everything before it, and from the adapters that acted on its rows. A
-block says that; its key chains over its parents' keys, so that equal keys mean equal pages. The base's rows have an
-empty activation whoever asks: requests over different activated LoRAs share the pages before their invocations.
+block says that; its key chains over its parents' keys, so that equal keys mean equal pages. A chain's root is its
+tenant's, and its salt's: tenants share no pages, so none finds out by the clock what another one sent. The base's
+rows have an empty activation whoever asks: a tenant's requests over different activated LoRAs share the pages before
+their invocations.
 """
 
 from __future__ import annotations
@@ -19,9 +21,14 @@ ROOT = b""
 Activation = tuple[tuple[str, float, int, int, bool], ...]
 
 
+def root_of(tenant: str, salt: str) -> bytes:
+    """The key that stands before the first block of a chain."""
+    return hashlib.blake2b(repr((tenant, salt)).encode(), digest_size=16).digest() if tenant or salt else ROOT
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The content of one full page. key: of it and all before it; parent: the key of the page before, or ROOT."""
+    """The content of one full page. key: of it and all before it; parent: of the page before, or its root."""
 
     key: bytes
     parent: bytes

@@ -1,20 +1,28 @@
 """Continuous batching: who runs in the next step, and with how many tokens.
 
-Decodes come first, one token each; what is left of the token budget goes to prefills, in chunks, oldest first.
-Pages are taken as sequences grow. When they run out the youngest running sequence is preempted: its pages are freed
-and it is computed again later, as far as the prefix cache does not still hold them. A waiting sequence whose adapter is
-not resident holds nobody back: pages are kept for the oldest of those that could start.
+Decodes come first, one token each. What is left goes to prompts, in chunks: those that run and those that wait, in the
+order of fairness (backlog.py), as far as the token budget and the pace (pace.py) go. Pages are taken as sequences grow.
+When they run out a running sequence is preempted (victims.py): its pages are freed and it is computed again later, as
+far as the prefix cache does not still hold them. A waiting sequence whose adapter is not resident holds nobody back:
+pages are kept for the first of those that could start.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from onebase.serve.engine.backlog import Backlog, Offer, Rank
+from onebase.serve.engine.fairness import Fairness
+from onebase.serve.engine.pace import Pace
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.sequence import Sequence, Status
+from onebase.serve.engine.shared_prefixes import Prefixes
+from onebase.serve.engine.victims import Victims
+
+MOST_FOLLOWERS = 16  # that are set aside in one step
 
 MayStart = Callable[[Sequence], bool]  # whether its adapters are there; changes nothing
 Take = Callable[[Sequence], None]  # takes references on the adapters of one that starts
@@ -57,110 +65,205 @@ class Chunk:
         return self.start + self.num_tokens
 
 
-class Scheduler:
-    """Holds waiting and running sequences, both in order of arrival.
+@dataclass(slots=True)
+class _Step:
+    """A step that is being scheduled. budget: tokens that it still may compute. calm: everybody who runs went on.
 
-    more_pages: asked before a sequence is preempted or not admitted for want of pages. Where there will be some soon,
-    a running sequence sits the step out.
+    claimed: somebody had to give way to a waiting sequence. followers: how many were set aside.
     """
 
-    def __init__(self, pages: PageAllocator, max_batch_tokens: int, max_num_seqs: int) -> None:
+    may_start: MayStart
+    take: Take
+    release: Release
+    budget: int
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    calm: bool = True
+    claimed: bool = False
+    followers: int = 0
+
+
+class Scheduler:
+    """Holds waiting and running sequences. ``running`` is in order of arrival.
+
+    more_pages: asked before a sequence is preempted or not admitted for want of pages. Where there will be some soon,
+    a running sequence sits the step out. ready: adapters that are on the device; None: whichever.
+    """
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        fairness: Fairness | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         self.pages = pages
-        self.waiting: list[Sequence] = []
+        self.fairness = fairness or Fairness()
+        self.pace = pace or Pace(0.0)
+        self.waiting = Backlog(self.fairness)
         self.running: list[Sequence] = []
         self.more_pages: MorePages = _no_more
+        self.ready: Collection[str] | None = None
         self.preemptions = 0
         self.queried_tokens = 0  # of prompts, looked for in the prefix cache
         self.cached_tokens = 0  # of them, found there
+        self._prefixes = Prefixes(pages)
+        self._victims = Victims(self.fairness, pages, max_num_seqs)
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
 
     def add(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=lambda s: s.order)
+        """One that has arrived."""
+        self.fairness.enter(sequence)
+        self.waiting.add(sequence)
+
+    # The next step
 
     def schedule(self, may_start: MayStart, take: Take, release: Release) -> list[Chunk]:
         """The chunks of the next step. Sequences are admitted with ``take``, and preempted with ``release``."""
-        chunks: dict[str, Chunk] = {}
-        budget = self._max_batch_tokens
-        preemptions, all_go_on = self.preemptions, True
-        for sequence in sorted(self.running, key=lambda s: (s.num_uncomputed > 1, s.order)):
-            if budget and sequence.status is Status.RUNNING:
-                num_tokens = self._continue(sequence, budget, chunks, release)
-                budget, all_go_on = budget - num_tokens, all_go_on and num_tokens > 0
-        if all_go_on and self.preemptions == preemptions:
-            self._admit_waiting(budget, chunks, may_start, take)
-        return list(chunks.values())
+        step = _Step(may_start, take, release, self._max_batch_tokens)
+        decoding = [sequence for sequence in self.running if sequence.num_uncomputed <= 1]
+        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        for sequence in decoding:
+            if step.budget and sequence.status is Status.RUNNING:
+                self._continue(sequence, step)
+        step.budget = self.pace.allowance(len(step.chunks), step.budget)
+        self._prefill(prefilling, step)
+        return list(step.chunks.values())
 
-    def _continue(self, sequence: Sequence, budget: int, chunks: dict[str, Chunk], release: Release) -> int:
-        """Give a running sequence its chunk, preempting younger ones for pages. Returns the tokens it takes, 0 for
-        none."""
-        num_tokens = min(sequence.num_uncomputed, budget)
+    def _prefill(self, prefilling: list[Sequence], step: _Step) -> None:
+        """Chunks of prompts, those that are begun and those that wait, as far as the step has room for them."""
+        offer = self._offer() if step.calm and step.budget else None
+        while step.budget:
+            going = min((one for one in prefilling if one.status is Status.RUNNING), key=self._rank, default=None)
+            first = None if offer is None or not step.calm else offer.peek()
+            if going is not None and (first is None or self._rank(going) <= first[0]):
+                prefilling.remove(going)
+                self._continue(going, step)
+            elif offer is not None and first is not None:
+                offer = offer if self._admit(first[1], offer, step) else None
+            else:
+                return
+
+    def _rank(self, sequence: Sequence) -> Rank:
+        """Of a prompt that is begun: before those of its tenant that wait."""
+        return True, sequence.request.priority, self.fairness.served(sequence)[0], -1.0, sequence.order
+
+    def _continue(self, sequence: Sequence, step: _Step) -> None:
+        """Give a running sequence its chunk, preempting others for pages. It may have to sit the step out."""
+        num_tokens = min(sequence.num_uncomputed, step.budget)
         while not (room := self._grow(sequence, sequence.num_computed + num_tokens)):
+            step.calm = False
             if room is Room.SOON:
-                return 0
-            victim = max(self.running, key=lambda s: s.order)
-            chunks.pop(victim.id, None)
-            self._preempt(victim, release)
+                return
+            victim = self._victims.for_growth(self.running)
+            self._make_way(victim, step)
             if victim is sequence:
-                return 0
-        chunks[sequence.id] = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
-        return num_tokens
-
-    def _admit_waiting(self, budget: int, chunks: dict[str, Chunk], may_start: MayStart, take: Take) -> None:
-        """First come, first served among those that may start: a short one does not overtake one that waits for pages,
-        and one that waits for its adapter asks for none."""
-        for sequence in list(self.waiting):
-            if not budget or len(self.running) >= self._max_num_seqs:
                 return
-            if not may_start(sequence):
-                continue
-            if not self._has_room(sequence):
-                return
-            take(sequence)
-            self._start(sequence)
-            num_tokens = min(sequence.num_uncomputed, budget)
-            chunks[sequence.id] = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
-            budget -= num_tokens
+        self._give(sequence, num_tokens, step)
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether its tokens and the next one fit the pages, with those that the prefix cache has."""
-        next_token = min(sequence.request.sampling.max_tokens, 1)
-        count = self.pages.pages_for(len(sequence.tokens) + next_token)
+    def _give(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
+        chunk = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
+        step.chunks[sequence.id] = chunk
+        step.budget -= num_tokens
+        self.fairness.charge(sequence, sequence.charge(chunk.stop), int(chunk.samples))
+
+    # Who starts
+
+    def _offer(self) -> Offer | None:
+        """Who could start, in order; None where nobody could. Where all seats are taken: who has a claim on one."""
+        if not self.waiting:
+            return None
+        if len(self.running) < self._max_num_seqs:
+            return self.waiting.offer(self.ready)
+        if self.waiting.priority < max(sequence.request.priority for sequence in self.running):
+            return self.waiting.offer(self.ready)
+        tenants = self.waiting.tenants
+        if len(self.fairness.active) > 1 and (tenants := self._victims.claimants(tenants, self.running)):
+            return self.waiting.offer(self.ready, tenants)
+        return None
+
+    def _admit(self, sequence: Sequence, offer: Offer, step: _Step) -> bool:
+        """Start the first one of an offer, if it may start now. False where nobody after it may start in this step: a
+        short one does not overtake one that waits for pages. One that waits for its adapter asks for none."""
+        if not step.may_start(sequence):
+            offer.skip()
+            return True
+        if self._prefixes.follow(sequence):
+            self.waiting.set_aside(sequence)
+            step.followers += 1
+            return step.followers < MOST_FOLLOWERS
+        if not self._has_place(sequence, step):
+            return False
+        step.take(sequence)
+        self._start(sequence)
+        offer.started()
+        self._give(sequence, min(sequence.num_uncomputed, step.budget), step)
+        return True
+
+    def _has_place(self, sequence: Sequence, step: _Step) -> bool:
+        """A seat and pages, be it that somebody has to give way; no more than one in a step has to."""
+        if self._is_free(sequence):
+            return True
+        if step.claimed:
+            return False
+        victim = self._victims.for_start(sequence, self._num_pages(sequence), self.running)
+        if victim is None:
+            return False
+        step.claimed = True
+        self._make_way(victim, step)
+        return self._is_free(sequence)
+
+    def _is_free(self, sequence: Sequence) -> bool:
+        """Whether there is a seat, and its tokens and the next one fit the pages, with those of the prefix cache."""
+        if len(self.running) >= self._max_num_seqs:
+            return False
+        count = self._num_pages(sequence)
         if self.pages.can_hold(count, ()):
             return True
-        cached = self._cached(sequence)
+        cached = self._prefixes.cached(sequence)
         return self.pages.can_hold(count, cached) or bool(self.more_pages(self.pages.lacking(count, cached)))
 
-    def _cached(self, sequence: Sequence) -> list[int]:
-        """The pages that the prefix cache has for it."""
-        if self.pages.cache is None or sequence.layout is None:
-            return []
-        most = sequence.num_reusable // self.pages.page_size
-        return self.pages.find(sequence.block(index, self.pages.page_size) for index in range(most))
+    def _num_pages(self, sequence: Sequence) -> int:
+        return self.pages.pages_for(len(sequence.tokens) + min(sequence.request.sampling.max_tokens, 1))
 
     def _start(self, sequence: Sequence) -> None:
         """Take the pages of the whole prompt at once, so that admitted prompts do not take them from each other."""
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.status = Status.RUNNING
-        sequence.pages = self._cached(sequence)
+        sequence.pages = self._prefixes.cached(sequence)
         self.pages.share(sequence.pages)
         sequence.reuse(len(sequence.pages) * self.pages.page_size)
-        if self.pages.cache is not None and sequence.num_reusable:
+        self._prefixes.lead(sequence)
+        if self.pages.cache is not None and sequence.num_reusable and not sequence.preemptions:
             self.queried_tokens += len(sequence.request.prompt)
-            self.cached_tokens += sequence.num_cached_prompt
+            sequence.num_given = sequence.num_cached_prompt
+            self.cached_tokens += sequence.num_given
         self._grow(sequence, len(sequence.tokens))
 
     def computed(self, chunk: Chunk) -> None:
         """A chunk's K and V are in its pages now; those that it filled can be found by others."""
-        sequence, page_size = chunk.sequence, self.pages.page_size
-        copied, first, stop = sequence.uncopied, chunk.start, chunk.stop
-        sequence.num_computed = stop
-        if self.pages.cache is None:
-            return
-        first = copied.start if copied else first  # stored K and V were copied beside it
-        for index in range(first // page_size, stop // page_size):
-            self.pages.cache.add(sequence.pages[index], sequence.block(index, page_size))
+        sequence, copied = chunk.sequence, chunk.sequence.uncopied
+        sequence.num_computed = chunk.stop
+        first = copied.start if copied else chunk.start  # stored K and V were copied beside it
+        self._bring_back(self._prefixes.computed(sequence, first, chunk.stop))
+
+    def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
+        """What a step over these chunks took, from its launch to its tokens; before they count as computed."""
+        decodes = prompts = 0
+        for chunk in chunks:
+            if chunk.num_tokens == 1:
+                decodes += 1
+            else:
+                prompts += chunk.num_tokens
+        self.pace.observe(decodes, prompts, seconds)
+
+    def _bring_back(self, followers: Iterable[Sequence]) -> None:
+        for follower in followers:
+            self.waiting.bring_back(follower)
+
+    # Pages, and who gives them back
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> Room:
         missing = self.pages.pages_for(num_tokens) - len(sequence.pages)
@@ -175,21 +278,31 @@ class Scheduler:
         sequence.pages.extend(pages)
         return Room.NOW
 
+    def _make_way(self, victim: Sequence, step: _Step) -> None:
+        step.chunks.pop(victim.id, None)
+        self._preempt(victim, step.release)
+
     def _preempt(self, sequence: Sequence, release: Release) -> None:
         self.running.remove(sequence)
         self._free(sequence)
         release(sequence)
         sequence.status = Status.WAITING
-        self.add(sequence)
+        sequence.preemptions += 1
+        self.waiting.add(sequence)
         self.preemptions += 1
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages."""
-        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         self._free(sequence)
+        self.fairness.leave(sequence)
         sequence.status = Status.FINISHED
 
     def _free(self, sequence: Sequence) -> None:
+        self._bring_back(self._prefixes.stop(sequence))
         self.pages.free(sequence.pages)
         sequence.pages.clear()
         if sequence.layout is not None:
@@ -203,7 +316,11 @@ class Scheduler:
         return moves
 
     def check(self) -> None:
-        """Prove the book of pages: every held page is held by running sequences, and by as many as are counted."""
+        """Prove the book of pages: every held page is held by running sequences, and by as many as are counted; and the
+        books of who waits: lines, accounts and leaders."""
         self.pages.check([sequence.pages for sequence in self.running])
         for sequence in self.running:
             sequence.check(self.pages.page_size)
+        self.waiting.check()
+        self.fairness.check([*self.running, *self.waiting])
+        self._prefixes.check(self.running, self.waiting.aside)

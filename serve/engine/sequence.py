@@ -12,7 +12,7 @@ from onebase.kernels.plan import Run, Uses
 from onebase.serve.engine.layout import Layout, span_at
 from onebase.serve.engine.messages import AdapterUse, FinishReason, Request
 from onebase.serve.engine.pooling import Pool
-from onebase.serve.engine.prefix_cache import ROOT, Activation, Block
+from onebase.serve.engine.prefix_cache import Activation, Block, root_of
 from onebase.serve.engine.token_counts import TokenCounts
 
 
@@ -29,6 +29,8 @@ class Sequence:
     tokens: the virtual ones (negative ids, -1 is the first), the prompt's, the generated ones; one slot each.
     num_computed counts tokens whose K/V is in pages (or comes from the adapter before the next chunk). The last token
     of a decoding sequence has been sampled but not yet computed. num_cached: slots that the prefix cache gave.
+    num_given: tokens of the prompt that the prefix cache gave when it first started; later it finds its own again.
+    num_charged: slots up to the prompt's end that its tenant was charged for. preemptions: how often it was preempted.
     num_scored: tokens of the prompt whose successor's log-probability was told. unclassified: slots that a
     classification head has still to read. pool: of a request that embeds. order: arrival; never changes, so preempted
     sequences keep their place.
@@ -41,6 +43,9 @@ class Sequence:
     tokens: list[int]
     num_computed: int = 0
     num_cached: int = 0
+    num_given: int = 0
+    num_charged: int = 0
+    preemptions: int = 0
     num_scored: int = 0
     unclassified: range = range(0)
     pages: list[int] = field(default_factory=list)
@@ -50,7 +55,11 @@ class Sequence:
     eos: frozenset[int] = frozenset()
     counts: TokenCounts | None = None
     pool: Pool | None = None
+    digests: tuple[str, ...] = field(init=False)  # of the request\'s adapters
     _blocks: list[Block] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.digests = tuple(use.digest for use in self.request.adapters)
 
     @classmethod
     def of(cls, request: Request, order: int, eos: frozenset[int] = frozenset()) -> Sequence:
@@ -157,15 +166,19 @@ class Sequence:
         cuts = [start, *inner, stop]
         return [(stop - start, self.uses_at(start)) for start, stop in pairwise(cuts)]
 
-    @property
-    def digests(self) -> tuple[str, ...]:
-        return tuple(use.digest for use in self.request.adapters)
+    def charge(self, stop: int) -> int:
+        """It is computed up to this slot: how many slots up to the prompt's end are new to its tenant's account. What
+        is computed again after a preemption is not."""
+        end = min(stop, self.num_virtual + len(self.request.prompt))
+        new = end - max(self.num_charged, self.num_computed)
+        self.num_charged = max(self.num_charged, end)
+        return max(new, 0)
 
     def block(self, index: int, page_size: int) -> Block:
         """What its page ``index`` holds once it is full; there must be as many tokens."""
         while len(self._blocks) <= index:
             start = len(self._blocks) * page_size
-            parent = self._blocks[-1].key if self._blocks else ROOT
+            parent = self._blocks[-1].key if self._blocks else root_of(self.request.tenant, self.request.cache_salt)
             tokens = self.tokens[start : start + page_size]
             self._blocks.append(Block.of(parent, tokens, self._activation(start, start + page_size)))
         return self._blocks[index]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from onebase.adapters.tiers.cache import AdapterCache
 from onebase.serve.engine.budget import DeviceBudget
 from onebase.serve.engine.messages import EngineStats
 from onebase.serve.engine.scheduler import Scheduler
-from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.tier_stats import tier_stats
 
 
@@ -29,7 +29,7 @@ def engine_stats(scheduler: Scheduler, adapters: AdapterCache, budget: DeviceBud
     return EngineStats(
         running=len(scheduler.running),
         waiting=len(waiting),
-        waiting_for_adapter=sum(1 for s in waiting if any(digest not in resident for digest in s.digests)),
+        waiting_for_adapter=sum(n for uses, n in waiting.adapters.items() if not resident.keys() >= set(uses)),
         free_pages=pages.num_free,
         cached_pages=pages.num_idle,
         page_evictions=pages.num_evicted,
@@ -46,11 +46,11 @@ def engine_stats(scheduler: Scheduler, adapters: AdapterCache, budget: DeviceBud
         adapter_loads=adapters.transit.loads,
         adapter_evictions=adapters.device.evictions,
         resident=resident,
-        running_adapters=_distinct(scheduler.running),
-        waiting_adapters=_distinct(waiting),
+        running_adapters=_distinct(sequence.digests for sequence in scheduler.running),
+        waiting_adapters=_distinct(waiting.adapters),
         **tier_stats(adapters),
     )
 
 
-def _distinct(sequences: Iterable[Sequence]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(digest for sequence in sequences for digest in sequence.digests))
+def _distinct(adapters: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(chain.from_iterable(adapters)))

@@ -1,6 +1,7 @@
 """Turns: which adapters are to be on the device next, where those that requests wait for do not all fit.
 
-Waiting requests are gone through, oldest first. Each one's adapters are planned onto the device, beside those that are
+Waiting requests are gone through, one for each set of adapters, of each tenant in turn its oldest (Backlog has that
+order). "Older" below means: before in it. Each one's adapters are planned onto the device, beside those that are
 running; where they do not fit, running ones that no older request needs are drained: they take no new references, so
 that they can be evicted once their last request has ended. What has room now is not evicted for anybody behind it, and
 room that comes free goes to the oldest that waits for it. So every load serves somebody before it goes, and a stream of
@@ -48,8 +49,7 @@ class Turns:
     they are there. pinned: their blocks, with bytes, pinned_bytes together. running: digests that running requests held
     when the plan was made, but for pinned ones."""
 
-    def __init__(self, adapters: AdapterCache, lookahead: int) -> None:
-        """lookahead: how many requests are the first."""
+    def __init__(self, adapters: AdapterCache) -> None:
         self.wanted: set[str] = set()
         self.planned: dict[str, bool] = {}
         self.draining: set[str] = set()
@@ -58,14 +58,14 @@ class Turns:
         self.pinned_bytes = 0
         self.running: set[str] = set()
         self._adapters = adapters
-        self._lookahead = lookahead
         self._parts: dict[str, Parts] = {}  # of adapters that requests wait for, also of those that had to be dropped
         self._drained: set[str] = set()  # by the last plan
         self._may_go: list[str] = []  # running ones that can be drained, the coldest last
 
-    def plan(self, waiting: Iterable[Sequence]) -> None:
-        """Decide, and have loaded what is decided: onto the device, and for the next turn into host memory."""
-        first = [s for s, _ in zip(waiting, range(self._lookahead), strict=False) if s.request.adapters]
+    def plan(self, first: list[Sequence]) -> None:
+        """Decide, and have loaded what is decided: onto the device, and for the next turn into host memory.
+
+        first: waiting sequences over adapters, in the order of turns."""
         self.planned, self.wanted = {}, set()
         self._drained, self.draining = self.draining, set()
         pins, self.pinned = self._adapters.pins.within(self._adapters.arena.limit_bytes)

@@ -27,8 +27,10 @@ class WaitingRoom:
     def __init__(
         self, scheduler: Scheduler, adapters: AdapterCache, max_model_len: int, pad: int | None, lookahead: int
     ) -> None:
-        """pad: the base's padding token, which classification heads do not read. lookahead: how many are the first."""
-        self._turns = Turns(adapters, lookahead)
+        """pad: the base's padding token, which classification heads do not read. lookahead: how many adapters, at
+        most, are planned for at a time."""
+        self._turns = Turns(adapters)
+        self._lookahead = lookahead
         self._scheduler = scheduler
         self._adapters = adapters
         self._max_model_len = max_model_len
@@ -36,7 +38,7 @@ class WaitingRoom:
         self._over: dict[str, dict[Sequence, None]] = {}  # adapter -> the sequences over it, also those that run
         self._new: dict[Sequence, None] = {}  # to be looked at
         self._pinned: Mapping[str, int] = {}  # the pins' parts when all were looked at
-        self._oldest: Sequence | None = None  # of those over adapters
+        self._first: Sequence | None = None  # of those over adapters, by turns
 
     def add(self, sequence: Sequence) -> None:
         """One that will wait: the scheduler's as well."""
@@ -55,9 +57,9 @@ class WaitingRoom:
 
     def prefetch(self) -> None:
         """Decide whose turn it is, and start the loads that waiting requests need."""
-        waiting = self._scheduler.waiting if self._over else ()
-        self._oldest = next((sequence for sequence in waiting if sequence.request.adapters), None)
-        self._turns.plan(waiting)
+        first = self._scheduler.waiting.longest_waiting(self._lookahead)
+        self._first = first[0] if first else None
+        self._turns.plan(first)
 
     @property
     def wanted(self) -> set[str]:
@@ -76,8 +78,8 @@ class WaitingRoom:
 
     @property
     def needed_bytes(self) -> int:
-        """What the pinned adapters and those of the oldest request that has any take together, as far as is known."""
-        return 0 if self._oldest is None else self._together(self._oldest)
+        """What the pinned adapters and those of the first request that has any take together, as far as is known."""
+        return 0 if self._first is None else self._together(self._first)
 
     def _together(self, sequence: Sequence) -> int:
         """Bytes that the adapters of a sequence take beside the pinned ones, with these, as far as it is known."""

@@ -165,3 +165,12 @@ def test_engine_config_carries_every_option_that_the_engine_has() -> None:
     }  # fmt: skip
     settings = load_settings({**options, "data_dir": "/d"})
     assert settings.engine_config() == EngineConfig(**options, compiled_dir="/d/compiled")
+
+
+@pytest.mark.parametrize(("value", "allowed"), [(0.0, True), (1.5, True), (1.0, False), (0.5, False), (-1.0, False)])
+def test_a_step_stretches_by_more_than_one(value: float, allowed: bool) -> None:
+    if allowed:
+        assert Settings(model="m", max_step_stretch=value).engine_config().max_step_stretch == value
+    else:
+        with pytest.raises(ValidationError, match="max_step_stretch"):
+            Settings(model="m", max_step_stretch=value)

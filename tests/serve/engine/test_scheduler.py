@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onebase.serve.engine.messages import Request, SamplingParams
+from onebase.serve.engine.layout import Layout
+from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.scheduler import Chunk, Room, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 
 
-def _sequence(order: int, length: int) -> Sequence:
-    return Sequence.of(Request(f"s{order}", tuple(range(length)), SamplingParams()), order)
+def _sequence(order: int, length: int, adapter: str = "", **request: Any) -> Sequence:
+    uses = (AdapterUse(adapter, ""),) if adapter else ()
+    sequence = Sequence.of(Request(f"s{order}", tuple(range(length)), SamplingParams(), uses, **request), order)
+    sequence.lay_out(Layout())
+    return sequence
 
 
 def _scheduler(num_pages: int = 8, page_size: int = 4, tokens: int = 16, seqs: int = 4) -> Scheduler:
@@ -51,8 +57,8 @@ def test_a_long_prompt_runs_in_chunks_beside_decodes() -> None:
 def test_an_adapter_on_its_way_holds_nobody_back() -> None:
     scheduler = _scheduler()
     for order in range(3):
-        scheduler.add(_sequence(order, 2))
-    chunks = scheduler.schedule(lambda sequence: sequence.order != 0, _nothing, _nothing)
+        scheduler.add(_sequence(order, 2, adapter="" if order else "a"))
+    chunks = scheduler.schedule(lambda sequence: not sequence.digests, _nothing, _nothing)
     assert [chunk.sequence.order for chunk in chunks] == [1, 2]
     assert [sequence.order for sequence in scheduler.waiting] == [0]
 
@@ -118,8 +124,8 @@ def test_one_whose_adapter_is_on_its_way_keeps_no_pages_from_the_others() -> Non
 
     scheduler.more_pages = more
     for order, length in ((0, 8), (1, 12), (2, 4), (3, 4)):
-        scheduler.add(_sequence(order, length))
-    chunks = scheduler.schedule(lambda sequence: sequence.order != 1, _nothing, _nothing)
+        scheduler.add(_sequence(order, length, adapter="a" if order == 1 else ""))
+    chunks = scheduler.schedule(lambda sequence: not sequence.digests, _nothing, _nothing)
     assert [chunk.sequence.order for chunk in chunks] == [0, 2]
     assert asked == [1], "for the last one, not for the one that cannot start"
     scheduler.finish(chunks[0].sequence)
@@ -142,12 +148,12 @@ def test_everyone_finishes_and_every_page_returns(
     scheduler = _scheduler(num_pages, 4, tokens, seqs)
     wanted = {order: total for order, (_, total) in enumerate(lengths)}
     for order, (length, _) in enumerate(lengths):
-        scheduler.add(_sequence(order, length))
+        scheduler.add(_sequence(order, length, adapter="a" if order < absent else ""))
     held = 0
     for step in range(3000):
         if not scheduler.waiting and not scheduler.running:
             break
-        chunks = scheduler.schedule(lambda s, step=step: s.order >= absent or step > 5, _nothing, _nothing)
+        chunks = scheduler.schedule(lambda s, step=step: not s.digests or step > 5, _nothing, _nothing)
         assert sum(chunk.num_tokens for chunk in chunks) <= tokens
         assert len(scheduler.running) <= seqs
         assert all(chunk.num_tokens > 0 for chunk in chunks)

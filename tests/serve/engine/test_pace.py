@@ -1,0 +1,64 @@
+"""How large a prompt's chunk is beside decoding sequences: by what steps cost, told to the pace here by a formula."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from onebase.serve.engine.pace import FIRST_CHUNK, LEAST_CHUNK, Pace
+
+BUDGET = 2048
+
+
+def _seconds(decodes: int, tokens: int, *, overhead: float = 0.0) -> float:
+    return (0.05 + 0.002 * decodes if decodes else 0.01) + (overhead + 0.001 * tokens if tokens else 0.0)
+
+
+def _settled(pace: Pace, overhead: float = 0.0, noise: float = 0.0) -> int:
+    """The allowance after some steps without a chunk, and some with one."""
+    draw = random.Random(1)
+    for tokens in (False,) * 20 + (True,) * 40:
+        allowed = pace.allowance(15, BUDGET) if tokens else 0
+        seconds = _seconds(15, allowed, overhead=overhead)
+        slow = 10.0 if draw.random() < noise else 1.0
+        pace.observe(15, allowed, seconds * slow)
+    return pace.allowance(15, BUDGET)
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.03])
+@pytest.mark.parametrize("stretch", [1.5, 2.0, 3.0])
+def test_a_step_takes_so_many_times_as_long(stretch: float, overhead: float) -> None:
+    allowed = _settled(Pace(stretch), overhead)
+    alone = _seconds(15, 0)
+    assert _seconds(15, allowed, overhead=overhead) == pytest.approx(stretch * alone, rel=0.15)
+
+
+def test_a_step_that_was_held_up_counts_for_nothing() -> None:
+    assert _settled(Pace(2.0), noise=0.2) == pytest.approx(_settled(Pace(2.0)), rel=0.1)
+
+
+def test_who_decodes_is_asked_for_nothing_else() -> None:
+    pace = Pace(2.0)
+    _settled(pace)
+    assert pace.allowance(0, BUDGET) == BUDGET, "nobody decodes"
+    assert pace.allowance(15, 5) == 5, "the token budget holds as well"
+    assert Pace(0.0).allowance(15, BUDGET) == BUDGET, "off"
+
+
+def test_prompts_get_on_whatever_was_measured() -> None:
+    pace = Pace(2.0)
+    assert pace.allowance(15, BUDGET) == FIRST_CHUNK
+    pace.observe(15, 0, 0.001)
+    for _ in range(20):
+        pace.observe(15, 16, 5.0)
+    assert pace.allowance(15, BUDGET) == LEAST_CHUNK
+
+
+def test_a_prompt_that_was_alone_says_what_a_token_takes() -> None:
+    pace = Pace(2.0)
+    pace.observe(0, 4, 1.0)
+    assert pace.allowance(1, BUDGET) == FIRST_CHUNK, "a short prompt says nothing of that"
+    pace.observe(0, 1000, 1.0)
+    pace.observe(1, 0, 0.05)
+    assert pace.allowance(1, BUDGET) == 50
