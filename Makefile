@@ -7,13 +7,30 @@ LINKS := build/types/onebase
 SOURCES := adapters bench kernels serve tests
 PYTEST_ARGS ?= -n 2
 
-.PHONY: serve test gpu-test slow-test fmt lint type bench clean
+.PHONY: serve test clients-test gpu-test slow-test fmt lint type bench clean
 
 serve: $(STAMP)
 	$(BIN)/onebase demo
 
 test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+# Packages of clients do not go together: each set has an environment, on top of .venv, which the server runs on.
+CLIENTS := openai1 frameworks lm_eval guidellm
+clients-test: $(CLIENTS:%=build/clients/%/.installed)
+	$(call CLIENT_TESTS,openai1) tests/clients/openai
+	$(call CLIENT_TESTS,frameworks) tests/clients/frameworks
+	$(call CLIENT_TESTS,lm_eval) tests/clients/lm_eval
+	$(call CLIENT_TESTS,guidellm) tests/clients/guidellm
+
+CLIENT_TESTS = build/clients/$(1)/bin/python -m pytest -W default --no-header -q
+
+build/clients/%/.installed: tests/clients/%.txt $(STAMP)
+	$(PYTHON) -m venv --without-pip build/clients/$*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > "$$(build/clients/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/onebase.pth"
+	build/clients/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
 
 slow-test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow

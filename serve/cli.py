@@ -75,6 +75,9 @@ def serve(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="Same request, same bits, whatever else runs. Slower.")
     ] = None,
+    overlap: Annotated[
+        bool | None, typer.Option(help="Deliver a step while the next one is computed. Default: on GPUs.")
+    ] = None,
     prefix_caching: Annotated[
         bool | None, typer.Option(help="Keep pages of earlier requests for those that begin alike.")
     ] = None,

@@ -86,6 +86,7 @@ class Settings(BaseSettings):
     max_step_stretch: float = Field(default=2.0, ge=0, le=1000)
     prefix_caching: bool = True
     deterministic: bool = False
+    overlap: bool | None = None
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     device_memory: float = Field(default=0.9, gt=0, le=1)
     kv_memory: Memory | None = None
@@ -208,6 +209,7 @@ class Settings(BaseSettings):
             max_step_stretch=self.max_step_stretch,
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
+            overlap=self.overlap,
             kv_dtype=self.kv_dtype,
             device_memory=self.device_memory,
             kv_memory=_least(self.kv_memory),

@@ -105,3 +105,16 @@ def test_console_script_and_licence(installed: Path) -> None:
     assert dict(points["console_scripts"]) == {"onebase": "onebase.serve.cli:app"}
     assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert (installed / "bin" / "onebase").is_file()
+
+
+def test_client_environments_hold_what_the_extras_pin() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = {name: packages for name, packages in extras.items() if name.startswith("clients-")}
+    for name, packages in pinned.items():
+        file = ROOT / "tests/clients" / f"{name.removeprefix('clients-').replace('-', '_')}.txt"
+        assert {package.replace("[api]", "") for package in packages} <= set(
+            file.read_text().replace("_", "-").splitlines()
+        )
+    assert {file.stem for file in (ROOT / "tests/clients").glob("*.txt")} == {
+        name.removeprefix("clients-").replace("-", "_") for name in pinned
+    }

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 from fastapi import Request
 from starlette.responses import Response
 
-from onebase.serve.api.generation import Delta, Job
+from onebase.serve.api.deltas import Delta
+from onebase.serve.api.generation import Job
 from onebase.serve.api.stream import DONE, EventStream, encode_json, event, until_disconnect
+from onebase.serve.api.tools.parser import CallPiece
 from onebase.serve.engine.logprobs import TokenLogprob
 
 
@@ -39,13 +41,14 @@ class Head:
 
 @dataclass(slots=True)
 class Choice:
-    """What a choice has said, or a piece of it. scores and prompt: see Delta."""
+    """What a choice has said, or a piece of it. scores, prompt and calls: see Delta."""
 
     index: int
     text: str = ""
     finish_reason: str | None = None
     scores: tuple[TokenLogprob, ...] = ()
     prompt: tuple[TokenLogprob, ...] = ()
+    calls: tuple[CallPiece, ...] = ()
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Choice:
@@ -56,6 +59,7 @@ class Choice:
             deltas[-1].finish_reason,
             tuple(chain.from_iterable(delta.scores for delta in deltas)),
             tuple(chain.from_iterable(delta.prompt for delta in deltas)),
+            tuple(chain.from_iterable(delta.calls for delta in deltas)),
         )
 
 
@@ -77,7 +81,7 @@ class Shape(Protocol):
         """A chunk's choice as JSON before and after the encoded text: the hot path encodes only the text."""
 
     def piece(self, choice: Choice) -> dict[str, Any]:
-        """A chunk's choice with log-probabilities. The pieces of one choice come in order."""
+        """A chunk's choice with log-probabilities or calls. The pieces of one choice come in order."""
 
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
         """The last chunk's choice, after all text."""

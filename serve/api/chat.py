@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -11,32 +13,44 @@ from onebase.serve.api.answer import Choice, answer
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.chat_schemas import ChatRequest
-from onebase.serve.api.generation import plan
-from onebase.serve.api.logprobs import chat_logprobs
+from onebase.serve.api.errors import bad_request
+from onebase.serve.api.generation import Job, plan
+from onebase.serve.api.logprobs import chat_logprobs, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
 from onebase.serve.api.state import server_of
 from onebase.serve.api.token_texts import TokenTexts
+from onebase.serve.api.tokenizer import TextCodec
+from onebase.serve.api.tools.parser import CallPiece
+from onebase.serve.api.tools.use import ToolUse
 
 router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
 
 class ChatShape:
+    """prompt_width: alternatives to tell of each token of the prompt."""
+
     prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: TokenTexts, prompt_width: int | None = None) -> None:
         self._texts = texts
+        self._prompt_width = prompt_width
 
     def choice(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.calls:
+            message |= {"content": choice.text or None, "tool_calls": whole_calls(choice.calls)}
+        written = {
             "index": choice.index,
             "message": message,
             "logprobs": self._logprobs(choice),
             "finish_reason": choice.finish_reason,
         }
+        if self._prompt_width is not None and choice.prompt:
+            written["prompt_logprobs"] = prompt_logprobs(choice.prompt, self._prompt_width, self._texts)
+        return written
 
     def opening(self, index: int) -> dict[str, Any]:
         return _chunk(index, {"role": "assistant", "content": ""})
@@ -45,7 +59,11 @@ class ChatShape:
         return b'{"index":%d,"delta":{"content":' % index, b'},"logprobs":null,"finish_reason":null}'
 
     def piece(self, choice: Choice) -> dict[str, Any]:
-        return _chunk(choice.index, {"content": choice.text}, self._logprobs(choice))
+        if choice.calls:
+            delta: dict[str, Any] = {"tool_calls": [_call_piece(call) for call in choice.calls]}
+        else:
+            delta = {"content": choice.text}
+        return _chunk(choice.index, delta, self._logprobs(choice))
 
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
         return _chunk(index, {}, finish_reason=finish_reason)
@@ -54,22 +72,57 @@ class ChatShape:
         return chat_logprobs(choice.scores, self._texts) if choice.scores else None
 
 
+def whole_calls(pieces: Sequence[CallPiece]) -> list[dict[str, Any]]:
+    """Calls as a message has them, out of all of their pieces."""
+    firsts = [piece for piece in pieces if piece.name]
+    arguments = ["".join(piece.arguments for piece in pieces if piece.index == first.index) for first in firsts]
+    return [
+        {"id": first.id, "type": "function", "function": {"name": first.name, "arguments": text}}
+        for first, text in zip(firsts, arguments, strict=True)
+    ]
+
+
+def _call_piece(piece: CallPiece) -> dict[str, Any]:
+    if not piece.name:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+
+
 def _chunk(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 @router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
 async def chat_completions(request: Request) -> Response:
-    """The assistant's next turn, through the base model's own chat template."""
+    """The assistant's next turn, through the model's own chat template; it may call tools."""
     body = await read_json(request, ChatRequest)
     server = server_of(request)
     loaded = server.require_ready()
     server.admission.sequences.take(body.choices, request.state.held, "n")
     target = await resolve(request, loaded, body.model, body.adapters)
-    messages = [message.for_template() for message in body.messages]
-    prompt = await loaded.codec.encode_chat(messages, max_chars=loaded.max_chars)
+    tools = tool_use(body, target.codec)
+    conversation = body.conversation if tools is None else tools.told(body.conversation)
+    prompt = await target.codec.encode_chat(conversation, max_chars=loaded.max_chars)
     job = plan(server, loaded, target, body, [prompt], None)
     server.admission.tokens.take(job.prompt_tokens, request.state.held, "messages")
-    return await answer(request, job, ChatShape(loaded.codec.texts), stream=bool(body.stream), usage=body.wants_usage)
+    shape = ChatShape(target.codec.texts, body.prompt_logprobs)
+    return await answer(request, with_tools(job, tools), shape, stream=bool(body.stream), usage=body.wants_usage)
+
+
+def tool_use(body: ChatRequest, codec: TextCodec) -> ToolUse | None:
+    """None where the model is told of no tools. Raises ApiError 400."""
+    if not body.functions or body.tool_choice == "none":
+        return None
+    if body.tool_choice not in (None, "auto"):
+        raise bad_request("tool_choice: auto and none are served.", "tool_choice", "unsupported_field")
+    return ToolUse(codec.require_template().syntax, body.functions, body.parallel_tool_calls is not False)
+
+
+def with_tools(job: Job, tools: ToolUse | None) -> Job:
+    if tools is None:
+        return job
+    markers = job.target.codec.special_ids(tools.syntax.markers)
+    return replace(job, reader=tools.reader, markers=markers)

@@ -1,12 +1,15 @@
-"""The body of chat completions, and its messages."""
+"""The body of chat completions."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, JsonValue, model_validator
 
+from onebase.serve.api.chat_messages import AssistantMessage, ChatMessage, check_turns
+from onebase.serve.api.conversation import Conversation
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.schemas import (
     MAX_MESSAGES,
@@ -16,66 +19,91 @@ from onebase.serve.api.schemas import (
     Generation,
     Label,
     NumLogprobs,
-    Supported,
 )
+from onebase.serve.api.tool_schemas import Function, NamedChoice, ToolChoice, Tools, check_choice, check_tools
 
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Supported):
-    """One turn. ``developer`` is what newer clients call ``system``."""
-
-    not_yet: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {
-        "tool_calls": ([],),
-        "function_call": (),
-        "tool_call_id": (),
-        "refusal": (),
-        "audio": (),
-        "annotations": ([],),
+MAX_KWARGS_CHARS = 16 << 10
+_TAKEN = frozenset(
+    {
+        "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
+        "chat_template", "tokenize", "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
+        "mask_token", "raise_exception", "strftime_now",
     }
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
-    name: Label | None = None
-
-    def for_template(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return message if self.name is None else {**message, "name": self.name}
+)  # fmt: skip
 
 
-class ChatRequest(Generation):
+class Rendered(Body):
+    """What says how messages become a prompt: of chat requests, and of /tokenize.
+
+    add_generation_prompt: true, unless the last message is to be continued.
+    """
+
+    chat_template_kwargs: dict[Label, JsonValue] = Field(default={}, max_length=32)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    @property
+    def opens_turn(self) -> bool:
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    @model_validator(mode="after")
+    def _kwargs_are_free(self) -> Rendered:
+        taken = sorted(self.chat_template_kwargs.keys() & _TAKEN)
+        if taken:
+            raise bad_request(
+                f"chat_template_kwargs.{taken[0]}: the server sets this variable.", f"chat_template_kwargs.{taken[0]}"
+            )
+        if len(json.dumps(self.chat_template_kwargs)) > MAX_KWARGS_CHARS:
+            raise bad_request(
+                f"chat_template_kwargs: at most {MAX_KWARGS_CHARS} characters of JSON.", "chat_template_kwargs"
+            )
+        return self
+
+
+def check_continued(body: Rendered, messages: list[ChatMessage]) -> None:
+    """Raises ApiError 400."""
+    if not body.continue_final_message:
+        return
+    if body.opens_turn:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt exclude each other: set one of them to false.",
+            "continue_final_message",
+        )
+    last = messages[-1]
+    if not isinstance(last, AssistantMessage) or not last.text.strip() or last.tool_calls:
+        raise bad_request(
+            "continue_final_message: the last message must be the assistant's, with text and without tool_calls.",
+            "continue_final_message",
+        )
+
+
+class ChatRequest(Generation, Rendered):
     """POST /v1/chat/completions."""
 
     not_yet: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {
         **NEUTRAL_EVERYWHERE,
-        "prompt_logprobs": (),
-        "tools": ([],),
-        "tool_choice": ("none",),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none",),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
         "reasoning_effort": (),
+        "include_reasoning": (False,),
         "verbosity": (),
         "web_search_options": (),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
-        "documents": (),
+        "documents": ([],),
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_special_tokens: bool = False
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatRequest:
@@ -83,9 +111,11 @@ class ChatRequest(Generation):
             raise bad_request("top_logprobs is only allowed where logprobs is true.", "top_logprobs")
         return self
 
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_not_streamed(self) -> ChatRequest:
+        if self.stream and self.prompt_logprobs is not None:
+            raise bad_request("prompt_logprobs is not allowed where stream is true.", "prompt_logprobs")
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
@@ -93,6 +123,42 @@ class ChatRequest(Generation):
             raise bad_request("max_tokens and max_completion_tokens differ: give one.", "max_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _turns_fit(self) -> ChatRequest:
+        check_turns(self.messages)
+        check_continued(self, self.messages)
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> ChatRequest:
+        check_tools(self.functions, "tools.{}.function")
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
+        check_choice(named, self.functions, self.tool_choice not in (None, "none"), "tool_choice")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
     @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def functions(self) -> tuple[Function, ...]:
+        return tuple(tool.function for tool in self.tools or ())
+
+    @property
+    def conversation(self) -> Conversation:
+        """Of the messages alone: tools are added by those who know the template."""
+        return Conversation(
+            messages=[message.for_template() for message in self.messages],
+            kwargs=self.chat_template_kwargs,
+            open_turn=self.opens_turn,
+            continues=self.continue_final_message,
+            special=self.add_special_tokens,
+        )

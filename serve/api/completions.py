@@ -18,6 +18,7 @@ from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
 from onebase.serve.api.state import Loaded, server_of
 from onebase.serve.api.token_texts import TokenTexts
+from onebase.serve.api.tokenizer import TextCodec
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -79,22 +80,24 @@ async def completions(request: Request) -> Response:
     loaded = server.require_ready()
     server.admission.sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
     target = await resolve(request, loaded, body.model, body.adapters)
-    prompts = await encoded(loaded, body.prompts, body.add_special_tokens, "prompt")
-    echoes = _echoes(loaded, body.prompts) if body.echo else []
+    prompts = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "prompt")
+    echoes = _echoes(target.codec, body.prompts) if body.echo else []
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes)
     server.admission.tokens.take(job.prompt_tokens, request.state.held, "prompt")
-    shape = CompletionShape(body, loaded.codec.texts, prompts)
+    shape = CompletionShape(body, target.codec.texts, prompts)
     return await answer(request, job, shape, stream=bool(body.stream), usage=body.wants_usage)
 
 
-def _echoes(loaded: Loaded, prompts: Sequence[str | list[int]]) -> list[str]:
+def _echoes(codec: TextCodec, prompts: Sequence[str | list[int]]) -> list[str]:
     """Prompts as the client wrote them; ids as answers would have them."""
-    return [prompt if isinstance(prompt, str) else loaded.codec.texts.shown(prompt) for prompt in prompts]
+    return [prompt if isinstance(prompt, str) else codec.texts.shown(prompt) for prompt in prompts]
 
 
-async def encoded(loaded: Loaded, prompts: Sequence[str | list[int]], special: bool, param: str) -> list[list[int]]:
+async def encoded(
+    loaded: Loaded, codec: TextCodec, prompts: Sequence[str | list[int]], special: bool, param: str
+) -> list[list[int]]:
     """Prompts given as ids are taken as they are: no token is added to them. ``param``: the field, for errors."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts:
-        return await loaded.codec.encode(texts, special=special, max_chars=loaded.max_chars, param=param)
+        return await codec.encode(texts, special=special, max_chars=loaded.max_chars, param=param)
     return [prompt for prompt in prompts if not isinstance(prompt, str)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -128,12 +128,21 @@ class Piece:
 class Detokenizer:
     """One sequence's text: IncrementalDecoder, then StopMatcher."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        markers: Mapping[int, str] | None = None,
+    ) -> None:
+        """markers: texts of special tokens that are not to be left out."""
         self._decoder = IncrementalDecoder(tokenizer, prompt)
         self._matcher = StopMatcher(stops)
+        self._markers = markers or {}
 
     def push(self, token: int) -> Piece:
-        text = self._decoder.push(token)
+        marker = self._markers.get(token)
+        text = self._decoder.push(token) if marker is None else self._decoder.flush() + marker
         return Piece(*self._matcher.push(text)) if text else Piece("")
 
     def finish(self) -> Piece:

@@ -43,7 +43,7 @@ async def embeddings(request: Request) -> Response:
     loaded = server.require_ready()
     server.admission.sequences.take(len(body.prompts), request.state.held, "input")
     target = await resolve(request, loaded, body.model, body.adapters)
-    prompts = await encoded(loaded, body.prompts, body.add_special_tokens, "input")
+    prompts = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "input")
     check_inputs(prompts, loaded)
     usage = Usage(sum(map(len, prompts)))
     server.admission.tokens.take(usage.prompt_tokens, request.state.held, "input")

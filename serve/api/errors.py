@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import structlog
 from fastapi import FastAPI, Request
@@ -122,7 +123,7 @@ def _rank(detail: ErrorDetails) -> tuple[bool, int, int]:
 
 def _path(detail: ErrorDetails) -> str:
     """The place in the JSON, without pydantic's names of a union's members (``list[int]``, ``str``)."""
-    *outer, last = detail["loc"] or ("",)
+    *outer, last = _without_tags(detail)
     parts = [part for part in outer if isinstance(part, int) or (part.isidentifier() and part not in _UNION_MEMBERS)]
     if (
         detail["type"] == "extra_forbidden"
@@ -133,7 +134,17 @@ def _path(detail: ErrorDetails) -> str:
     return ".".join(str(part) for part in parts)[:MAX_PARAM]
 
 
+def _without_tags(detail: ErrorDetails) -> Sequence[int | str]:
+    """The location without the names of tagged members, which follow an index; a tag that is wrong is the field."""
+    loc = detail["loc"] or ("",)
+    if detail["type"].startswith("union_tag"):
+        return (*loc, detail["ctx"]["discriminator"].strip("'"))
+    tagged = (isinstance(before, int) and part in _TAGS for before, part in pairwise(loc))
+    return [loc[0], *(part for part, is_tag in zip(loc[1:], tagged, strict=True) if not is_tag)]
+
+
 MAX_PARAM = 200
+_TAGS = frozenset({"system", "developer", "user", "assistant", "tool"})
 _UNION_MEMBERS = frozenset({"str", "int", "float", "bool"})
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from onebase.adapters.errors import EngineDead
+from onebase.serve.api.deltas import Delta
 from onebase.serve.api.detokenizer import Detokenizer
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.resolve import Target
 from onebase.serve.api.schemas import Generation
 from onebase.serve.api.state import Loaded, Server
+from onebase.serve.api.tools.reader import ToolReader
 from onebase.serve.engine.logprobs import TokenLogprob, unpack
 from onebase.serve.engine.messages import Logprobs, Request, SamplingParams, TokenOutput
 from onebase.serve.metrics import RequestTimer
@@ -23,26 +26,6 @@ from onebase.serve.metrics import RequestTimer
 SEED_RANGE = 1 << 63
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """News of one choice: text that is certain, how many tokens came, and why it ended if it did.
-
-    scores: of these tokens, with ``echo`` of the prompt's in the first delta; prompt: of the prompt's, once. Both are
-    empty unless they were asked for.
-    """
-
-    index: int
-    text: str
-    tokens: int
-    finish_reason: str | None = None
-    scores: tuple[TokenLogprob, ...] = ()
-    prompt: tuple[TokenLogprob, ...] = ()
-
-    @property
-    def is_plain(self) -> bool:
-        return not self.scores and not self.prompt
 
 
 @dataclass(slots=True)
@@ -67,7 +50,8 @@ class Usage:
 class Job:
     """All sequences of one HTTP request. ``requests[i]`` becomes the choice with index i; each prompt has ``choices``.
 
-    echoes: the text of each one's prompt, where the answer is to start with it.
+    echoes: the text of each one's prompt, where the answer is to start with it. reader: finds the calls of tools in a
+    choice. markers: special tokens that it has to see.
     """
 
     server: Server
@@ -78,6 +62,8 @@ class Job:
     usage: Usage
     choices: int = 1
     echoes: tuple[str, ...] = ()
+    reader: Callable[[], ToolReader] | None = None
+    markers: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,7 +76,8 @@ class Job:
         started: when the request came, on the monotonic clock; latencies count from there.
         """
         timer = RequestTimer(self.server.metrics, self.target.metric, self.usage.prompt_tokens, started)
-        streams = [self._sequence(index, request) for index, request in enumerate(self.requests)]
+        stream = self._sequence if self.reader is None else partial(self._read, self.reader)
+        streams = [stream(index, request) for index, request in enumerate(self.requests)]
         async with aclosing(merged(streams)) as deltas:
             async for delta in deltas:
                 self.usage.completion_tokens += delta.tokens
@@ -98,9 +85,19 @@ class Job:
                 yield delta
         timer.finished()
 
+    async def _read(self, make: Callable[[], ToolReader], index: int, request: Request) -> AsyncGenerator[Delta, None]:
+        """A sequence, its calls read. It ends early where the reader has all that is wanted."""
+        reader = make()
+        async with aclosing(self._sequence(index, request)) as deltas:
+            async for delta in deltas:
+                for part in reader.read(delta):
+                    yield part
+                    if part.finish_reason is not None:
+                        return
+
     async def _sequence(self, index: int, request: Request) -> AsyncGenerator[Delta, None]:
         silent = {*request.sampling.stop_token_ids, *self.loaded.info.eos_token_ids}
-        text = Detokenizer(self.loaded.codec.backend, request.prompt, self.stops)
+        text = Detokenizer(self.target.codec.backend, request.prompt, self.stops, self.markers)
         prompt = PromptDelta(request, self.echoes[index] if self.echoes else None)
         async with aclosing(self.server.engine.generate(request)) as outputs:
             async for output in outputs:
@@ -250,13 +247,9 @@ def _token_limit(loaded: Loaded, prompt: int, asked: int | None, default: int | 
         raise bad_request("The prompt has no tokens: give at least one.", "prompt")
     room = context - prompt
     if room < 1 and asked != 0:
-        raise _too_long(
-            f"The prompt has {prompt} tokens; the context is {context}, and one has to be left to generate."
-        )
+        raise _too_long(context, f"the prompt has {prompt}, and one has to be left to generate.")
     if asked is not None and asked > room:
-        raise _too_long(
-            f"The prompt has {prompt} tokens and max_tokens is {asked}: over the context of {context} tokens."
-        )
+        raise _too_long(context, f"the prompt has {prompt}, and max_tokens is {asked}.")
     return min(default or room, room) if asked is None else asked
 
 
@@ -267,5 +260,7 @@ def check_ids(prompt: Sequence[int], vocab_size: int, param: str) -> None:
         raise bad_request(f"Token id {worst} is not in the vocabulary: ids are 0 to {vocab_size - 1}.", param)
 
 
-def _too_long(message: str) -> Exception:
+def _too_long(context: int, what: str) -> Exception:
+    """Begins as OpenAI's message does: clients look for that, and make an exception of their own of it."""
+    message = f"This model's maximum context length is {context} tokens: {what}"
     return bad_request(message, code="context_length_exceeded")

@@ -15,7 +15,7 @@ from onebase.adapters.sources import Sources
 from onebase.serve.api.imports import Importer
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.api.store import AdapterStore
-from onebase.serve.api.tokenizer import TextCodec
+from onebase.serve.api.tokenizer import TextCodec, Workers
 from onebase.serve.api.watching import Watcher
 from onebase.serve.config import Settings
 
@@ -37,7 +37,7 @@ async def running(server: Server) -> AsyncGenerator[None, None]:
         await server.engine.stop()
         server.parsers.shutdown(wait=False, cancel_futures=True)
         if server.loaded is not None:
-            server.loaded.codec.close()
+            await asyncio.to_thread(server.loaded.workers.close)
             await server.loaded.store.close()
             server.loaded.store.registry.close()
 
@@ -64,7 +64,8 @@ async def _boot_or_fail(server: Server) -> None:
 
 async def _boot(server: Server) -> Loaded:
     settings = server.settings
-    codec, _ = await asyncio.gather(asyncio.to_thread(_load_codec, server), server.engine.start())
+    workers = Workers.start()
+    codec, _ = await asyncio.gather(asyncio.to_thread(_load_codec, server, workers), server.engine.start())
     info = server.engine.info
     if info is None:
         raise ModelRejected("The engine started without saying what it serves.")
@@ -81,7 +82,7 @@ async def _boot(server: Server) -> Loaded:
         await store.close()
         registry.close()
         raise
-    return Loaded(info, codec, store, imports, int(time.time()))
+    return Loaded(info, codec, workers, store, imports, int(time.time()))
 
 
 def _sources(settings: Settings) -> Sources:
@@ -98,10 +99,12 @@ def _open_registry(settings: Settings, fingerprint: str) -> Registry:
     return registry
 
 
-def _load_codec(server: Server) -> TextCodec:
+def _load_codec(server: Server, workers: Workers) -> TextCodec:
     settings = server.settings
     try:
-        return TextCodec(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        return TextCodec.of_model(
+            settings.model, workers, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ModelRejected(f"The tokenizer of {settings.model} cannot be loaded: {error}") from error
 

@@ -14,6 +14,7 @@ from onebase.serve.api.errors import ApiError, bad_request
 from onebase.serve.api.schemas import AdapterScale
 from onebase.serve.api.state import Loaded, server_of
 from onebase.serve.api.store import AdapterStore
+from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.engine.messages import AdapterUse
 
 BASE_HEADER = "base"
@@ -26,12 +27,14 @@ class Target:
     label: the response's ``model``: the name as asked for, joined by + to the names of further adapters.
     metric: the name that metrics count it under: without versions, and one for each set of adapters.
     exact: every adapter with its version, for the response header.
+    codec: its tokenizer and chat template.
     """
 
     label: str
     metric: str
     exact: str
     uses: tuple[AdapterUse, ...]
+    codec: TextCodec
 
 
 async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[AdapterScale]) -> Target:
@@ -55,6 +58,7 @@ async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[
         metric=request.state.model,
         exact=", ".join(f"{entry.name}@{entry.version};scale={scale:g}" for entry, _, scale in found) or BASE_HEADER,
         uses=tuple(AdapterUse(entry.digest, str(entry.path), scale, name) for entry, name, scale in found),
+        codec=loaded.codec,
     )
 
 

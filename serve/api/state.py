@@ -19,7 +19,7 @@ from onebase.serve.engine.messages import EngineInfo
 if TYPE_CHECKING:
     from onebase.serve.api.imports import Importer
     from onebase.serve.api.store import AdapterStore
-    from onebase.serve.api.tokenizer import TextCodec
+    from onebase.serve.api.tokenizer import TextCodec, Workers
     from onebase.serve.metrics import Metrics
 
 VERSION = version("onebase")
@@ -33,6 +33,7 @@ class Loaded:
 
     info: EngineInfo
     codec: TextCodec
+    workers: Workers
     store: AdapterStore
     imports: Importer
     created: int  # unix seconds; what /v1/models says of the base

@@ -63,8 +63,4 @@ async def _tokens(loaded: Loaded, body: TokenizeRequest) -> list[int]:
         special = body.add_special_tokens is not False
         (tokens,) = await loaded.codec.encode([body.prompt or ""], special=special, max_chars=max_chars)
         return tokens
-    messages = [message.for_template() for message in body.messages]
-    special = body.add_special_tokens is True
-    return await loaded.codec.encode_chat(
-        messages, max_chars=max_chars, special=special, open_turn=body.add_generation_prompt
-    )
+    return await loaded.codec.encode_chat(body.conversation, max_chars=max_chars)

@@ -1,16 +1,20 @@
-"""Text to tokens: the base's tokenizer and chat template, off the event loop where the text is long."""
+"""Text to tokens and back: one tokenizer and its chat template, off the event loop where the text is long."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from onebase.adapters.errors import ModelRejected
+from onebase.serve.api.conversation import Conversation
 from onebase.serve.api.errors import bad_request
+from onebase.serve.api.rendering import Renderer
+from onebase.serve.api.templates import ChatTemplate
 from onebase.serve.api.token_texts import TokenTexts
 
 LONG_TEXT = 2000  # characters; shorter texts are encoded faster than a thread is woken
@@ -18,22 +22,60 @@ MANY_TEXTS = 16
 ENCODERS = 2
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What codecs share: threads that encode, and the process that renders templates."""
+
+    encoders: ThreadPoolExecutor
+    renderer: Renderer
+
+    @classmethod
+    def start(cls) -> Workers:
+        return cls(ThreadPoolExecutor(ENCODERS, thread_name_prefix="tokenise"), Renderer())
+
+    def close(self) -> None:
+        self.encoders.shutdown(wait=False, cancel_futures=True)
+        self.renderer.close()
+
+
 class TextCodec:
-    """The base's tokenizer. Encoding never truncates or pads, so that the Rust tokenizer is safe to share."""
+    """Encoding never truncates or pads, so that the Rust tokenizer is safe to share."""
 
-    def __init__(self, model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
-        """Blocking. Raises ModelRejected for a model without a fast tokenizer."""
-        from transformers import AutoTokenizer
-
-        self._hf: Any = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-        backend = getattr(self._hf, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise ModelRejected(f"{model} has no fast tokenizer (tokenizer.json), which streaming needs.")
-        self.backend: Tokenizer = backend
+    def __init__(
+        self,
+        backend: Tokenizer,
+        template: ChatTemplate | None,
+        specials: Mapping[str, str],
+        workers: Workers,
+        kind: str = "PreTrainedTokenizerFast",
+    ) -> None:
+        """specials: special tokens by their names in transformers (``eos_token``). kind: for /tokenizer_info."""
         backend.no_truncation()
         backend.no_padding()
+        self.backend = backend
+        self.template = template
+        self.specials = specials
         self.texts = TokenTexts(backend)
-        self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="tokenise")
+        self._workers = workers
+        self._kind = kind
+
+    @classmethod
+    def of_model(
+        cls, model: str, workers: Workers, *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> TextCodec:
+        """The base's. Blocking. Raises ModelRejected for a model without a fast tokenizer."""
+        from transformers import AutoTokenizer
+
+        hf: Any = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        backend = getattr(hf, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ModelRejected(f"{model} has no fast tokenizer (tokenizer.json), which streaming needs.")
+        specials = {key: str(value) for key, value in hf.special_tokens_map.items() if isinstance(value, str)}
+        try:
+            template = ChatTemplate.of(hf.chat_template, specials)
+        except ValueError as error:
+            raise ModelRejected(f"{model}: {error}.") from error
+        return cls(backend, template, specials, workers, type(hf).__name__)
 
     @property
     def vocab_size(self) -> int:
@@ -47,21 +89,27 @@ class TextCodec:
         if sum(map(len, texts)) <= LONG_TEXT and len(texts) <= MANY_TEXTS:
             return self._encode(texts, special)
         loop = asyncio.get_running_loop()  # one text at a time: requests with many take turns with the others
-        return [(await loop.run_in_executor(self._pool, self._encode, [text], special))[0] for text in texts]
+        encoders = self._workers.encoders
+        return [(await loop.run_in_executor(encoders, self._encode, [text], special))[0] for text in texts]
 
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, max_chars: int, special: bool = False, open_turn: bool = True
-    ) -> list[int]:
-        """The template's text as token ids; the template writes the special tokens itself. See ``encode``."""
-        if self._hf.chat_template is None:
-            raise bad_request(
-                "The base model has no chat template: use /v1/completions.", "messages", "no_chat_template"
-            )
-        _check_length(sum(len(message["content"]) for message in messages), max_chars, "messages")
-        loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(self._pool, self._render, list(messages), open_turn)
-        (tokens,) = await self.encode([text], special=special, max_chars=max_chars, param="messages")
+    async def encode_chat(self, conversation: Conversation, *, max_chars: int) -> list[int]:
+        """The template's text as token ids. See ``encode``. Raises ApiError 400 where the template refuses it."""
+        template = self.require_template()
+        _check_length(conversation.characters, max_chars, "messages")
+        text = await template.render(self._workers.renderer, conversation, max_chars)
+        (tokens,) = await self.encode([text], special=conversation.special, max_chars=max_chars, param="messages")
         return tokens
+
+    def require_template(self) -> ChatTemplate:
+        """Raises ApiError 400."""
+        if self.template is None:
+            raise bad_request("The model has no chat template: use /v1/completions.", "messages", "no_chat_template")
+        return self.template
+
+    def special_ids(self, texts: Collection[str]) -> dict[int, str]:
+        """Those of the texts that are special tokens, which answers leave out."""
+        found = {self.backend.token_to_id(text): text for text in texts}
+        return {token: text for token, text in found.items() if token is not None and self.texts.is_special(token)}
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.backend.decode(list(tokens), skip_special_tokens=False))
@@ -71,31 +119,17 @@ class TextCodec:
 
     def describe(self) -> dict[str, Any]:
         """What /tokenizer_info says. Evaluation harnesses read the special tokens and the template."""
-        special = {key: str(value) for key, value in self._hf.special_tokens_map.items() if isinstance(value, str)}
+        named = {name: self.specials.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return {
-            "tokenizer_class": type(self._hf).__name__,
+            "tokenizer_class": self._kind,
             "vocab_size": self.vocab_size,
-            "bos_token": self._hf.bos_token,
-            "eos_token": self._hf.eos_token,
-            "pad_token": self._hf.pad_token,
-            "unk_token": self._hf.unk_token,
-            "chat_template": self._hf.chat_template,
-            **special,
+            "chat_template": None if self.template is None else self.template.text,
+            **named,
+            **self.specials,
         }
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         return [list(self.backend.encode(text, add_special_tokens=special).ids) for text in texts]
-
-    def _render(self, messages: list[Mapping[str, str]], open_turn: bool) -> str:
-        try:
-            return str(self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn))
-        except Exception as error:  # templates raise whatever their expressions raise; all of it is about the messages
-            raise bad_request(
-                f"The chat template refuses the messages: {error}", "messages", "chat_template"
-            ) from error
 
 
 def _check_length(characters: int, allowed: int, param: str) -> None:

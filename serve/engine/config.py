@@ -29,6 +29,7 @@ class EngineConfig:
     tenant_weights: tuple[tuple[str, float], ...] = ()  # shares of tenants; 1 for those that are not named
     deterministic: bool = False  # the bits of a request depend on nothing but the request
     kv_dtype: str = "auto"  # auto: the model's | fp8_e4m3: 8 bits an element and a scale for each token and head
+    overlap: bool | None = None  # a step is delivered while the next one is computed; None: where it pays
     device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
     kv_memory: float | None = None
     kv_memory_max: float | None = None
@@ -36,3 +37,11 @@ class EngineConfig:
     adapter_memory_max: float | None = None
     compiled_dir: str | None = None  # where compiled adapters are kept, one folder per digest; None: nowhere
     host_cache: float | None = None  # packed adapters in host memory; 0: none
+
+
+def overlaps(config: EngineConfig, device: str) -> bool:
+    """Whether steps overlap. On a CPU host and device are the same cores, so there is nothing to hide, and sequences
+    that end would compute a row too many. A deterministic step starts from tokens that the host knows."""
+    if config.deterministic:
+        return False
+    return device.startswith("cuda") if config.overlap is None else config.overlap

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from onebase.adapters.errors import EngineError
+from onebase.serve.engine.classes import Classes
 from onebase.serve.engine.commands import failure
 from onebase.serve.engine.draw import Drawn
 from onebase.serve.engine.messages import ClassLogits, Failure, Logprobs, TokenOutput
+from onebase.serve.engine.prompts import Scores
 from onebase.serve.engine.sampler import NOT_FINITE
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence, Status
@@ -21,12 +23,22 @@ _OVERFLOW = "the model's logits are not finite: its weights or the adapter's ove
 class Delivery:
     """Sequences that have ended since the step was launched (aborted, refused) are passed over."""
 
-    def __init__(self, max_model_len: int, counters: Counters, end: End) -> None:
-        self._max_model_len = max_model_len
+    def __init__(self, counters: Counters, end: End) -> None:
         self._counters = counters
         self._end = end
 
-    def scores(self, chunk: Chunk, scores: Logprobs | None) -> Told:
+    def prompts(self, chunks: Iterable[Chunk], scores: Scores, classes: Classes) -> list[Told]:
+        """What was asked for of the prompts' tokens in a step, by request."""
+        told: list[Told] = []
+        for chunk in chunks if scores or classes else ():
+            name = chunk.sequence.id
+            if name in scores and chunk.sequence.status is not Status.FINISHED:
+                told.append(self._scores(chunk, scores[name]))
+            if name in classes and chunk.sequence.status is not Status.FINISHED:
+                told.append(self._classes(chunk, classes[name]))
+        return told
+
+    def _scores(self, chunk: Chunk, scores: Logprobs | None) -> Told:
         """Log-probabilities of the prompt's tokens in a chunk; None where they are not finite."""
         sequence = chunk.sequence
         if scores is None:
@@ -35,7 +47,7 @@ class Delivery:
         sequence.num_scored = min(computed, len(sequence.request.prompt) - 1)
         return TokenOutput(sequence.id, (), prompt_logprobs=scores)
 
-    def classes(self, chunk: Chunk, classes: ClassLogits | None) -> Told:
+    def _classes(self, chunk: Chunk, classes: ClassLogits | None) -> Told:
         """What a head said of a chunk; None where it is not finite."""
         sequence = chunk.sequence
         if classes is None:
@@ -53,6 +65,7 @@ class Delivery:
         ]
 
     def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Told:
+        sequence.num_unseen = 0
         if token == NOT_FINITE:
             return self._overflowed(sequence)
         cached = 0 if sequence.num_generated else sequence.num_given
@@ -60,7 +73,7 @@ class Delivery:
             return self._nothing_generated(sequence, cached)
         sequence.tokens.append(token)
         self._counters.generated_tokens += 1
-        reason = sequence.finish_reason(self._max_model_len)
+        reason = sequence.finish_reason()
         if reason is not None:
             self._end(sequence)
         return TokenOutput(sequence.id, (token,), reason, logprobs, cached_tokens=cached)

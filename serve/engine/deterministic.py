@@ -24,6 +24,7 @@ from onebase.adapters.tiers.entry import Entry
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine import classes
+from onebase.serve.engine.inputs import Unseen
 from onebase.serve.engine.layout import Layout, Span
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.pooling import pool_rows, wants_rows
@@ -71,8 +72,10 @@ class DeterministicRunner(ModelRunner):
         self._indifferent: dict[tuple[tuple[str, float, bool], ...], bool] = {}
 
     @torch.inference_mode()
-    def forward(self, chunks: Rows[Chunk]) -> Tensor | None:
-        """See ModelRunner.forward."""
+    def forward(self, chunks: Rows[Chunk], unseen: Unseen | None = None) -> Tensor | None:
+        """See ModelRunner.forward; all tokens must be known to the host."""
+        if unseen is not None:
+            raise ValueError("unseen: a deterministic step starts from tokens that the host knows")
         self.scores, self.classes = {}, {}
         found: dict[str, Tensor] = {}
         computed = {chunk.sequence.id: chunk.sequence.num_computed for chunk in chunks}

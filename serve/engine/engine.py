@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
-
 from onebase.adapters.errors import OneBaseError, RequestRejected, RequestTimedOut
 from onebase.serve.engine.admission import check_request
 from onebase.serve.engine.assembly import assemble
 from onebase.serve.engine.combine import without_idle
 from onebase.serve.engine.commands import AdapterCommands, failure
-from onebase.serve.engine.config import EngineConfig
+from onebase.serve.engine.config import EngineConfig, overlaps
 from onebase.serve.engine.deadlines import Deadlines
 from onebase.serve.engine.delivery import Delivery
-from onebase.serve.engine.draw import draw, draw_apart
+from onebase.serve.engine.draw import begin, begin_apart
 from onebase.serve.engine.messages import (
     AdapterGone,
     AdapterReady,
@@ -25,7 +23,7 @@ from onebase.serve.engine.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.pipeline import Pipeline
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.stats import Counters, engine_stats
 from onebase.serve.engine.waiting import Refused
@@ -48,8 +46,14 @@ class Engine:
         self.counters = Counters()
         self.commands = AdapterCommands(self.adapters, self._over, self._refuse)
         self._eos = frozenset(self.info.eos_token_ids)
-        self._delivery = Delivery(self.info.max_model_len, self.counters, self._end)
-        self._draw = draw_apart if config.deterministic else draw
+        self._pipeline = Pipeline(
+            self.runner,
+            self.scheduler,
+            Delivery(self.counters, self._end),
+            begin_apart if config.deterministic else begin,
+            self.counters,
+            overlap=overlaps(config, self.info.device),
+        )
         self._sequences: dict[str, Sequence] = {}
         self._deadlines = Deadlines()
         self._order = 0
@@ -64,7 +68,7 @@ class Engine:
                 raise RequestRejected(f"request id {request.id!r} is in use")
         except OneBaseError as error:
             return [failure(request.id, error)]
-        sequence = Sequence.of(without_idle(request), self._order, self._eos)
+        sequence = Sequence.of(without_idle(request), self._order, self._eos, self.info.max_model_len)
         self._order += 1
         self._sequences[request.id] = sequence
         self._deadlines.add(request.id, request.timeout)
@@ -99,7 +103,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self.commands)
+        return bool(self.scheduler.running or self.scheduler.waiting or self.commands or self._pipeline.busy)
 
     def step(self) -> list[Output]:
         """Move adapter loads on and run one forward, if there is anything to run."""
@@ -107,41 +111,12 @@ class Engine:
         chunks = self.runner.in_adapter_order(
             self.scheduler.schedule(self.waiting.may_start, self._take, self._release)
         )
-        if chunks:
-            outputs += self._run(chunks)
-        return outputs
+        return [*outputs, *self._pipeline.step(chunks)]
 
     def _expired(self) -> Refused:
         """Requests that have waited or run for too long."""
         over = [self._sequences[request_id] for request_id in self._deadlines.expired()]
         return [(sequence, _timed_out(sequence.request)) for sequence in over]
-
-    def _run(self, chunks: list[Chunk]) -> list[Output]:
-        started = time.perf_counter()
-        logits = self.runner.forward(chunks)
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        drawn = [] if logits is None else self._draw(logits, sampling)
-        self.scheduler.observe(chunks, time.perf_counter() - started)
-        self._account(chunks)
-        return [*self._told(chunks), *self._delivery.tokens(sampling, drawn)]
-
-    def _account(self, chunks: list[Chunk]) -> None:
-        self.counters.steps += 1
-        for chunk in chunks:
-            self.counters.prompt_tokens += chunk.sequence.prompt_tokens(chunk.start, chunk.stop)
-            self.scheduler.computed(chunk)
-
-    def _told(self, chunks: list[Chunk]) -> list[Output]:
-        """What was asked for of the prompts' tokens in the step."""
-        outputs: list[Output] = []
-        scores, classes = self.runner.scores, self.runner.classes
-        for chunk in chunks if scores or classes else ():
-            name = chunk.sequence.id
-            if name in scores and chunk.sequence.status is not Status.FINISHED:
-                outputs.append(self._delivery.scores(chunk, scores[name]))
-            if name in classes and chunk.sequence.status is not Status.FINISHED:
-                outputs.append(self._delivery.classes(chunk, classes[name]))
-        return outputs
 
     def _end(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free all it holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,8 @@ from torch import Tensor
 from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.plan import BatchPlan, Uses
 from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.sequence import Sequence
+from onebase.serve.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +36,24 @@ class StepInputs:
     logits: BatchPlan | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unseen:
+    """Tokens that the device has drawn and the host has not seen. tokens: int64 [rows] on the device; rows: of whom."""
+
+    tokens: Tensor
+    rows: Mapping[Sequence, int]
+
+    def put(self, ids: Tensor, chunks: Rows[Chunk]) -> Tensor:
+        """ids [T] of these chunks with the unseen tokens in their places, in place. No synchronisation."""
+        ends = np.cumsum([chunk.num_tokens for chunk in chunks]) - 1
+        reads = [chunk.stop > len(chunk.sequence.tokens) for chunk in chunks]
+        rows = [self.rows[chunk.sequence] for chunk, read in zip(chunks, reads, strict=True) if read]
+        if not rows:
+            return ids
+        where, source = upload(np.stack([ends[reads], np.asarray(rows)]).astype(np.int64), ids.device)
+        return ids.index_copy_(0, where, self.tokens.index_select(0, source))
+
+
 def adapter_order(chunk: Chunk) -> tuple[Uses, Uses, int]:
     """Base rows first, then rows by adapters, so that the rows of one adapter are one segment.
 
@@ -43,13 +64,20 @@ def adapter_order(chunk: Chunk) -> tuple[Uses, Uses, int]:
 
 
 def pack(chunks: Rows[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids (virtual ones are negative) and position ids of all chunks, one after the other: int64 [T] each."""
-    tokens = [c.sequence.tokens[c.start : c.stop] for c in chunks]
+    """Token ids (virtual ones are negative) and position ids of all chunks, one after the other: int64 [T] each.
+
+    Tokens that the host has not seen are 0."""
+    tokens = [_known(c.sequence.tokens, c.start, c.stop) for c in chunks]
     spans = [range(c.sequence.placed.position(c.start), c.sequence.placed.position(c.stop)) for c in chunks]
     return (
         np.fromiter(chain.from_iterable(tokens), dtype=np.int64),
         np.fromiter(chain.from_iterable(spans), dtype=np.int64),
     )
+
+
+def _known(tokens: list[int], start: int, stop: int) -> list[int]:
+    found = tokens[start:stop]
+    return found if len(found) == stop - start else [*found, 0]
 
 
 def sampled_rows(chunks: Rows[Chunk]) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine.classes import Classes, classify, wants_classes
-from onebase.serve.engine.inputs import StepInputs, adapter_order, pack, sampled_rows
+from onebase.serve.engine.inputs import StepInputs, Unseen, adapter_order, pack, sampled_rows
 from onebase.serve.engine.pooling import pool_rows, wants_rows
 from onebase.serve.engine.prefixes import store_prefixes
 from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
@@ -48,10 +48,10 @@ class ModelRunner:
         return sorted(chunks, key=adapter_order)
 
     @torch.inference_mode()
-    def forward(self, chunks: Rows[Chunk]) -> Tensor | None:
+    def forward(self, chunks: Rows[Chunk], unseen: Unseen | None = None) -> Tensor | None:
         """Logits [number of sampling chunks, vocabulary] in the order of ``chunks``; None where none samples.
 
-        ``chunks`` must be in adapter order.
+        ``chunks`` must be in adapter order. unseen: where their last tokens come from that the host has not seen.
         """
         self.scores, self.classes = {}, {}
         scored, classified = any(map(wants_scores, chunks)), any(map(wants_classes, chunks))
@@ -60,7 +60,7 @@ class ModelRunner:
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
         runs = [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples]
         with self._trunk.recording(scored or classified or pooled) as recorded:
-            logits = self._run(chunks, rows, runs)
+            logits = self._run(chunks, rows, runs, unseen)
         for hidden in recorded:
             if scored:
                 self.scores = score_prompts(chunks, partial(self._logits, hidden), self._base.vocab_size)
@@ -70,17 +70,22 @@ class ModelRunner:
                 pool_rows(chunks, hidden[0][0])
         return logits if len(keep) else None
 
-    def _run(self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run]) -> Tensor:
+    def _run(
+        self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run], unseen: Unseen | None = None
+    ) -> Tensor:
         """One forward: logits of these packed rows, which are ``runs`` to the adapters."""
-        inputs = self._inputs(chunks, rows, runs)
+        inputs = self._inputs(chunks, rows, runs, unseen)
         store_prefixes(chunks, inputs.rows, self._instructions, self._base)
         return self._forward(inputs)
 
-    def _inputs(self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run]) -> StepInputs:
+    def _inputs(
+        self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run], unseen: Unseen | None
+    ) -> StepInputs:
         device = self._base.device
         ids, positions = pack(chunks)
+        on_device = upload(np.maximum(ids, 0), device)
         return StepInputs(
-            ids=upload(np.maximum(ids, 0), device),
+            ids=on_device if unseen is None else unseen.put(on_device, chunks),
             virtual=upload(ids, device) if (ids < 0).any() else None,
             positions=upload(positions, device),
             logits_rows=upload(rows, device),

@@ -122,7 +122,7 @@ class Scheduler:
     def schedule(self, may_start: MayStart, take: Take, release: Release) -> list[Chunk]:
         """The chunks of the next step. Sequences are admitted with ``take``, and preempted with ``release``."""
         step = _Step(may_start, take, release, self._max_batch_tokens)
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed <= 1]
+        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         for sequence in decoding:
             if step.budget and sequence.status is Status.RUNNING:
@@ -243,14 +243,16 @@ class Scheduler:
         self._grow(sequence, len(sequence.tokens))
 
     def computed(self, chunk: Chunk) -> None:
-        """A chunk's K and V are in its pages now; those that it filled can be found by others."""
-        sequence, copied = chunk.sequence, chunk.sequence.uncopied
+        """A chunk's K and V are in its pages before the device does anything that it is told from now on, and its
+        tokens are known: the pages that are full can be found by others."""
+        sequence = chunk.sequence
+        if sequence.status is not Status.RUNNING:  # it has ended since
+            return
         sequence.num_computed = chunk.stop
-        first = copied.start if copied else chunk.start  # stored K and V were copied beside it
-        self._bring_back(self._prefixes.computed(sequence, first, chunk.stop))
+        self._bring_back(self._prefixes.computed(sequence))
 
     def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
-        """What a step over these chunks took, from its launch to its tokens; before they count as computed."""
+        """What a step over these chunks took, from its launch to its tokens."""
         decodes = prompts = 0
         for chunk in chunks:
             if chunk.num_tokens == 1:

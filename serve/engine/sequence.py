@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,11 +25,13 @@ class Status(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Invariant: 0 <= num_computed <= len(tokens), and the pages hold at least num_computed tokens.
+    """Invariant: 0 <= num_computed <= num_tokens, and the pages hold at least num_computed tokens.
 
     tokens: the virtual ones (negative ids, -1 is the first), the prompt's, the generated ones; one slot each.
     num_computed counts tokens whose K/V is in pages (or comes from the adapter before the next chunk). The last token
     of a decoding sequence has been sampled but not yet computed. num_cached: slots that the prefix cache gave.
+    num_unseen: tokens after ``tokens`` that the device has drawn, or draws, and the host has not seen: 0 or 1.
+    num_filed: pages that the prefix cache was told of. max_len: tokens at which it ends in any case.
     num_given: tokens of the prompt that the prefix cache gave when it first started; later it finds its own again.
     num_charged: slots up to the prompt's end that its tenant was charged for. preemptions: how often it was preempted.
     num_scored: tokens of the prompt whose successor's log-probability was told. unclassified: slots that a
@@ -43,6 +46,9 @@ class Sequence:
     tokens: list[int]
     num_computed: int = 0
     num_cached: int = 0
+    num_unseen: int = 0
+    num_filed: int = 0
+    max_len: int = sys.maxsize
     num_given: int = 0
     num_charged: int = 0
     preemptions: int = 0
@@ -62,12 +68,14 @@ class Sequence:
         self.digests = tuple(use.digest for use in self.request.adapters)
 
     @classmethod
-    def of(cls, request: Request, order: int, eos: frozenset[int] = frozenset()) -> Sequence:
+    def of(
+        cls, request: Request, order: int, eos: frozenset[int] = frozenset(), max_len: int = sys.maxsize
+    ) -> Sequence:
         """Without adapters it is laid out at once."""
-        if request.adapters:
-            return cls(request, order, list(request.prompt), eos=eos)
-        layout = Layout()
-        return cls(request, order, list(request.prompt), layout=layout, pool=Pool.of(request, layout), eos=eos)
+        sequence = cls(request, order, list(request.prompt), eos=eos, max_len=max_len)
+        if not request.adapters:
+            sequence.lay_out(Layout())
+        return sequence
 
     def lay_out(self, layout: Layout) -> None:
         """Its adapters are known: put their virtual tokens before the prompt."""
@@ -78,13 +86,14 @@ class Sequence:
 
     def restart(self) -> None:
         """Forget what was computed. The K and V that an adapter stores count as computed: they are copied."""
-        self.num_cached = 0
+        self.num_cached = self.num_filed = 0
         self.counts = None
         self.num_computed = self.placed.num_stored
 
     def reuse(self, num_cached: int) -> None:
-        """The first slots are in pages already, by the prefix cache."""
+        """The first slots are in its pages already, by the prefix cache."""
         self.num_cached = num_cached
+        self.num_filed = len(self.pages)
         self.num_computed = max(num_cached, self.placed.num_stored)
 
     @property
@@ -103,8 +112,20 @@ class Sequence:
         return 0 if self.layout is None else self.layout.num_virtual
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + self.num_unseen
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.tokens) - self.num_computed
+        """What is to be computed next. Nothing where the token that the host has not seen is the last in any case."""
+        if self.num_unseen and self.num_left <= self.num_unseen:
+            return 0
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens may follow those that the host has seen."""
+        return min(self.request.sampling.max_tokens - self.num_generated, self.max_len - len(self.tokens))
 
     @property
     def num_generated(self) -> int:
@@ -200,16 +221,14 @@ class Sequence:
         sampling = self.request.sampling
         return frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self.eos.union(sampling.stop_token_ids)
 
-    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+    def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends after its last token, or None where it goes on."""
         if self.tokens[-1] in self.ends:
             return "stop"
-        if self.num_generated >= self.request.sampling.max_tokens or len(self.tokens) >= max_model_len:
-            return "length"
-        return None
+        return "length" if self.num_left <= 0 else None
 
     def check(self, page_size: int) -> None:
-        if not 0 <= self.num_computed <= len(self.tokens):
-            raise RuntimeError(f"{self.id}: computed {self.num_computed} of {len(self.tokens)} tokens")
+        if not 0 <= self.num_computed <= self.num_tokens:
+            raise RuntimeError(f"{self.id}: computed {self.num_computed} of {self.num_tokens} tokens")
         if len(self.pages) * page_size < self.num_computed:
             raise RuntimeError(f"{self.id}: {len(self.pages)} pages for {self.num_computed} tokens")

@@ -54,16 +54,18 @@ class Prefixes:
         self._follows[sequence] = led[-1]
         return True
 
-    def computed(self, sequence: Sequence, start: int, stop: int) -> list[Sequence]:
-        """Its slots [start, stop) are in its pages. Who waited for a block that is full now."""
+    def computed(self, sequence: Sequence) -> list[Sequence]:
+        """More of its slots are in its pages. Who waited for a block that is full now."""
         if self._pages.cache is None:
             return []
         released: list[Sequence] = []
-        for index in range(start // self._pages.page_size, stop // self._pages.page_size):
+        full = sequence.num_computed // self._pages.page_size
+        for index in range(sequence.num_filed, full):
             block = sequence.block(index, self._pages.page_size)
             self._pages.cache.add(sequence.pages[index], block)
             self._forget(block.key)
             released += self._let_go(block.key)
+        sequence.num_filed = full
         return released
 
     def stop(self, sequence: Sequence) -> list[Sequence]:

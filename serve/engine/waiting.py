@@ -89,8 +89,8 @@ class WaitingRoom:
         return self._turns.pinned_bytes + sum(size for part, size in parts.items() if part not in pinned)
 
     def may_start(self, sequence: Sequence) -> bool:
-        """Whether all its adapters are resident, and new references on them hold nobody back."""
-        if sequence.layout is None or not all(map(self._adapters.is_ready, sequence.digests)):
+        """Whether all its tokens are known, its adapters are resident, and new references on them hold nobody back."""
+        if sequence.num_unseen or sequence.layout is None or not all(map(self._adapters.is_ready, sequence.digests)):
             return False
         return self._turns.may_start(sequence.digests)
 

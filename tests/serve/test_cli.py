@@ -109,7 +109,17 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     }  # fmt: skip
     arguments = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
     done = CliRunner().invoke(
-        app, ["serve", "m", "--trust-remote-code", "--insecure", "--no-prefix-caching", "--deterministic", *arguments]
+        app,
+        [
+            "serve",
+            "m",
+            "--trust-remote-code",
+            "--insecure",
+            "--no-prefix-caching",
+            "--deterministic",
+            "--overlap",
+            *arguments,
+        ],
     )
     assert done.exit_code == 0, done.output
     (settings,) = given

@@ -88,23 +88,25 @@ CHAT_CASES: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hello"}, "messages"),
     ({"messages": ["hello"]}, "messages.0"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]}, "messages.0.content.0.type"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
     ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages.0.mood"),
     ({"prompt": "x"}, "prompt"),
     ({"logprobs": 1}, "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"echo": True}, "echo"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"chat_template": "{{ x }}"}, "chat_template"),
-    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
@@ -255,7 +257,7 @@ def test_text_far_over_the_context_is_refused_before_it_is_tokenised(
     async def body() -> None:
         async with open_site() as site:
             monkeypatch.setattr(site.server.loaded.codec, "_encode", None)
-            monkeypatch.setattr(site.server.loaded.codec, "_render", None)
+            monkeypatch.setattr(site.server.loaded.workers.renderer, "run", None)
             long, longer = "x" * (256 * 32 + 1), "x" * ((1 << 20) + 1)
             halves = [{"role": "user", "content": text} for text in (long[:5000], long[5000:])]
             for response, param in (

@@ -198,8 +198,17 @@ def moving(make_driver: Callable[..., Any], bench: Bench) -> Bench:
         patch.setattr(memory, "free_host", lambda: int(0.0003 * GIB))
         driver = make_driver(
             "llama", max_model_len=72, max_num_seqs=6, kv_memory=0.00004, kv_memory_max=1.0, adapter_memory=0.00003,
-            adapter_memory_max=1.0,
+            adapter_memory_max=1.0, overlap=True,
         )  # fmt: skip
+    return Bench(Client(driver), bench.alone)
+
+
+@pytest.fixture(scope="module")
+def overlapped(make_driver: Callable[..., Any], bench: Bench) -> Bench:
+    """An engine as small, that delivers a step while the next one runs."""
+    driver = make_driver(
+        "llama", max_model_len=72, kv_memory=0.00006, adapter_memory=0.00005, max_num_seqs=6, overlap=True
+    )
     return Bench(Client(driver), bench.alone)
 
 
@@ -266,6 +275,14 @@ def test_whatever_happens_beside_it_a_request_has_its_own_answer(
     bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
 ) -> None:
     _hold(bench, events, max_batch_tokens)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+@_SCHEDULES
+def test_so_it_has_where_a_step_is_delivered_while_the_next_one_runs(
+    overlapped: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
+) -> None:
+    _hold(overlapped, events, max_batch_tokens)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=_CHECKS)

@@ -1,0 +1,138 @@
+"""The order of a step: forward, delivery, drawing. With one step under way, or without.
+
+Plain: forward(N), draw(N), deliver N. Overlapped: forward(N + 1), deliver N, draw(N + 1). So while the device computes
+a step the host delivers the one before it and makes the one after it, and the tokens between two forwards stay on the
+device. The host then schedules before it has seen the last tokens: a sequence that a stop token ends has one row too
+many, which nobody reads. What it held is free at once: the device does what it is told in order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from onebase.serve.engine.classes import Classes
+from onebase.serve.engine.delivery import Delivery, Told
+from onebase.serve.engine.draw import Pending
+from onebase.serve.engine.inputs import Unseen
+from onebase.serve.engine.prompts import Scores
+from onebase.serve.engine.runner import ModelRunner
+from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.sequence import Sequence, Status
+from onebase.serve.engine.stats import Counters
+from onebase.serve.engine.upload import upload
+
+Begin = Callable[[Tensor, Rows[Sequence]], Pending]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launched:
+    """A forward that the device has been told of. logits: a row for each sequence of ``sampling``; None without any.
+    started: when it was launched, in seconds."""
+
+    started: float
+    chunks: list[Chunk]
+    scores: Scores
+    classes: Classes
+    logits: Tensor | None
+    sampling: list[Sequence]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Drawing:
+    """The step under way. pending: of ``sampling``, a row each; None without any. started: see _Launched."""
+
+    started: float
+    chunks: list[Chunk]
+    scores: Scores
+    classes: Classes
+    pending: Pending | None
+    sampling: list[Sequence]
+
+    def unseen(self) -> Unseen | None:
+        if self.pending is None:
+            return None
+        return Unseen(self.pending.tokens, {sequence: row for row, sequence in enumerate(self.sampling)})
+
+
+class Pipeline:
+    """Runs scheduled steps and delivers them. Used by the engine's thread."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        delivery: Delivery,
+        begin: Begin,
+        counters: Counters,
+        *,
+        overlap: bool,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._delivery = delivery
+        self._begin = begin
+        self._counters = counters
+        self._overlap = overlap
+        self._under_way: _Drawing | None = None
+        self._delivered = 0.0  # when the last tokens came
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is still to be delivered to anybody."""
+        drawing = self._under_way
+        return drawing is not None and any(chunk.sequence.status is not Status.FINISHED for chunk in drawing.chunks)
+
+    def step(self, chunks: list[Chunk]) -> list[Told]:
+        """Run a step, which may be empty, and deliver what is due: this one, or the one before it."""
+        launched = self._launch(chunks) if chunks else None
+        told = self._deliver()
+        self._under_way = None if launched is None else self._draw(launched)
+        for chunk in chunks:
+            self._scheduler.computed(chunk)
+        return told if self._overlap else [*told, *self._deliver()]
+
+    def _launch(self, chunks: list[Chunk]) -> _Launched:
+        started = time.perf_counter()
+        unseen = None if self._under_way is None else self._under_way.unseen()
+        logits = self._runner.forward(chunks, unseen)
+        self._counters.steps += 1
+        for chunk in chunks:
+            self._counters.prompt_tokens += chunk.sequence.prompt_tokens(chunk.start, chunk.stop)
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        return _Launched(started, chunks, self._runner.scores, self._runner.classes, logits, sampling)
+
+    def _draw(self, launched: _Launched) -> _Drawing:
+        """Begin to draw for those that go on."""
+        logits, told = launched.logits, (launched.started, launched.chunks, launched.scores, launched.classes)
+        rows = [row for row, sequence in enumerate(launched.sampling) if sequence.status is not Status.FINISHED]
+        if logits is None or not rows:
+            return _Drawing(*told, None, [])
+        if len(rows) < len(launched.sampling):
+            logits = logits[upload(np.asarray(rows), logits.device)]
+        sampling = [launched.sampling[row] for row in rows]
+        pending = self._begin(logits, sampling)
+        for sequence in sampling:
+            sequence.num_unseen = 1
+        return _Drawing(*told, pending, sampling)
+
+    def _deliver(self) -> list[Told]:
+        """Deliver the step under way, if there is one."""
+        drawing, self._under_way = self._under_way, None
+        if drawing is None:
+            return []
+        drawn = [] if drawing.pending is None else drawing.pending.result()
+        self._observe(drawing)
+        told = self._delivery.prompts(drawing.chunks, drawing.scores, drawing.classes)
+        return [*told, *self._delivery.tokens(drawing.sampling, drawn)]
+
+    def _observe(self, drawing: _Drawing) -> None:
+        """What the step took: since the one before it was delivered, where that was after its launch."""
+        now = time.perf_counter()
+        self._scheduler.observe(drawing.chunks, now - max(drawing.started, self._delivered))
+        self._delivered = now
