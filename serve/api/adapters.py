@@ -12,7 +12,7 @@ from onebase.adapters.registry import AdapterState
 from onebase.serve.api.adapter_pages import adapter_page
 from onebase.serve.api.adapter_schemas import AdapterFilter, AdapterSource, Forcing, Waiting
 from onebase.serve.api.auth import caller, require_admin_key
-from onebase.serve.api.body import content_type, json_body, read_json
+from onebase.serve.api.body import content_type, form_body, read_json
 from onebase.serve.api.cards import adapter_card, import_card
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.query import query_parameters, read_query, refuse_unread
@@ -28,7 +28,7 @@ async def list_adapters(request: Request) -> dict[str, Any]:
     return await adapter_page(server_of(request), read_query(request, AdapterFilter))
 
 
-@router.post("/v1/adapters", status_code=201, openapi_extra=json_body(AdapterSource) | query_parameters(Waiting))
+@router.post("/v1/adapters", status_code=201, openapi_extra=form_body(AdapterSource) | query_parameters(Waiting))
 async def add_adapter(request: Request) -> Response:
     """Multipart (``name``, ``files``...) or JSON {name, source, revision}. A name that exists gets a new version."""
     wait = read_query(request, Waiting).wait

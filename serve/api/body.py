@@ -58,6 +58,16 @@ def has_body(request: Request) -> bool:
     return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
 
 
+def form_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """The same for an upload's form, or JSON in its place."""
+    file = {"type": "string", "format": "binary"}
+    properties = {"name": {"type": "string"}, "files": {"type": "array", "items": file, "minItems": 1}}
+    form = {"type": "object", "required": ["name", "files"], "properties": properties, "additionalProperties": False}
+    drawn = json_body(schema)
+    drawn["requestBody"]["content"]["multipart/form-data"] = {"schema": form}
+    return drawn
+
+
 def json_body(schema: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """The body's place in the OpenAPI document; openapi.py adds the schema itself."""
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}

@@ -48,7 +48,14 @@ def refuse_unread(request: Request) -> None:
 def query_parameters(schema: type[Query]) -> dict[str, Any]:
     """The parameters' place in the OpenAPI document."""
     properties = schema.model_json_schema()["properties"]
-    return {"parameters": [{"name": name, "in": "query", "schema": drawn} for name, drawn in properties.items()]}
+    drawn = {name: _unless_null(one) for name, one in properties.items()}
+    return {"parameters": [{"name": name, "in": "query", "schema": one} for name, one in drawn.items()]}
+
+
+def _unless_null(drawn: dict[str, Any]) -> dict[str, Any]:
+    """A query string has no null: what is not given is left out."""
+    (one,) = [member for member in drawn.get("anyOf", [drawn]) if member.get("type") != "null"]
+    return {key: value for key, value in one.items() if key != "title"}
 
 
 def _repeats(schema: type[Query], key: str) -> bool:

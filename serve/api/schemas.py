@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    JsonValue,
+    StringConstraints,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from onebase.serve.api.errors import bad_request
 
@@ -55,6 +65,13 @@ class Supported(Body):
     """A body that knows fields of the protocol it does not serve yet: their neutral values pass, others are 400."""
 
     not_yet: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        drawn = handler.resolve_ref_schema(handler(core_schema))
+        for field, neutral in cls.not_yet.items():
+            drawn["properties"][field] = {"enum": [None, *neutral], "description": "Known, and not served yet."}
+        return drawn
 
     @model_validator(mode="before")
     @classmethod
