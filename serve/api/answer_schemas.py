@@ -76,16 +76,34 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
-class AssistantMessage(BaseModel):
+class CalledByName(Answer):
+    """arguments: JSON as text."""
+
+    name: str
+    arguments: str
+
+
+class Call(Answer):
+    id: str
+    type: Literal["function"]
+    function: CalledByName
+
+
+class Reply(Answer):
+    """content is null where the model only calls tools."""
+
     role: Literal["assistant"]
     content: str | None
+    refusal: None
+    tool_calls: list[Call] | None = None
 
 
 class ChatChoice(Answer):
     index: int
-    message: AssistantMessage
+    message: Reply
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
 
 class ChatCompletion(Answer):

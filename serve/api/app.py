@@ -25,7 +25,7 @@ from onebase.serve.api.admission import Admission
 from onebase.serve.api.auth import LocalHostOnly
 from onebase.serve.api.errors import install_handlers
 from onebase.serve.api.lifecycle import running
-from onebase.serve.api.middleware import RequestContext
+from onebase.serve.api.middleware import HeadAsGet, RequestContext
 from onebase.serve.api.state import VERSION, Server
 from onebase.serve.config import Settings
 from onebase.serve.engine.client import EngineClient
@@ -61,7 +61,8 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
         app.include_router(module.router)
     install_handlers(app)
     app.add_middleware(LocalHostOnly, settings=settings)
-    app.add_middleware(RequestContext, metrics=metrics)  # the outermost: what is refused is logged and counted too
+    app.add_middleware(RequestContext, metrics=metrics)  # around those: what is refused is logged and counted too
+    app.add_middleware(HeadAsGet)
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]
     return app
 

@@ -57,7 +57,7 @@ def document(app: FastAPI) -> dict[str, Any]:
 def _schemas() -> dict[str, Any]:
     answers = [schema for route in ROUTES.values() for schema in route.done.values() if not isinstance(schema, str)]
     bodies = [(body, "validation") for body in BODIES]
-    written = [(answer, "serialization") for answer in {ErrorAnswer: None, **dict.fromkeys(answers)}]
+    written = [(answer, "serialization") for answer in dict.fromkeys([ErrorAnswer, *answers])]
     _, definitions = models_json_schema([*bodies, *written], ref_template=_REFERENCE)  # type: ignore[list-item]
     schemas: dict[str, Any] = definitions["$defs"]
     return schemas

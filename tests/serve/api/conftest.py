@@ -260,20 +260,29 @@ def run() -> Callable[[Any], Any]:
     return runner
 
 
+@pytest.fixture(scope="session")
+def make_lora_files() -> Callable[..., Path]:
+    """make_lora_files(folder, seed, width): a small LoRA in PEFT's format, for a base of this width."""
+    return _lora_files
+
+
+def _lora_files(folder: Path, seed: int, width: int = 8) -> Path:
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{key}.lora_A.weight": torch.randn(2, width), f"{key}.lora_B.weight": torch.randn(width, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture
 def adapter_folder(tmp_path: Path) -> Callable[..., Path]:
     """adapter_folder(name, seed): a small LoRA folder in PEFT's format."""
 
     def make(name: str = "lora", seed: int = 0) -> Path:
-        folder = tmp_path / "adapters" / name
-        folder.mkdir(parents=True)
-        torch.manual_seed(seed)
-        key = "base_model.model.model.layers.0.self_attn.q_proj"
-        tensors = {f"{key}.lora_A.weight": torch.randn(2, 8), f"{key}.lora_B.weight": torch.randn(8, 2)}
-        save_file(tensors, folder / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        return folder
+        return _lora_files(tmp_path / "adapters" / name, seed)
 
     return make
 
