@@ -14,7 +14,7 @@ PLAIN = "text/plain"
 EVENTS = "text/event-stream"
 API = frozenset({401})
 ADMIN = frozenset({401, 403})
-MODEL_WORK = API | {400, 404, 409, 413, 429, 503}  # 409: its adapter was unloaded by force
+MODEL_WORK = API | {400, 404, 408, 409, 413, 429, 503}  # 409: its adapter was unloaded by force
 DISK = frozenset({500, 507})
 FETCH = frozenset({502})
 
@@ -27,6 +27,7 @@ MEANINGS: Mapping[int, str] = {
     403: "The key does not open this, or the request comes from where it may not.",
     404: "No such model, adapter, version or source.",
     405: "The route has other methods; `Allow` names them.",
+    408: "Not done within the request's own timeout; another try is senseless.",
     409: "In conflict with what is there; another try is senseless.",
     413: "The body, or the adapter, is too large.",
     429: "Too much is in flight; try again.",
