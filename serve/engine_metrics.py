@@ -86,6 +86,10 @@ def _capacity(info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
     )
     cache.add_metric((str(info.page_size), str(num_pages)), 1)
     yield cache
+    memory = GaugeMetricFamily("onebase_memory_bytes", "The device's budget as planned at the start.", labels=("what",))
+    for row in info.memory:
+        memory.add_metric((row.what,), row.nbytes)
+    yield memory
     yield _counter(
         "onebase_budget_moves", "Times that pages and adapters took room from each other.", stats.budget_moves
     )

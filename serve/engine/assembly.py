@@ -18,6 +18,7 @@ from onebase.serve.engine.prefix_cache import PrefixCache
 from onebase.serve.engine.runner import ModelRunner
 from onebase.serve.engine.scheduler import Scheduler
 from onebase.serve.engine.tier import adapter_tier
+from onebase.serve.engine.usage import measure
 from onebase.serve.engine.waiting import WaitingRoom
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.sites import StepPlans
@@ -37,7 +38,7 @@ class Parts:
 
 def assemble(config: EngineConfig, base: LoadedModel) -> Parts:
     """Once for a base: its modules' forwards are replaced. Raises ModelRejected where the memory does not do."""
-    memory = plan_memory(config, base)
+    memory = plan_memory(config, base, measure(config, base))
     scratch = SCRATCH_PAGES if config.deterministic else 0
     buffer = allocate(memory, base.device, scratch)
     base.context.lie_in(buffer, memory.num_slots + scratch)
@@ -78,5 +79,5 @@ def _info(config: EngineConfig, base: LoadedModel, memory: MemoryPlan, adapters:
         eos_token_ids=base.eos_token_ids,
         page_bounds=(memory.pages.least, memory.pages.most),
         adapter_byte_bounds=(memory.adapters.least, memory.adapters.most),
-        memory=str(memory),
+        memory=memory.rows(),
     )

@@ -1,4 +1,4 @@
-"""How much of the device the pages and the adapters get. One budget: weights + pages + adapters + headroom.
+"""How much of the device the pages and the adapters get. One budget: weights + pages + adapters + what steps take.
 
 Pages and adapters lie in one buffer, cut into slots of one KV page of every layer. Adapters have its low end, pages the
 rest; what each side has at the start moves later (budget.py), within the bounds that are planned here.
@@ -7,22 +7,17 @@ rest; what each side has at the start moves later (budget.py), within the bounds
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from onebase.adapters.errors import ModelRejected
 from onebase.adapters.tiers.arena import Arena
 from onebase.serve.engine.config import GIB, EngineConfig
+from onebase.serve.engine.messages import MemoryRow
+from onebase.serve.engine.usage import NOTHING, Usage
 from onebase.serve.model.loader import LoadedModel
 
-# On CUDA, beside weights, pages and adapters: libraries and the allocator's slack, the logits of every row (in the
-# model's type, in float32 and as probabilities), and about this many hidden vectors for each token of a batch.
-_SLACK = GIB
-_BYTES_PER_LOGIT = 12
-_VECTORS_PER_TOKEN = 48
 # Without a budget from the operator: of what is left of a GPU after the weights, and of a host's free memory.
 _ADAPTER_SHARE_CUDA = 0.2
 _SHARE_CPU = 0.25
@@ -51,6 +46,7 @@ class MemoryPlan:
     num_slots: int
     slot_bytes: int
     max_model_len: int
+    usage: Usage = NOTHING
 
     @property
     def first_page(self) -> int:
@@ -61,13 +57,20 @@ class MemoryPlan:
         """Of the arena that ends before this slot."""
         return min(first_page * self.slot_bytes, self.adapters.most)
 
-    def __str__(self) -> str:
-        pages, adapters = self.pages, self.adapters
-        slot = self.slot_bytes / GIB
-        sizes = [f"{n / GIB:.2f}" for n in (adapters.least, adapters.start, adapters.most)]
+    def rows(self) -> tuple[MemoryRow, ...]:
+        """The whole budget, for people and for metrics."""
+        pages, adapters, usage = self.pages, self.adapters, self.usage
+        kv, sizes = pages.start * self.slot_bytes, [f"{n / GIB:.2f}" for n in (adapters.least, adapters.most)]
+        left = usage.free - usage.working - self.num_slots * self.slot_bytes
         return (
-            f"device memory: {self.num_slots * slot:.2f} GiB; KV {pages.start * slot:.2f} GiB = {pages.start} pages "
-            f"({pages.least} to {pages.most}); adapters {sizes[1]} GiB ({sizes[0]} to {sizes[2]})"
+            MemoryRow("weights", usage.weights, "the base model"),
+            MemoryRow("kv_pages", kv, f"{pages.start} pages ({pages.least} to {pages.most})"),
+            MemoryRow("adapters", adapters.start, f"{sizes[0]} to {sizes[1]} GiB"),
+            MemoryRow("step", usage.step, "the largest step, measured"),
+            MemoryRow("adapters_step", usage.adapted, "what adapters add to it"),
+            MemoryRow("libraries", usage.libraries, "kernels, graphs, the allocator's slack"),
+            MemoryRow("left", max(left, 0), f"of {usage.free / GIB:.2f} GiB free beside the weights"),
+            MemoryRow("total", usage.total, "the device, or the container"),
         )
 
 
@@ -87,40 +90,70 @@ def arena_in(buffer: Tensor, plan: MemoryPlan, dtype: torch.dtype) -> Arena:
     return Arena.within(buffer.view(dtype), capacity // dtype.itemsize, limit // dtype.itemsize)
 
 
-def plan_memory(config: EngineConfig, base: LoadedModel) -> MemoryPlan:
+def plan_memory(config: EngineConfig, base: LoadedModel, usage: Usage) -> MemoryPlan:
     """Split what is free. Raises ModelRejected where the longest sequence has no room, or bounds contradict."""
-    kv_bytes, adapters = _budgets(config, base)
+    kv_bytes, adapters = _budgets(config, base.device.type, usage)
     slot = base.context.slot_layout().nbytes
     wanted = config.max_num_seqs * -(-base.max_model_len // config.page_size)
     start = min(kv_bytes.start // slot, wanted)
     if start < 1:
-        raise ModelRejected(f"kv_memory: {kv_bytes.start} bytes hold no page of {slot} bytes", param="kv_memory")
+        raise ModelRejected(
+            f"kv_memory: {kv_bytes.start} bytes hold no page of {slot} bytes; {_remedy(usage)}", param="kv_memory"
+        )
     max_model_len = min(base.max_model_len, start * config.page_size)
     if config.max_model_len is not None and max_model_len < config.max_model_len:
+        needed = -(-config.max_model_len // config.page_size)
         raise ModelRejected(
-            f"max_model_len: {config.max_model_len} tokens need {-(-config.max_model_len // config.page_size)} pages, "
-            f"kv_memory has room for {start}",
+            f"max_model_len: {config.max_model_len} tokens need {needed} pages, kv_memory has room for {start}; "
+            f"allowed is --max-model-len {max_model_len}, or --kv-memory {_gib(needed * slot)}",
             param="max_model_len",
         )
     longest = -(-max_model_len // config.page_size)
-    return _plan(kv_bytes, adapters, Bounds(longest, start, wanted), slot, max_model_len)
+    plan = _plan(kv_bytes, adapters, Bounds(longest, start, wanted), slot, max_model_len, usage)
+    _check_fits(plan)
+    return plan
 
 
-def _plan(kv_bytes: Bounds, adapters: Bounds, pages: Bounds, slot: int, max_model_len: int) -> MemoryPlan:
+def _check_fits(plan: MemoryPlan) -> None:
+    """Sizes that the operator gave may be more than there is. Raises ModelRejected."""
+    usage, asked = plan.usage, plan.num_slots * plan.slot_bytes
+    room = usage.free - usage.working
+    if asked > room:
+        raise ModelRejected(
+            f"kv_memory, adapter_memory: {asked / GIB:.2f} GiB of pages and adapters and {usage.working / GIB:.2f} GiB "
+            f"for steps are more than the {usage.free / GIB:.2f} GiB that are free beside the weights; allowed is "
+            f"{max(room, 0) / GIB:.2f} GiB for --kv-memory and --adapter-memory together; {_remedy(usage)}",
+            param="kv_memory",
+        )
+
+
+def _remedy(usage: Usage) -> str:
+    return (
+        f"a smaller --max-batch-tokens or --max-num-seqs leaves them more of the {usage.step / GIB:.2f} GiB that the "
+        "largest step takes, --kv-dtype fp8_e4m3 halves the pages"
+    )
+
+
+def _gib(nbytes: int) -> str:
+    """Rounded up, so that it is enough."""
+    return f"{-(-nbytes * 1000 // GIB) / 1000:.3f}"
+
+
+def _plan(kv_bytes: Bounds, adapters: Bounds, pages: Bounds, slot: int, max_model_len: int, usage: Usage) -> MemoryPlan:
     """pages: what one sequence needs, what there is at the start, and what all sequences together can use."""
     num_slots = pages.start + -(-adapters.start // slot)
     least = max(pages.least, kv_bytes.least * pages.start // kv_bytes.start)
     most = max(pages.start, min(kv_bytes.most // slot, pages.most, num_slots - -(-adapters.least // slot)))
     room = max(adapters.start, min(adapters.most, (num_slots - least) * slot))
-    return MemoryPlan(
-        Bounds(least, pages.start, most), Bounds(adapters.least, adapters.start, room), num_slots, slot, max_model_len
-    )
+    limits = Bounds(least, pages.start, most), Bounds(adapters.least, adapters.start, room)
+    return MemoryPlan(*limits, num_slots, slot, max_model_len, usage)
 
 
-def _budgets(config: EngineConfig, base: LoadedModel) -> tuple[Bounds, Bounds]:
+def _budgets(config: EngineConfig, device: str, usage: Usage) -> tuple[Bounds, Bounds]:
     """Bytes of the pages and of the adapters."""
-    cuda = base.device.type == "cuda"
-    free = _free_cuda(config, base) if cuda else free_host()
+    cuda = device == "cuda"
+    spared = usage.total * (1.0 - config.device_memory) if cuda else 0.0
+    free = max(int(usage.free - spared) - usage.working, 0)
     most = free if cuda else _MOST_CPU
     share = int(free * (_ADAPTER_SHARE_CUDA if cuda else _SHARE_CPU))
     adapters = _bounds("adapter_memory", config.adapter_memory, config.adapter_memory_max, min(share, most))
@@ -138,21 +171,3 @@ def _bounds(name: str, least: float | None, most: float | None, otherwise: int) 
     if high < low:
         raise ModelRejected(f"{name}_max: {most} GiB; allowed is {name} ({least} GiB) and more", param=f"{name}_max")
     return Bounds(low, min(max(otherwise, low), high), high)
-
-
-def _free_cuda(config: EngineConfig, base: LoadedModel) -> int:
-    free, total = torch.cuda.mem_get_info()
-    width: int = base.model.config.get_text_config().hidden_size
-    logits = config.max_num_seqs * base.vocab_size * _BYTES_PER_LOGIT
-    activations = config.max_batch_tokens * width * base.dtype.itemsize * _VECTORS_PER_TOKEN
-    return max(int(free - total * (1.0 - config.device_memory)) - _SLACK - logits - activations, 0)
-
-
-def free_host(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free memory of the host, or of the container where that is less."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        most, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if most == "max" else max(min(free, int(most) - int(used)), 0)

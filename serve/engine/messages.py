@@ -210,9 +210,21 @@ class HostChanges:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryRow:
+    """What takes so many bytes of the device. what: a word for metrics; note: for people."""
+
+    what: str
+    nbytes: int
+    note: str
+
+    def __str__(self) -> str:
+        return f"{self.what:<14} {self.nbytes / (1 << 30):9.2f} GiB  {self.note}"
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Said once, when the engine can serve. num_pages and adapter_bytes: at the start; they move within the bounds (at
-    least, at most). memory: all of that for a log line."""
+    least, at most). memory: the whole budget, row by row."""
 
     architecture: str
     fingerprint: str
@@ -226,7 +238,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     page_bounds: tuple[int, int] = (0, 0)
     adapter_byte_bounds: tuple[int, int] = (0, 0)
-    memory: str = ""
+    memory: tuple[MemoryRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
@@ -162,7 +162,7 @@ class SupervisedEngine(DispatchingClient):
             case EngineInfo():
                 self._info = message
                 self._now_ready()
-                _log.info("engine ready", **asdict(message))
+                _tell(message)
                 self._resolve_start(None)
             case Failure(id=""):
                 self._resolve_start(error_of(message))
@@ -199,6 +199,13 @@ class SupervisedEngine(DispatchingClient):
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+def _tell(info: EngineInfo) -> None:
+    """A line of what is served, and the memory's budget as a table."""
+    _log.info("engine ready", **asdict(replace(info, memory=())))
+    for row in info.memory:
+        _log.info(str(row), what=row.what, nbytes=row.nbytes)
 
 
 def _env() -> dict[str, str]:

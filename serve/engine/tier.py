@@ -15,7 +15,7 @@ from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.config import GIB, EngineConfig
-from onebase.serve.engine.memory import free_host
+from onebase.serve.engine.host_memory import HostMemory
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.sites import SiteContext, StepPlans, wrap_sites
 
@@ -62,7 +62,7 @@ def host_budget(config: EngineConfig, device: str) -> int:
     if config.host_cache is not None:
         return int(config.host_cache * GIB)
     share, most = (_HOST_SHARE_CUDA, _MOST_CUDA) if device == "cuda" else (_HOST_SHARE_CPU, _MOST_CPU)
-    return min(int(free_host() * share), most)
+    return min(int(HostMemory.now().free * share), most)
 
 
 def _compile(base: LoadedModel, path: Path, digest: str) -> AdapterProgram:

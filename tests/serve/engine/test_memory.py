@@ -10,9 +10,10 @@ import torch
 
 from onebase.adapters.errors import ModelRejected
 from onebase.kernels.pages import LayerShape, SlotLayout
-from onebase.serve.engine import memory
 from onebase.serve.engine.config import GIB, EngineConfig
 from onebase.serve.engine.memory import Bounds, MemoryPlan, allocate, arena_in, plan_memory
+from onebase.serve.engine.messages import MemoryRow
+from onebase.serve.engine.usage import Usage
 
 CPU = torch.device("cpu")
 SLOT = 16384
@@ -23,9 +24,7 @@ def _plan(free: float = 8.0, longest: int = 256, **options: Any) -> MemoryPlan:
     shape = LayerShape(4, 32, torch.float32, CPU)
     context = SimpleNamespace(slot_layout=lambda: SlotLayout.of([shape], 16))
     base: Any = SimpleNamespace(context=context, device=CPU, dtype=torch.float32, max_model_len=longest)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "free_host", lambda: int(free * GIB))
-        return plan_memory(EngineConfig("m", **options), base)
+    return plan_memory(EngineConfig("m", **options), base, Usage(int(2 * free * GIB), int(free * GIB), GIB, 0))
 
 
 def _bytes(slots: int) -> float:
@@ -112,10 +111,32 @@ def test_arena_and_pages_lie_in_one_buffer_and_do_not_overlap(dtype: torch.dtype
     assert not buffer[plan.first_page * SLOT :].any(), "pages are zeroed"
 
 
-def test_the_plan_says_itself_in_a_line() -> None:
-    assert str(_plan(kv_memory=1.0, adapter_memory=0.5, longest=1 << 20)) == (
-        "device memory: 1.50 GiB; KV 1.00 GiB = 65536 pages (65536 to 65536); adapters 0.50 GiB (0.50 to 0.50)"
-    )
+def test_the_plan_says_where_all_bytes_are() -> None:
+    plan = _plan(kv_memory=1.0, adapter_memory=0.5, longest=1 << 20)
+    rows = {row.what: row for row in plan.rows()}
+    assert rows["kv_pages"] == MemoryRow("kv_pages", GIB, "65536 pages (65536 to 65536)")
+    assert str(rows["adapters"]) == "adapters            0.50 GiB  0.50 to 0.50 GiB"
+    parts = ("kv_pages", "adapters", "step", "adapters_step", "libraries", "left")
+    assert sum(rows[part].nbytes for part in parts) == plan.usage.free
+    assert rows["total"].nbytes == 16 * GIB
+
+
+def test_what_steps_take_is_not_given_away() -> None:
+    context = SimpleNamespace(slot_layout=lambda: SlotLayout.of([LayerShape(4, 32, torch.float32, CPU)], 16))
+    for device, free, share in ((CPU, 6 * GIB, 0.25), (torch.device("cuda"), 5 * GIB, 0.8)):
+        base: Any = SimpleNamespace(context=context, device=device, dtype=torch.float32, max_model_len=1 << 20)
+        plan = plan_memory(EngineConfig("m"), base, Usage(10 * GIB, 8 * GIB, GIB, GIB, GIB // 2, GIB // 2))
+        assert plan.pages.start * SLOT == pytest.approx(free * share, abs=2 * SLOT)
+
+
+def test_more_than_there_is_is_refused_with_what_to_change() -> None:
+    with pytest.raises(ModelRejected) as caught:
+        _plan(free=1.0, kv_memory=0.75, adapter_memory=0.5, longest=1 << 20)
+    assert caught.value.param == "kv_memory"
+    for said in ("1.25 GiB of pages and adapters", "allowed is 1.00 GiB for --kv-memory", "--max-batch-tokens"):
+        assert said in caught.value.message
+    with pytest.raises(ModelRejected, match=r"allowed is --max-model-len 64, or --kv-memory 0\.001"):
+        _plan(kv_memory=_bytes(4), max_model_len=256)
 
 
 def test_slots_of_layers_that_differ_hold_whole_heads_of_each() -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from onebase.adapters.program import LowRank, SiteOps
-from onebase.serve.engine import memory
+from onebase.serve.engine import assembly
 from onebase.serve.engine.config import GIB
 from onebase.serve.engine.messages import SetPins
+from onebase.serve.engine.usage import Usage
 
 from .programs import Programs
 
@@ -29,7 +30,7 @@ def make_moving(make_driver: Make) -> Make:
 
     def make(slots: int, **options: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "free_host", lambda: 4 * slots * SLOT)
+            patch.setattr(assembly, "measure", lambda config, base: Usage(0, 4 * slots * SLOT, 0, 0))
             bounds = {"kv_memory": SLOT / GIB, "kv_memory_max": 1.0, "adapter_memory": SLOT / GIB}
             driver = make_driver("llama", **bounds, adapter_memory_max=1.0, **options)
         driver.engine.adapters.arena.buffer.fill_(float("nan"))  # of the whole buffer: pages too are not read unwritten
@@ -125,7 +126,9 @@ def test_the_engine_says_how_its_memory_is_split(make_moving: Make) -> None:
     info, stats = driver.engine.info, driver.engine.stats()
     assert (info.num_pages, info.page_bounds) == (12, (5, 20))
     assert (info.adapter_bytes, info.adapter_byte_bounds) == (12 * SLOT, (SLOT, 19 * SLOT))
-    assert info.memory.startswith("device memory: 0.00 GiB; KV 0.00 GiB = 12 pages (5 to 20); adapters")
+    rows = {row.what: row for row in info.memory}
+    assert (rows["kv_pages"].nbytes, rows["kv_pages"].note) == (12 * SLOT, "12 pages (5 to 20)")
+    assert rows["adapters"].nbytes == 12 * SLOT
     assert (stats.num_pages, stats.free_pages, stats.adapter_bytes) == (12, 12, 12 * SLOT)
     driver.generate([1], _adapters(driver, 30).use("30"))
     stats = driver.engine.stats()

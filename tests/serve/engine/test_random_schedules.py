@@ -20,10 +20,11 @@ from onebase.kernels.ops.prefix import GatedPrefix, KvPrefix
 from onebase.kernels.ops.reft import Intervention
 from onebase.kernels.ops.tokens import SoftPrompt, TokenRows
 from onebase.kernels.ops.vector import ScaleIn, ScaleOut
-from onebase.serve.engine import memory
+from onebase.serve.engine import assembly
 from onebase.serve.engine.config import GIB
 from onebase.serve.engine.logprobs import unpack
 from onebase.serve.engine.messages import AdapterGone, Failure, Request, SamplingParams, TokenOutput, UnloadAdapter
+from onebase.serve.engine.usage import Usage
 
 from .programs import Programs
 
@@ -195,7 +196,7 @@ def bench(make_driver: Callable[..., Any]) -> Bench:
 def moving(make_driver: Callable[..., Any], bench: Bench) -> Bench:
     """An engine as small, where pages and adapters take room from each other; the answers are those of the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "free_host", lambda: int(0.0003 * GIB))
+        patch.setattr(assembly, "measure", lambda config, base: Usage(0, int(0.0003 * GIB), 0, 0))
         driver = make_driver(
             "llama", max_model_len=72, max_num_seqs=6, kv_memory=0.00004, kv_memory_max=1.0, adapter_memory=0.00003,
             adapter_memory_max=1.0, overlap=True,
