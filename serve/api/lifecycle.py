@@ -36,6 +36,7 @@ async def running(server: Server) -> AsyncGenerator[None, None]:
             await server.loaded.imports.close()  # before the engine: an import that is cut short goes on at next start
         await server.engine.stop()
         server.parsers.shutdown(wait=False, cancel_futures=True)
+        await server.grammars.close()
         if server.loaded is not None:
             await asyncio.to_thread(server.loaded.workers.close)
             await server.loaded.store.close()

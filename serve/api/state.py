@@ -12,6 +12,7 @@ from fastapi import Request
 
 from onebase.serve.api.admission import Admission
 from onebase.serve.api.errors import not_ready
+from onebase.serve.api.grammar_checker import GrammarChecker
 from onebase.serve.config import Settings
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.messages import EngineInfo
@@ -63,6 +64,7 @@ class Server:
     loaded: Loaded | None = None
     failure: str | None = None
     parsers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PARSERS, "parse"))
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
     on_ready: list[Callable[[], None]] = field(default_factory=list)
     on_failure: list[Callable[[], None]] = field(default_factory=list)
 

@@ -1,7 +1,7 @@
-"""What requests ask of the logits before tokens are drawn: biases, penalties, ends that must wait.
+"""What requests ask of the logits before tokens are drawn: biases, penalties, ends that must wait, grammars.
 
 Rows that ask for nothing are not touched, and a batch where nobody asks costs nothing. In this order, as in other
-servers: logit_bias, repetition_penalty, frequency_penalty and presence_penalty, min_tokens.
+servers: logit_bias, repetition_penalty, frequency_penalty and presence_penalty, min_tokens, grammar.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onebase.serve.engine.masks import apply_masks, packed_masks
 from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.token_counts import TokenCounts
@@ -24,14 +25,17 @@ def adjusted(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """logits: [rows, vocabulary]; they themselves where nobody asks for anything, else a float32 copy."""
     biases = _biases(sequences)
     penalised = [row for row, sequence in enumerate(sequences) if wants_penalties(sequence.request.sampling)]
-    early = _early_ends(sequences)
-    if not (biases or penalised or early):
+    matched = [row for row, sequence in enumerate(sequences) if sequence.matcher is not None]
+    early = _early_ends(sequences, logits.shape[-1])
+    if not (biases or penalised or matched or early):
         return logits
     changed = logits.to(torch.float32, copy=True)
     _add(changed, biases)
     for row in penalised:
         _penalise(changed[row], sequences[row])
     _add(changed, early)
+    if matched:
+        apply_masks(changed, matched, packed_masks([sequences[row] for row in matched], logits.shape[-1]))
     return changed
 
 
@@ -43,13 +47,14 @@ def _biases(sequences: Rows[Sequence]) -> list[Entry]:
     return [(row, *bias) for row, sequence in enumerate(sequences) for bias in sequence.request.sampling.logit_bias]
 
 
-def _early_ends(sequences: Rows[Sequence]) -> list[Entry]:
-    """Minus infinity for tokens that would end an answer before its min_tokens."""
+def _early_ends(sequences: Rows[Sequence], vocab_size: int) -> list[Entry]:
+    """Minus infinity for tokens that would end an answer before its min_tokens; masks.py sees to those of a grammar."""
     return [
         (row, token, float("-inf"))
         for row, sequence in enumerate(sequences)
-        if sequence.num_generated < sequence.request.sampling.min_tokens
+        if sequence.matcher is None and sequence.num_generated < sequence.request.sampling.min_tokens
         for token in sequence.ends
+        if token < vocab_size
     ]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from onebase.adapters.errors import EngineError
+from onebase.adapters.errors import EngineError, RequestRejected
 from onebase.serve.engine.classes import Classes
 from onebase.serve.engine.commands import failure
 from onebase.serve.engine.draw import Drawn
+from onebase.serve.engine.grammar import Matcher
 from onebase.serve.engine.messages import ClassLogits, Failure, Logprobs, TokenOutput
 from onebase.serve.engine.prompts import Scores
 from onebase.serve.engine.sampler import NOT_FINITE
@@ -71,6 +72,8 @@ class Delivery:
         cached = 0 if sequence.num_generated else sequence.num_given
         if sequence.request.sampling.max_tokens == 0:
             return self._nothing_generated(sequence, cached)
+        if sequence.matcher is not None and not sequence.matcher.accept(token):
+            return self._mismatched(sequence, sequence.matcher)
         sequence.tokens.append(token)
         self._counters.generated_tokens += 1
         reason = sequence.finish_reason()
@@ -84,6 +87,11 @@ class Delivery:
             return self._overflowed(sequence)
         self._end(sequence)
         return TokenOutput(sequence.id, (), "length", cached_tokens=cached, embedding=embedding)
+
+    def _mismatched(self, sequence: Sequence, matcher: Matcher) -> Failure:
+        self._end(sequence)
+        message = f"the grammar is too complex to go on with after {sequence.num_generated} tokens: {matcher.error}"
+        return failure(sequence.id, RequestRejected(message))
 
     def _overflowed(self, sequence: Sequence) -> Failure:
         self._end(sequence)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from onebase.adapters.errors import OneBaseError, RequestRejected, RequestTimedOut
 from onebase.serve.engine.admission import check_request
 from onebase.serve.engine.assembly import assemble
@@ -11,6 +13,7 @@ from onebase.serve.engine.config import EngineConfig, overlaps
 from onebase.serve.engine.deadlines import Deadlines
 from onebase.serve.engine.delivery import Delivery
 from onebase.serve.engine.draw import begin, begin_apart
+from onebase.serve.engine.grammar_room import GrammarRoom
 from onebase.serve.engine.messages import (
     AdapterGone,
     AdapterReady,
@@ -26,6 +29,7 @@ from onebase.serve.engine.messages import (
 from onebase.serve.engine.pipeline import Pipeline
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.stats import Counters, engine_stats
+from onebase.serve.engine.vocabulary import vocabulary_of
 from onebase.serve.engine.waiting import Refused
 from onebase.serve.model.loader import LoadedModel, load_model
 
@@ -44,6 +48,7 @@ class Engine:
         self.runner = parts.runner
         self.info = parts.info
         self.counters = Counters()
+        self.grammars = GrammarRoom(partial(vocabulary_of, config, self.info))
         self.commands = AdapterCommands(self.adapters, self._over, self._refuse)
         self._eos = frozenset(self.info.eos_token_ids)
         self._pipeline = Pipeline(
@@ -74,6 +79,7 @@ class Engine:
         self._deadlines.add(request.id, request.timeout)
         self.scheduler.add(sequence)
         self.waiting.add(sequence)
+        self.grammars.add(sequence)
         return []
 
     def abort(self, request_id: str) -> None:
@@ -107,10 +113,8 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Move adapter loads on and run one forward, if there is anything to run."""
-        outputs = [*self._refuse(self._expired()), *self._poll_adapters()]
-        chunks = self.runner.in_adapter_order(
-            self.scheduler.schedule(self.waiting.may_start, self._take, self._release)
-        )
+        outputs = [*self._refuse(self._expired()), *self._refuse(self.grammars.collect()), *self._poll_adapters()]
+        chunks = self.runner.in_adapter_order(self.scheduler.schedule(self._may_start, self._take, self._release))
         return [*outputs, *self._pipeline.step(chunks)]
 
     def _expired(self) -> Refused:
@@ -125,6 +129,9 @@ class Engine:
         self._release(sequence)
         self.scheduler.finish(sequence)
         self.waiting.leave(sequence)
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        return not sequence.awaits_grammar and self.waiting.may_start(sequence)
 
     def _take(self, sequence: Sequence) -> None:
         """Take references on the adapters of a sequence that starts."""
@@ -180,6 +187,7 @@ class Engine:
 
     def close(self) -> None:
         self.adapters.close()
+        self.grammars.close()
 
 
 def _timed_out(request: Request) -> RequestTimedOut:

@@ -20,7 +20,7 @@ from onebase.serve.engine.messages import (
 
 Output = StepOutput | HostChanges
 _STATS_EVERY = 0.05  # seconds between two EngineStats while the loop is busy
-_LOADING_WAIT = 0.002  # seconds to wait for messages while an adapter is on its way and nothing runs
+_LOADING_WAIT = 0.002  # seconds to wait for messages while an adapter or a grammar is on its way and nothing runs
 
 
 class Stop(Exception):
@@ -80,6 +80,7 @@ def apply(engine: Engine, message: Command) -> Many[Output]:
 def _patience(engine: Engine) -> float | None:
     if engine.scheduler.running:
         return 0.0
-    if engine.has_work or engine.adapters.busy:
-        return _LOADING_WAIT if engine.adapters.busy else 0.0
+    loading = engine.adapters.busy or engine.grammars.busy
+    if engine.has_work or loading:
+        return _LOADING_WAIT if loading else 0.0
     return None

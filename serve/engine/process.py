@@ -66,6 +66,7 @@ def main(address: str) -> int:
         socket.send(encode([Failure("", type(error).__name__, error.message, error.param)]))
         socket.close(linger=5000)
         return EXIT_REJECTED
+    engine.grammars.warm_up()
     socket.send(encode([engine.info]))
     run(engine, SocketLink(socket))
     return 0

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from onebase.adapters.tiers.entry import Entry
 from onebase.kernels.plan import Run, Uses
+from onebase.serve.engine.grammar import Matcher
 from onebase.serve.engine.layout import Layout, span_at
 from onebase.serve.engine.messages import AdapterUse, FinishReason, Request
 from onebase.serve.engine.pooling import Pool
@@ -38,7 +39,7 @@ class Sequence:
     classification head has still to read. pool: of a request that embeds. order: arrival; never changes, so preempted
     sequences keep their place.
     layout: None until its adapters are known. eos: the model's end tokens. counts: of its tokens, where it asks for
-    penalties; adjust.py makes and keeps them.
+    penalties; adjust.py makes and keeps them. matcher: its place in its grammar; it may not start without.
     """
 
     request: Request
@@ -60,6 +61,7 @@ class Sequence:
     layout: Layout | None = None
     eos: frozenset[int] = frozenset()
     counts: TokenCounts | None = None
+    matcher: Matcher | None = None
     pool: Pool | None = None
     digests: tuple[str, ...] = field(init=False)  # of the request\'s adapters
     _blocks: list[Block] = field(default_factory=list)
@@ -216,6 +218,11 @@ class Sequence:
         )
 
     @property
+    def awaits_grammar(self) -> bool:
+        """Whether its grammar is still being compiled."""
+        return self.matcher is None and self.request.sampling.grammar is not None
+
+    @property
     def ends(self) -> frozenset[int]:
         """Tokens that end it."""
         sampling = self.request.sampling
@@ -223,7 +230,7 @@ class Sequence:
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends after its last token, or None where it goes on."""
-        if self.tokens[-1] in self.ends:
+        if self.tokens[-1] in self.ends or (self.matcher is not None and self.matcher.is_done):
             return "stop"
         return "length" if self.num_left <= 0 else None
 
