@@ -63,11 +63,16 @@ class Sequence:
     counts: TokenCounts | None = None
     matcher: Matcher | None = None
     pool: Pool | None = None
+    ends: frozenset[int] = field(init=False)  # tokens that end it
     digests: tuple[str, ...] = field(init=False)  # of the request\'s adapters
     _blocks: list[Block] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.digests = tuple(use.digest for use in self.request.adapters)
+        sampling = self.request.sampling
+        self.ends = (
+            frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self.eos.union(sampling.stop_token_ids)
+        )
 
     @classmethod
     def of(
@@ -221,12 +226,6 @@ class Sequence:
     def awaits_grammar(self) -> bool:
         """Whether its grammar is still being compiled."""
         return self.matcher is None and self.request.sampling.grammar is not None
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end it."""
-        sampling = self.request.sampling
-        return frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self.eos.union(sampling.stop_token_ids)
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends after its last token, or None where it goes on."""
