@@ -36,7 +36,7 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """Why it cannot go on: the grammar became too complex for its bounds."""
-        return _first_line(self._inner.get_error()) if self._inner.is_error() else None
+        return _in_short(self._inner.get_error()) if self._inner.is_error() else None
 
     @property
     def is_done(self) -> bool:
@@ -95,7 +95,7 @@ def check_grammar(grammar: Grammar) -> None:
     check_bounds(grammar)
     failed, messages = LLMatcher.validate_grammar_with_warnings(_text(grammar), None, limits=_limits())
     if failed:
-        raise RequestRejected(_first_line(messages[0]))
+        raise RequestRejected(_in_short(messages[0]))
     if messages:  # it names special tokens
         return
     tokenizer = LLTokenizer("byte")
@@ -147,5 +147,8 @@ def _check(matcher: Matcher) -> None:
         raise RequestRejected(error)
 
 
-def _first_line(message: str) -> str:
-    return message.strip().partition("\n")[0][:300]
+def _in_short(message: str) -> str:
+    """The compiler's first line, and what it found; not the grammar again with a mark below."""
+    first, *others = (line.strip() for line in message.strip().split("\n"))
+    found = [line.removeprefix("error:").strip() for line in others if line.startswith("error:")]
+    return " ".join([first[:200], *found])[:300]

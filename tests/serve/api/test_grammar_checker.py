@@ -1,0 +1,111 @@
+"""Grammars are tried in processes of their own: what runs away or crashes there harms nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from onebase.serve.api.errors import ApiError
+from onebase.serve.api.grammar_checker import GrammarChecker
+from onebase.serve.engine.messages import Grammar
+
+GOOD = Grammar("json_schema", '{"type": "object"}')
+RUNAWAY = Grammar("json_schema", json.dumps({"allOf": [{"pattern": f"a{{{i},{i + 400}}}b*"} for i in range(300)]}))
+
+
+@asynccontextmanager
+async def checking(seconds: float = 60.0) -> AsyncIterator[GrammarChecker]:
+    checker = GrammarChecker(seconds)
+    try:
+        yield checker
+    finally:
+        await checker.close()
+
+
+async def _refusal(checker: GrammarChecker, grammar: Grammar) -> str:
+    with pytest.raises(ApiError) as refused:
+        await checker.checked(grammar, "some.field")
+    assert (refused.value.status, refused.value.param, refused.value.code) == (400, "some.field", "invalid_grammar")
+    return refused.value.message
+
+
+def test_good_grammars_pass_and_bad_ones_are_told_why(run: Any) -> None:
+    async def scenario() -> None:
+        async with checking() as checker:
+            assert await checker.checked(GOOD, "x") is GOOD
+            assert "unclosed" in await _refusal(checker, Grammar("json_schema", '{"pattern": "("}'))
+            assert await checker.checked(Grammar("regex", "a+\n\u2028é"), "x")
+
+    run(scenario())
+
+
+def test_a_runaway_is_ended_and_others_are_served_meanwhile(run: Any) -> None:
+    async def scenario() -> None:
+        async with checking(seconds=2.0) as checker:
+            runaway = asyncio.create_task(_refusal(checker, RUNAWAY))
+            for at in range(20):
+                await checker.checked(Grammar("regex", f"a{{{at}}}b"), "x")
+            assert "longer than 2 seconds" in await runaway
+            await checker.checked(GOOD, "x")
+
+    run(scenario())
+
+
+def test_a_process_that_dies_is_replaced(run: Any) -> None:
+    async def scenario() -> None:
+        async with checking() as checker:
+            await checker.checked(GOOD, "x")
+            for worker in checker._workers:
+                if worker._process is not None:
+                    os.kill(worker._process.pid, signal.SIGSTOP)
+                    asyncio.get_running_loop().call_later(0.2, os.kill, worker._process.pid, signal.SIGKILL)
+            answers = [asyncio.create_task(_tried(checker, Grammar("regex", f"x{{{at}}}y"))) for at in range(4)]
+            assert [bool(answer) for answer in await asyncio.gather(*answers)].count(False) >= 3
+            await checker.checked(Grammar("regex", "z+"), "x")
+
+    run(scenario())
+
+
+async def _tried(checker: GrammarChecker, grammar: Grammar) -> str:
+    """The refusal; empty where it passed."""
+    try:
+        await checker.checked(grammar, "x")
+    except ApiError as error:
+        return error.message
+    return ""
+
+
+def test_a_client_that_leaves_leaves_no_half_answer_behind(run: Any) -> None:
+    async def scenario() -> None:
+        async with checking() as checker:
+            for at in range(4):
+                asked = asyncio.create_task(checker.checked(RUNAWAY, "x"))
+                await asyncio.sleep(0.01 * at)
+                asked.cancel()
+                await asyncio.gather(asked, return_exceptions=True)
+            assert "pattern" not in await _refusal(checker, Grammar("regex", "("))
+            await checker.checked(GOOD, "x")
+
+    run(scenario())
+
+
+def test_good_grammars_are_remembered_and_bounded(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onebase.serve.api.grammar_checker.REMEMBERED", 2)
+
+    async def scenario() -> None:
+        async with checking() as checker:
+            for at in (1, 2, 1, 3):
+                await checker.checked(Grammar("regex", f"a{{{at}}}"), "x")
+            assert [grammar.source for grammar in checker._good] == ["a{1}", "a{3}"]
+            await checker.close()
+            await checker.checked(Grammar("regex", "a{3}"), "x")
+            assert all(worker._process is None for worker in checker._workers), "asked nobody"
+
+    run(scenario())
