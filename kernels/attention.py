@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from onebase.kernels.native.library import available as native_available
 from onebase.kernels.pages import PageCache
 
 __all__ = ["AttentionBatch", "AttentionBody", "AttentionOptions", "PageCache", "check_shapes", "select_attention"]
 
-Choice = Literal["auto", "reference", "blocks", "cpu", "triton"]
+Choice = Literal["auto", "reference", "blocks", "cpu", "native", "triton"]
 T = TypeVar("T")
 
 
@@ -123,9 +124,10 @@ class AttentionBody(Protocol):
 
 
 def select_attention(device: torch.device, choice: Choice = "auto") -> AttentionBody:
-    """The body for a device. Raises ValueError where the choice cannot run there."""
+    """The body for a device; auto takes native on a CPU where it is there. Raises ValueError where the choice cannot
+    run."""
     if choice == "auto":
-        choice = "triton" if device.type == "cuda" else "cpu"
+        choice = "triton" if device.type == "cuda" else "native" if native_available() else "cpu"
     if choice == "reference":
         from onebase.kernels.attention_reference import ReferenceAttention
 
@@ -138,12 +140,17 @@ def select_attention(device: torch.device, choice: Choice = "auto") -> Attention
         from onebase.kernels.attention_cpu import CpuAttention
 
         return CpuAttention()
+    if choice == "native" and device.type == "cpu" and native_available():
+        from onebase.kernels.attention_native import NativeAttention
+
+        return NativeAttention()
     if choice == "triton":
         from onebase.kernels.attention_triton import TritonAttention
 
         return TritonAttention.on(device)
     raise ValueError(
-        f"attention {choice!r} cannot run on {device.type}: allowed is reference, blocks, cpu (CPU), triton (CUDA)"
+        f"attention {choice!r} cannot run on {device.type}: allowed is reference, blocks, cpu (CPU), native (CPU, with "
+        "a compiler), triton (CUDA)"
     )
 
 

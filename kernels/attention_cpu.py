@@ -6,6 +6,8 @@ SDPA's flash kernel tile by tile; decoding through batched matmuls, which beat i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,20 +33,34 @@ class CpuAttention:
         check_shapes(q, k, v, cache, batch, options)
         layout = Layout.of(cache, q.shape[1], options.window)
         _write(k, v, cache, batch, layout.steps)
-        groups = batch.once(("cpu", layout), lambda: plan(batch, layout))
+        groups = batch.once(("cpu", layout), lambda: plan(batch, layout, range(batch.num_seqs)))
         if cache.fp8 and not all(group.gather for group in groups):
             k, v = _as_stored(k), _as_stored(v)
         if len(groups) == 1 and isinstance(groups[0].tokens, slice):
             return _attend_group(q, k, v, cache, batch, groups[0], options)
         out = torch.empty(q.shape, dtype=q.dtype)
-        for group in groups:
-            out[group.tokens] = _attend_group(q, k, v, cache, batch, group, options)
+        attend_groups(q, k, v, cache, batch, groups, options, out)
         return out
 
 
 def _as_stored(x: Tensor) -> Tensor:
     """What attention will read of it later."""
     return kv_fp8.decode_fast(*kv_fp8.encode(x), x.dtype)
+
+
+def attend_groups(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: PageCache,
+    batch: AttentionBatch,
+    groups: Sequence[Group],
+    options: AttentionOptions,
+    out: Tensor,
+) -> None:
+    """Fill the groups' rows of out. K and V are in the pages already."""
+    for group in groups:
+        out[group.tokens] = _attend_group(q, k, v, cache, batch, group, options)
 
 
 def _write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, steps: Steps) -> None:

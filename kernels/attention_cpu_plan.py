@@ -8,7 +8,7 @@ Made once per batch (and window) and shared by all layers. Three kinds of group:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,10 +100,11 @@ class Layout:
         return cls(Steps.of(cache), heads, token_bytes, num_heads // heads, window)
 
 
-def plan(batch: AttentionBatch, layout: Layout) -> tuple[Group, ...]:
-    """Every packed token is in exactly one group."""
-    decode = [i for i, n in enumerate(batch.query_lens) if n == 1]
-    more = [i for i, n in enumerate(batch.query_lens) if n > 1]
+def plan(batch: AttentionBatch, layout: Layout, sequences: Iterable[int]) -> tuple[Group, ...]:
+    """Every packed token of these sequences is in exactly one group."""
+    decode, more = [], []
+    for i in sequences:
+        (decode if batch.query_lens[i] == 1 else more).append(i)
     fresh: dict[int, list[int]] = {}
     for i in more:
         if batch.query_lens[i] == batch.kv_lens[i]:

@@ -38,8 +38,10 @@ def source_packages() -> Iterator[str]:
 def source_files() -> set[str]:
     """Every module, demo asset and table of configurations, as the wheel names it."""
     modules = {file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
-    folders = ("serve/demo/assets", "kernels/tuned")
-    assets = {file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()}
+    folders = ("serve/demo/assets", "kernels/tuned", "kernels/native")
+    assets = {
+        file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file() and file.suffix != ".pyc"
+    }
     return {f"onebase/{file.relative_to(ROOT).as_posix()}" for file in modules | assets}
 
 

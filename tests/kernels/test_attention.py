@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 LOOSE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="set TRITON_INTERPRET=1 (make test does) or run on CUDA")
-BODIES = ["reference", "blocks", "cpu", pytest.param("triton", marks=needs_interpreter)]
+BODIES = ["reference", "blocks", "cpu", "native", pytest.param("triton", marks=needs_interpreter)]
 
 
 @pytest.fixture(autouse=True)

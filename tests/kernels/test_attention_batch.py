@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, select_attention
 from onebase.kernels.attention_cpu_plan import Group, Layout, Steps, plan
+from onebase.kernels.native.library import available
 
 CPU = torch.device("cpu")
 
@@ -87,10 +88,11 @@ def test_options_refuse() -> None:
 
 
 def test_selection() -> None:
-    assert select_attention(CPU).name == "cpu"
+    assert select_attention(CPU).name == ("native" if available() else "cpu")
+    assert select_attention(CPU, "cpu").name == "cpu"
     assert select_attention(CPU, "reference").name == "reference"
     for device, choice in ((torch.device("cuda"), "cpu"), (torch.device("meta"), "auto")):
-        with pytest.raises(ValueError, match="attention 'cpu' cannot run on"):
+        with pytest.raises(ValueError, match="attention '(cpu|native)' cannot run on"):
             select_attention(device, choice)  # type: ignore[arg-type]
 
 
@@ -106,7 +108,7 @@ def test_plan_covers_every_token_once_and_reads_only_own_pages(
 ) -> None:
     batch, owner = _scattered(lens, seed)
     layout = Layout(Steps(page=2, half=2 * len(owner)), 2, token_bytes=512, group_heads=3, window=window)
-    groups = plan(batch, layout)
+    groups = plan(batch, layout, range(batch.num_seqs))
     rows = np.concatenate([_rows(group, batch.num_tokens) for group in groups])
     assert sorted(rows.tolist()) == list(range(batch.num_tokens))
     sequence = np.repeat(np.arange(len(lens)), batch.query_lens)
@@ -135,14 +137,14 @@ def _rows(group: Group, num_tokens: int) -> np.ndarray:
 
 def test_one_long_sequence_does_not_pad_the_short_ones() -> None:
     batch, owner = _scattered([(1, 8000)] + [(1, 100)] * 15, 0)
-    groups = plan(batch, Layout(Steps(2, 2 * len(owner)), 2, 512, 3, None))
+    groups = plan(batch, Layout(Steps(2, 2 * len(owner)), 2, 512, 3, None), range(batch.num_seqs))
     assert [group.num_seqs for group in groups] == [1, 15]
     assert [len(group.gather.pages) for group in groups if group.gather] == [2 * 2 * 500, 2 * 15 * 2 * 7]
 
 
 def test_a_window_gathers_only_its_pages() -> None:
     batch, owner = _scattered([(1, 8000), (16, 8000)], 0)
-    decode, context = plan(batch, Layout(Steps(2, 2 * len(owner)), 2, 512, 3, 64))
+    decode, context = plan(batch, Layout(Steps(2, 2 * len(owner)), 2, 512, 3, 64), range(batch.num_seqs))
     assert decode.gather is not None
     assert context.gather is not None
     assert len(decode.gather.pages) == 2 * 2 * (64 // 16)

@@ -1,0 +1,104 @@
+/* Fused CPU kernels, for bvec16 and float32. Sums are float32 throughout.
+ *
+ * Every function has a plain twin in torch operations, and a test that holds both together. Nothing is checked here:
+ * callers pass shapes that fit. Threads are OpenMP's, the very pool that torch uses.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define SOME 4          /* query heads that share one pass over keys */
+#define MOST_VECTORS 16 /* of sixteen elements in a head */
+#define PARALLEL_ITEMS 32768 /* elements below which one thread is faster than waking the others */
+
+static inline float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float load_bf16(uint16_t value) { return as_float((uint32_t)value << 16); }
+
+/* To the nearest, ties to even; NaN stays NaN. */
+static inline uint16_t store_bf16(float value) {
+    uint32_t bits = as_bits(value);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return value == value ? (uint16_t)rounded : 0x7fc0;
+}
+
+static inline float load_f32(float value) { return value; }
+static inline float store_f32(float value) { return value; }
+
+/* Sixteen neighbours, unaligned. Compilers split them where registers are smaller. */
+typedef float vec16 __attribute__((vector_size(64)));
+typedef uint32_t uint32x16 __attribute__((vector_size(64)));
+typedef uint16_t uint16x16 __attribute__((vector_size(32)));
+
+static inline vec16 load_many_bf16(const uint16_t *from) {
+    uint16x16 raw;
+    memcpy(&raw, from, sizeof raw);
+    return (vec16)(__builtin_convertvector(raw, uint32x16) << 16);
+}
+
+static inline vec16 load_many_f32(const float *from) {
+    vec16 values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+static inline vec16 neighbours(vec16 a, vec16 b) { /* sums of pairs of a, then of b */
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* Element j of the result: the sum over vector j. */
+static inline vec16 sums_of(vec16 *vectors) {
+    UNROLL for (int i = 0; i < 8; i++) vectors[i] = neighbours(vectors[2 * i], vectors[2 * i + 1]);
+    UNROLL for (int i = 0; i < 4; i++) vectors[i] = neighbours(vectors[2 * i], vectors[2 * i + 1]);
+    UNROLL for (int i = 0; i < 2; i++) vectors[i] = neighbours(vectors[2 * i], vectors[2 * i + 1]);
+    return neighbours(vectors[0], vectors[1]);
+}
+
+/* exp to 2 units in the last place on [-87, 88], clamped outside; NaN stays NaN. Cephes' expf. */
+static inline float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = floorf(x * 1.44269504f + 0.5f);
+    float f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    int32_t power = (int32_t)(n == n ? n : 0.0f);
+    return p * as_float((uint32_t)(power + 127) << 23);
+}
+
+#define PASTE_(name, type) name##_##type
+#define PASTE(name, type) PASTE_(name, type)
+#define NAMED(name) PASTE(name, TYPE)
+#define LOAD NAMED(load)
+#define STORE NAMED(store)
+#define LOAD_MANY NAMED(load_many)
+
+#define TYPE bf16
+#define ELEMENT uint16_t
+#include "attention.h"
+#include "rows.h"
+#undef TYPE
+#undef ELEMENT
+
+#define TYPE f32
+#define ELEMENT float
+#include "attention.h"
+#include "rows.h"
