@@ -18,6 +18,7 @@ from onebase.serve.api import (
     health,
     models,
     openapi,
+    responses,
     tokenize,
     vllm_compat,
 )
@@ -51,6 +52,7 @@ def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
         models,
         completions,
         chat,
+        responses,
         classify,
         embeddings,
         tokenize,

@@ -99,6 +99,13 @@ def _chunk(
 async def chat_completions(request: Request) -> Response:
     """The assistant's next turn, through the model's own chat template; it may call tools."""
     body = await read_json(request, ChatRequest)
+    job = await prepare(request, body)
+    shape = ChatShape(job.target.codec.texts, body.prompt_logprobs)
+    return await answer(request, job, shape, stream=bool(body.stream), usage=body.wants_usage)
+
+
+async def prepare(request: Request, body: ChatRequest) -> Job:
+    """From a checked body to the engine's requests, within what the server takes on."""
     server = server_of(request)
     loaded = server.require_ready()
     server.admission.sequences.take(body.choices, request.state.held, "n")
@@ -108,8 +115,7 @@ async def chat_completions(request: Request) -> Response:
     prompt = await target.codec.encode_chat(conversation, max_chars=loaded.max_chars)
     job = plan(server, loaded, target, body, [prompt], None)
     server.admission.tokens.take(job.prompt_tokens, request.state.held, "messages")
-    shape = ChatShape(target.codec.texts, body.prompt_logprobs)
-    return await answer(request, with_tools(job, tools), shape, stream=bool(body.stream), usage=body.wants_usage)
+    return with_tools(job, tools)
 
 
 def tool_use(body: ChatRequest, codec: TextCodec) -> ToolUse | None:

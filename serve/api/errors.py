@@ -135,16 +135,25 @@ def _path(detail: ErrorDetails) -> str:
 
 
 def _without_tags(detail: ErrorDetails) -> Sequence[int | str]:
-    """The location without the names of tagged members, which follow an index; a tag that is wrong is the field."""
+    """The location without the names of tagged members, which follow an index; a tag that is wrong is the field.
+
+    Pydantic names the field, or the function that finds its value: ``type_of()``.
+    """
     loc = detail["loc"] or ("",)
-    if detail["type"].startswith("union_tag"):
-        return (*loc, detail["ctx"]["discriminator"].strip("'"))
     tagged = (isinstance(before, int) and part in _TAGS for before, part in pairwise(loc))
-    return [loc[0], *(part for part, is_tag in zip(loc[1:], tagged, strict=True) if not is_tag)]
+    plain = [loc[0], *(part for part, is_tag in zip(loc[1:], tagged, strict=True) if not is_tag)]
+    if detail["type"].startswith("union_tag"):
+        plain.append(detail["ctx"]["discriminator"].strip("'").removesuffix("_of()"))
+    return plain
 
 
 MAX_PARAM = 200
-_TAGS = frozenset({"system", "developer", "user", "assistant", "tool"})
+_TAGS = frozenset(
+    {
+        "system", "developer", "user", "assistant", "tool", "message", "function_call", "function_call_output",
+        "input_text", "output_text", "refusal",
+    }
+)  # fmt: skip
 _UNION_MEMBERS = frozenset({"str", "int", "float", "bool"})
 
 

@@ -14,13 +14,21 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from onebase.serve.api import adapter_schemas, chat_schemas, completion_schemas, pooling_schemas, tokenize_schemas
+from onebase.serve.api import (
+    adapter_schemas,
+    chat_schemas,
+    completion_schemas,
+    pooling_schemas,
+    response_schemas,
+    tokenize_schemas,
+)
 from onebase.serve.api.answer_schemas import ErrorAnswer
 from onebase.serve.api.openapi_answers import ADMIN, API, EVENTS, MEANINGS, ROUTES, Route
 
 BODIES = (
     completion_schemas.CompletionRequest,
     chat_schemas.ChatRequest,
+    response_schemas.ResponseRequest,
     pooling_schemas.ClassifyRequest,
     pooling_schemas.EmbeddingRequest,
     tokenize_schemas.TokenizeRequest,

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from onebase.serve.api import adapter_answer_schemas as adapter_answers
 from onebase.serve.api import answer_schemas as answers
+from onebase.serve.api.response_answers import ResponseAnswer
 
 PLAIN = "text/plain"
 EVENTS = "text/event-stream"
@@ -58,6 +59,7 @@ ROUTES: Mapping[str, Route] = {
     "GET /v1/models/{model}": Route({200: answers.Model}, API | {400, 404, 503}),
     "POST /v1/completions": Route({200: answers.Completion}, MODEL_WORK, streams=True),
     "POST /v1/chat/completions": Route({200: answers.ChatCompletion}, MODEL_WORK, streams=True),
+    "POST /v1/responses": Route({200: ResponseAnswer}, MODEL_WORK, streams=True),
     "POST /v1/classify": Route({200: answers.Classification}, MODEL_WORK),
     "POST /v1/embeddings": Route({200: answers.Embeddings}, MODEL_WORK),
     "POST /tokenize": Route({200: answers.Tokens}, API | {400, 404, 413, 503}),
