@@ -40,6 +40,24 @@ def mixed(
 
 
 @app.command()
+def api(
+    route: Annotated[str, typer.Option(help="completions or chat.")] = "chat",
+    streams: Annotated[int, typer.Option(help="Streams at once.", min=1)] = 64,
+    tokens: Annotated[int, typer.Option(help="Of each stream.", min=2)] = 200,
+    pause: Annotated[float, typer.Option(help="Milliseconds between two steps.", min=0)] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    out: Out = None,
+) -> None:
+    """CPU time of the API process for a streamed token."""
+    from onebase.bench.api import Case, run
+    from onebase.bench.api_clients import BODIES
+
+    if route not in BODIES:
+        raise typer.BadParameter(f"allowed: {', '.join(BODIES)}", param_hint="--route")
+    run(Case(route, streams, tokens, pause / 1000), rounds, out)
+
+
+@app.command()
 def step(
     shape: Annotated[str, typer.Option(help="135m or 8b.")] = "135m",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

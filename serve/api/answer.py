@@ -16,6 +16,7 @@ from onebase.serve.api.deltas import Delta
 from onebase.serve.api.generation import Job
 from onebase.serve.api.stream import DONE, EventStream, encode_json, event, until_disconnect
 from onebase.serve.api.tools.parser import CallPiece
+from onebase.serve.api.writing import written
 from onebase.serve.engine.logprobs import TokenLogprob
 
 
@@ -110,8 +111,12 @@ async def _whole(request: Request, job: Job, shape: Shape) -> bytes:
         async for delta in deltas:
             choices[delta.index].append(delta)
     head = _head(request, job, shape.prefix, shape.object)
-    written = [shape.choice(Choice.of(told)) for told in choices]
-    return encode_json({**head.as_dict(), "choices": written, "usage": job.usage.as_dict()})
+
+    def write() -> bytes:
+        done = [shape.choice(Choice.of(told)) for told in choices]
+        return encode_json({**head.as_dict(), "choices": done, "usage": job.usage.as_dict()})
+
+    return await written(job.server, sum(delta.num_values for told in choices for delta in told), write)
 
 
 async def _chunks(job: Job, shape: Shape, head: Head, started: float, usage: bool) -> AsyncGenerator[bytes, None]:

@@ -10,6 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from onebase.serve.api.errors import ApiError, bad_request, from_validation
+from onebase.serve.api.json_size import json_size
 from onebase.serve.api.state import server_of
 
 MAX_JSON_BYTES = 32 << 20
@@ -30,9 +31,16 @@ async def read_json(request: Request, schema: type[T]) -> T:
         if len(data) <= LONG_BODY:
             return schema.model_validate_json(data)
         parsers = server_of(request).parsers
-        return await asyncio.get_running_loop().run_in_executor(parsers, schema.model_validate_json, data)
+        return await asyncio.get_running_loop().run_in_executor(parsers, _parse_long, schema, data)
     except ValidationError as error:
         raise from_validation(error) from error
+
+
+def _parse_long(schema: type[T], data: bytearray) -> T:
+    """Raises ValidationError, and ApiError 400 for what would hold the interpreter for long."""
+    if (excess := json_size(data).excess) is not None:
+        raise bad_request(f"The body has {excess}: send less at once.", code="invalid_json")
+    return schema.model_validate_json(data)
 
 
 async def capped(request: Request, limit: int) -> AsyncIterator[bytes]:

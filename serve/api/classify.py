@@ -20,12 +20,13 @@ from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.completions import encoded
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.generation import Usage
-from onebase.serve.api.pooled import check_inputs, outputs_of, written
+from onebase.serve.api.pooled import check_inputs, outputs_of
 from onebase.serve.api.pooling_schemas import ClassifyRequest
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import Target, resolve
 from onebase.serve.api.state import Server, server_of
 from onebase.serve.api.stream import encode_json, until_disconnect
+from onebase.serve.api.writing import written
 from onebase.serve.engine.messages import ClassLogits, SamplingParams
 from onebase.serve.engine.messages import Request as EngineRequest
 

@@ -27,3 +27,9 @@ class Delta:
     @property
     def is_plain(self) -> bool:
         return not self.scores and not self.prompt and not self.calls
+
+    @property
+    def num_values(self) -> int:
+        """How much there is to write: tokens, and log-probabilities with their alternatives."""
+        told = (*self.scores, *self.prompt)
+        return self.tokens + len(told) * (1 + len(told[-1].top)) if told else self.tokens

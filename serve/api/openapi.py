@@ -43,6 +43,11 @@ BODIES = (
 _REFERENCE = "#/components/schemas/{model}"
 _NAMED = "/v1/adapters/{name}"
 _KEY = {"type": "http", "scheme": "bearer"}
+_EVENT = {  # of a stream: a chunk as JSON, an error, or [DONE]
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"const": "message"}},
+    "required": ["data"],
+}
 HEADERS: Mapping[str, Any] = {
     "x-request-id": {"description": "The request's own, or a fresh one.", "schema": {"type": "string"}}
 }
@@ -82,7 +87,7 @@ def _answers(route: Route) -> Iterator[tuple[int, dict[str, Any]]]:
     for status, body in route.done.items():
         content = {body: {"schema": {"type": "string"}}} if isinstance(body, str) else _json(body)
         if route.streams and status == 200:
-            content |= {EVENTS: {"schema": {"type": "string"}}}
+            content |= {EVENTS: {"schema": _EVENT}}
         yield status, _answer(status, content)
     for status in route.errors | {400, 403, 500}:  # of any route: an odd query, another host's name, a defect
         yield status, _answer(status, _json(ErrorAnswer))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from onebase.adapters.errors import EngineDead
@@ -12,7 +11,6 @@ from onebase.serve.api.generation import check_ids, merged
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.engine.messages import Request, TokenOutput
 
-LONG_ANSWER = 1 << 14  # values; shorter answers are written faster than a thread is woken
 MAX_VALUES = 1 << 21  # of one answer: about 40 MB of JSON
 
 
@@ -31,13 +29,6 @@ def check_inputs(prompts: Sequence[Sequence[int]], loaded: Loaded) -> None:
 def outputs_of(server: Server, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, TokenOutput], None]:
     """What is said of all requests, with their indices; the first failure, or closing it, ends them all."""
     return merged([_sequence(server, at, request) for at, request in enumerate(requests)])
-
-
-async def written(server: Server, num_values: int, write: Callable[[], bytes]) -> bytes:
-    """An answer with so many values, as JSON; a long one is written in a thread."""
-    if num_values <= LONG_ANSWER:
-        return write()
-    return await asyncio.get_running_loop().run_in_executor(server.parsers, write)
 
 
 async def _sequence(server: Server, index: int, request: Request) -> AsyncGenerator[tuple[int, TokenOutput], None]:

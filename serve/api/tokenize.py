@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
 
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
@@ -12,7 +13,9 @@ from onebase.serve.api.errors import bad_request
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import find_model
 from onebase.serve.api.state import Loaded, server_of
+from onebase.serve.api.stream import encode_json
 from onebase.serve.api.tokenize_schemas import DetokenizeRequest, TokenizeRequest
+from onebase.serve.api.writing import written
 
 COUNTED_CHARS = 1 << 20  # texts up to this length can be counted, however short the context
 
@@ -20,27 +23,29 @@ router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread
 
 
 @router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
-async def tokenize(request: Request) -> dict[str, Any]:
+async def tokenize(request: Request) -> Response:
     """Ids of a text (special tokens added) or of messages through the chat template (none added)."""
     body = await read_json(request, TokenizeRequest)
     loaded = await _loaded(request, body.model)
     tokens = await _tokens(loaded, body)
-    return {
-        "count": len(tokens),
-        "max_model_len": loaded.info.max_model_len,
-        "tokens": tokens,
-        "token_strs": loaded.codec.token_texts(tokens) if body.return_token_strs else None,
-    }
+
+    def write() -> bytes:
+        texts = loaded.codec.token_texts(tokens) if body.return_token_strs else None
+        sizes = {"count": len(tokens), "max_model_len": loaded.info.max_model_len}
+        return encode_json({**sizes, "tokens": tokens, "token_strs": texts})
+
+    return Response(await written(server_of(request), len(tokens), write), media_type="application/json")
 
 
 @router.post("/detokenize", openapi_extra=json_body(DetokenizeRequest))
-async def detokenize(request: Request) -> dict[str, str]:
+async def detokenize(request: Request) -> Response:
+    """The text of ids, special tokens written out."""
     body = await read_json(request, DetokenizeRequest)
     loaded = await _loaded(request, body.model)
     worst = max(body.tokens, default=0)
     if worst >= loaded.codec.vocab_size:
         raise bad_request(f"tokens: {worst} is no token; ids are 0 to {loaded.codec.vocab_size - 1}.", "tokens")
-    return {"prompt": loaded.codec.decode(body.tokens)}
+    return Response(encode_json({"prompt": await loaded.codec.decode_any(body.tokens)}), media_type="application/json")
 
 
 @router.get("/tokenizer_info")

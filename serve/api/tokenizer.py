@@ -90,7 +90,7 @@ class TextCodec:
             return self._encode(texts, special)
         loop = asyncio.get_running_loop()  # one text at a time: requests with many take turns with the others
         encoders = self._workers.encoders
-        return [(await loop.run_in_executor(encoders, self._encode, [text], special))[0] for text in texts]
+        return [await loop.run_in_executor(encoders, self._encode_long, text, special) for text in texts]
 
     async def encode_chat(self, conversation: Conversation, *, max_chars: int) -> list[int]:
         """The template's text as token ids. See ``encode``. Raises ApiError 400 where the template refuses it."""
@@ -112,7 +112,15 @@ class TextCodec:
         return {token: text for token, text in found.items() if token is not None and self.texts.is_special(token)}
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.backend.decode(list(tokens), skip_special_tokens=False))
+        """Special tokens are written out. Lets go of the interpreter, see ``_encode_long``."""
+        (text,) = self.backend.decode_batch([list(tokens)], skip_special_tokens=False)
+        return str(text)
+
+    async def decode_any(self, tokens: Sequence[int]) -> str:
+        """The same, of many tokens in a thread."""
+        if len(tokens) <= LONG_TEXT:
+            return self.decode(tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._workers.encoders, self.decode, tokens)
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         return [self.backend.id_to_token(token) or "" for token in tokens]
@@ -130,6 +138,11 @@ class TextCodec:
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         return [list(self.backend.encode(text, add_special_tokens=special).ids) for text in texts]
+
+    def _encode_long(self, text: str, special: bool) -> list[int]:
+        """The same for one text. Of tokenizers' methods only those of batches let go of the interpreter."""
+        (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=special)
+        return list(encoding.ids)
 
 
 def _check_length(characters: int, allowed: int, param: str) -> None:

@@ -70,7 +70,7 @@ def test_a_text_has_one_label(run: Any, open_site: Any) -> None:
 
 @pytest.mark.parametrize("long_answer", [0, 1 << 14], ids=["written in a thread", "written at once"])
 def test_tokens_have_a_label_each(run: Any, open_site: Any, monkeypatch: pytest.MonkeyPatch, long_answer: int) -> None:
-    monkeypatch.setattr("onebase.serve.api.pooled.LONG_ANSWER", long_answer)
+    monkeypatch.setattr("onebase.serve.api.writing.LONG_ANSWER", long_answer)
 
     async def body() -> None:
         async with open_site() as site:

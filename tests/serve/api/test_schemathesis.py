@@ -7,6 +7,7 @@ forbids. The engine is a real one, over a tiny model.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,12 +150,20 @@ def _try(schema: Any, settings: hypothesis.settings, lora: Path) -> None:
     assert len(succeeded) > 15, "hardly more than refusals"
 
 
-def _walk(schema: Any, settings: hypothesis.settings) -> None:
+def _walk(schema: Any, settings: hypothesis.settings, walks: int = 1) -> int:
+    """How many requests were sent. Where an answer changes what is drawn next hypothesis ends a walk as flaky."""
+    sent = 0
+
     class Walk(schema.as_state_machine()):  # type: ignore[misc]
         def validate_response(self, response: Any, case: Any, **more: Any) -> None:
+            nonlocal sent
+            sent += 1
             case.validate_response(response, checks=_checks())
 
-    Walk.run(settings=settings)
+    for _ in range(walks):
+        with contextlib.suppress(hypothesis.errors.FlakyStrategyDefinition):
+            Walk.run(settings=settings)
+    return sent
 
 
 def test_every_operation(schema: Any, lora: Path) -> None:
@@ -162,7 +171,7 @@ def test_every_operation(schema: Any, lora: Path) -> None:
 
 
 def test_operations_in_a_row(schema: Any) -> None:
-    _walk(schema, hypothesis.settings(FEW, max_examples=10, stateful_step_count=8))
+    assert _walk(schema, hypothesis.settings(FEW, max_examples=10, stateful_step_count=8)) > 20
 
 
 @pytest.mark.slow
@@ -172,4 +181,5 @@ def test_every_operation_at_length(schema: Any, lora: Path) -> None:
 
 @pytest.mark.slow
 def test_operations_in_a_row_at_length(schema: Any) -> None:
-    _walk(schema, hypothesis.settings(FEW, max_examples=200, stateful_step_count=20, derandomize=False))
+    long = hypothesis.settings(FEW, max_examples=20, stateful_step_count=20, derandomize=False)
+    assert _walk(schema, long, walks=20) > 1000

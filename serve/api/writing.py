@@ -1,0 +1,17 @@
+"""Answers as JSON: short ones at once, long ones in a thread, where they hold nobody up for more than a moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from onebase.serve.api.state import Server
+
+LONG_ANSWER = 1 << 14  # values; shorter answers are written faster than a thread is woken
+
+
+async def written(server: Server, num_values: int, write: Callable[[], bytes]) -> bytes:
+    """What ``write`` gives: an answer of so many values."""
+    if num_values <= LONG_ANSWER:
+        return write()
+    return await asyncio.get_running_loop().run_in_executor(server.parsers, write)
