@@ -108,6 +108,11 @@ class AttentionBody(Protocol):
     def name(self) -> str:
         """The choice that selects this body."""
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a step of one token for each sequence is computed from the batch's device tensors alone, but for its
+        longest context: what a CUDA graph may replay over other contents."""
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch, options: AttentionOptions
     ) -> Tensor:

@@ -34,6 +34,7 @@ class BlockAttention:
     """Computes in float32, or in float64 where q is float64."""
 
     name = "blocks"
+    is_capturable = False
 
     def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
         """Nothing is compiled."""

@@ -23,6 +23,7 @@ class CpuAttention:
     """The fast body for CPU tensors. The cache must have heads before tokens, as on the CPU."""
 
     name = "cpu"
+    is_capturable = False
 
     def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
         """Nothing is compiled."""

@@ -12,6 +12,7 @@ class ReferenceAttention:
     """Computes in float32, or in float64 where q is float64."""
 
     name = "reference"
+    is_capturable = False
 
     def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
         """Nothing is compiled."""

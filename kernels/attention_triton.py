@@ -225,6 +225,7 @@ class TritonAttention:
     processors: int
     split_tokens: int = 256
     name: str = "triton"
+    is_capturable: bool = True
 
     @classmethod
     def on(cls, device: torch.device) -> TritonAttention:

@@ -16,40 +16,64 @@ from onebase.kernels.tiles import TILE_FIELDS, Bounds, TileRow, Tiles, blocks, e
 BLOCK_M = 16  # decode: what is captured
 
 
+class DoesNotFit(ValueError):
+    """A batch needs more than was captured; or what was captured reads what is no longer there."""
+
+
 class FixedPlan:
     """``plan`` goes to the kernels and to whoever captures them; ``fill`` says what they do from then on."""
 
     def __init__(
-        self, tables: ProgramTables, num_rows: int, *, max_tiles: int, max_rank: int, num_layers: int = 1
+        self,
+        tables: ProgramTables,
+        num_rows: int,
+        *,
+        max_tiles: int,
+        max_rank: int,
+        num_layers: int = 1,
+        sites: frozenset[int] | None = None,
     ) -> None:
-        """max_tiles: per layer, for segments of up to 16 rows one each; num_layers: adapters that a row may have."""
+        """max_tiles: per layer, for segments of up to 16 rows one each; num_layers: adapters that a row may have;
+        sites: those that kernels are launched for, None for all."""
         self.plan = BatchPlan(num_rows)
         self._tables = tables
         self._bounds = Bounds(max_tiles, max_rank)
         self._num_layers = num_layers
-        self._table = tables.device_table
+        self._sites = frozenset(range(len(tables.sites))) if sites is None else sites
+        self._table, self._alignment = tables.device_table, tables.alignment
+        self._filled: BatchPlan | None = None
         device = tables.buffer.device
         self._data = torch.zeros((num_layers * max_tiles, TILE_FIELDS), dtype=torch.int32, device=device)
         layers = tuple((at * max_tiles, (at + 1) * max_tiles) for at in range(num_layers))
         tiles = Tiles(self._data, layers, BLOCK_M, num_layers * num_rows, self._bounds)
         self.plan.memo((tables, "tiles"), lambda: tiles)
-        tables.touch_all(self.plan)
+        tables.touch(self.plan, self._sites)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the table of programs has moved, or programs lie where the captured kernels cannot read them."""
+        return self._tables.device_table is not self._table or self._tables.alignment != self._alignment
 
     def fill(self, plan: BatchPlan) -> None:
         """From the next launch or replay on, do what ``plan`` says; rows beyond its own are base rows.
 
-        Raises ValueError where it does not fit into what was captured, KeyError for a program that is not installed.
+        Raises DoesNotFit where it needs more than was captured, KeyError for a program that is not installed. Costs
+        nothing where the plan is the one of the last time.
         """
         self._tables.check(plan)
+        if self.is_stale:
+            raise DoesNotFit("fixed plan: the table of programs has moved since the capture")
+        if plan is self._filled:
+            return
         self._fits("rows", plan.num_rows, self.plan.num_rows)
         self._fits("adapters on one row", len(plan.layers), self._num_layers)
-        self._fits("the largest rank", self._largest_rank(plan), self._bounds.max_rank)
-        if self._tables.device_table is not self._table:
-            raise ValueError("fixed plan: the table of programs has moved since the capture")
+        self._fits("the largest rank", self._tables.largest_rank(plan), self._bounds.max_rank)
+        self._fits("sites beyond those captured", len(self._tables.touched(plan) - self._sites), 0)
         rows = self._cut(plan)
         host = encode(rows, len(self._data))
         pinned = host.pin_memory() if self._data.is_cuda else host
         self._data.copy_(pinned, non_blocking=True)
+        self._filled = plan
 
     def _cut(self, plan: BatchPlan) -> list[TileRow]:
         """Each layer's tiles at the layer's place in the buffer."""
@@ -64,12 +88,9 @@ class FixedPlan:
             self._fits("tiles", len(rows) - first, self._bounds.max_tiles)
         return rows
 
-    def _largest_rank(self, plan: BatchPlan) -> int:
-        return max((op.rank for handle in plan.handles for op in self._tables.operands(handle).values()), default=0)
-
     def _fits(self, what: str, count: int, most: int) -> None:
         if count > most:
-            raise ValueError(f"fixed plan: {what}: the batch has {count}, captured were {most}")
+            raise DoesNotFit(f"fixed plan: {what}: the batch has {count}, captured were {most}")
 
 
 _EMPTY: TileRow = (0, 0, 0, 0, 0.0)

@@ -53,11 +53,14 @@ class Use(NamedTuple):
 
 
 class ProgramRow(NamedTuple):
-    """A program's operands by site, and its row of the device table that says the same: [n_sites, FIELDS] int64."""
+    """A program's operands by site, and its row of the device table that says the same: [n_sites, FIELDS] int64.
+
+    rank: the largest at any site."""
 
     operands: Mapping[int, Operands]
     table: Tensor
     is_aligned: bool
+    rank: int
 
 
 class ProgramTables:
@@ -76,6 +79,7 @@ class ProgramTables:
         self._programs: dict[int, Mapping[int, Operands]] = {}
         self._tokens: dict[int, frozenset[int]] = {}
         self._rows: dict[int, int] = {}
+        self._ranks: dict[int, int] = {}  # of each program, the largest
         self._last_handle = -1
         self._removals = 0
         self.alignment = 16 // buffer.element_size()
@@ -96,7 +100,8 @@ class ProgramTables:
         whole = 16 // self.buffer.element_size()
         starts = (start for op in operands.values() for start in (op.a, op.b, max(op.add_out, 0)))
         is_aligned = not any(start % whole for start in starts)
-        return ProgramRow(dict(operands), self._encode(operands), is_aligned)
+        rank = max((op.rank for op in operands.values()), default=0)
+        return ProgramRow(dict(operands), self._encode(operands), is_aligned, rank)
 
     def install(self, handle: int, program: Mapping[int, Operands] | ProgramRow) -> None:
         """Make a program usable by plans. Raises ValueError for a reused handle or an operand outside the buffer."""
@@ -108,12 +113,13 @@ class ProgramTables:
         self._last_handle = handle
         self._programs[handle] = ready.operands
         self._tokens[handle] = frozenset(site for site, op in ready.operands.items() if op.token)
+        self._ranks[handle] = ready.rank
         self._rows[handle] = row = self._take_row()
         self._device_table[row].copy_(ready.table, non_blocking=True)
 
     def remove(self, handle: int) -> None:
         """Forget a program. Raises KeyError where it is not installed."""
-        del self._programs[handle], self._tokens[handle]
+        del self._programs[handle], self._tokens[handle], self._ranks[handle]
         self._free_rows.append(self._rows.pop(handle))
         self._removals += 1
 
@@ -132,11 +138,21 @@ class ProgramTables:
     def active(self, site: int, plan: BatchPlan) -> bool:
         """Whether any program of the plan touches the site."""
         self.check(plan)
-        return site in plan.memo((self, "active"), lambda: self._touched(plan))
+        return site in self.touched(plan)
 
-    def touch_all(self, plan: BatchPlan) -> None:
-        """Count every site as active in a plan without segments, before anything asks: others are written over it."""
-        plan.memo((self, "active"), lambda: frozenset(range(len(self.sites))))
+    def touched(self, plan: BatchPlan) -> frozenset[int]:
+        """The sites that any program of the plan touches."""
+        self.check(plan)
+        return plan.memo((self, "active"), lambda: self._touched(plan))
+
+    def touch(self, plan: BatchPlan, sites: frozenset[int]) -> None:
+        """Count these sites as active in a plan without segments, before anything asks: others are written over it."""
+        plan.memo((self, "active"), lambda: sites)
+
+    def largest_rank(self, plan: BatchPlan) -> int:
+        """The largest rank that the plan's programs have at any site."""
+        self.check(plan)
+        return plan.memo((self, "rank"), lambda: max((self._ranks[handle] for handle in plan.handles), default=0))
 
     def uses(self, site: int, plan: BatchPlan, *, token: bool = False) -> tuple[Use, ...]:
         """The plan's segments whose program touches the site, with its operands."""

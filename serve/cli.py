@@ -81,6 +81,7 @@ def serve(
     prefix_caching: Annotated[
         bool | None, typer.Option(help="Keep pages of earlier requests for those that begin alike.")
     ] = None,
+    cuda_graphs: Annotated[bool | None, typer.Option(help="On CUDA, capture decode steps and replay them.")] = None,
     kv_dtype: Annotated[
         str | None, typer.Option(help="auto: K and V as the model has them; fp8_e4m3: in half the memory.")
     ] = None,

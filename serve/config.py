@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     prefix_caching: bool = True
     deterministic: bool = False
     overlap: bool | None = None
+    cuda_graphs: bool = True
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     device_memory: float = Field(default=0.9, gt=0, le=1)
     kv_memory: Memory | None = None
@@ -210,6 +211,7 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
             overlap=self.overlap,
+            cuda_graphs=self.cuda_graphs,
             kv_dtype=self.kv_dtype,
             device_memory=self.device_memory,
             kv_memory=_least(self.kv_memory),

@@ -10,6 +10,8 @@ from onebase.serve.engine.budget import DeviceBudget
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deterministic import SCRATCH_PAGES, DeterministicRunner
 from onebase.serve.engine.fairness import Fairness
+from onebase.serve.engine.graph_recorder import CudaRecorder, Recorder
+from onebase.serve.engine.graphs import MOST_ROWS, DecodeGraphs, Room, bucket
 from onebase.serve.engine.memory import MemoryPlan, allocate, arena_in, plan_memory
 from onebase.serve.engine.messages import EngineInfo
 from onebase.serve.engine.pace import Pace
@@ -39,7 +41,7 @@ class Parts:
 def assemble(config: EngineConfig, base: LoadedModel) -> Parts:
     """Once for a base: its modules' forwards are replaced. Raises ModelRejected where the memory does not do."""
     memory = plan_memory(config, base, measure(config, base))
-    scratch = SCRATCH_PAGES if config.deterministic else 0
+    scratch = SCRATCH_PAGES if config.deterministic else 1
     buffer = allocate(memory, base.device, scratch)
     base.context.lie_in(buffer, memory.num_slots + scratch)
     base.context.warm_up()
@@ -55,7 +57,21 @@ def assemble(config: EngineConfig, base: LoadedModel) -> Parts:
         if config.deterministic
         else ModelRunner(base, plans, instructions)
     )
+    if config.cuda_graphs and base.device.type == "cuda" and not config.deterministic:
+        use_graphs(runner, base, config.max_num_seqs, memory, CudaRecorder(base.device))
     return Parts(scheduler, adapters, waiting, budget, runner, _info(config, base, memory, adapters))
+
+
+def use_graphs(
+    runner: ModelRunner, base: LoadedModel, max_num_seqs: int, memory: MemoryPlan, recorder: Recorder
+) -> None:
+    """Let the runner replay decode steps, where the bodies of attention and low rank can be captured."""
+    sites = base.context.sites
+    if sites is None or sites.kernels.name != "triton" or not base.context.body.is_capturable:
+        return
+    rows = min(bucket(max_num_seqs), MOST_ROWS)
+    room = Room(rows, memory.max_model_len, base.context.page_size, memory.num_slots, base.device)
+    runner.use_graphs(lambda forward: DecodeGraphs(forward, recorder, sites.tables, sites.instructions, room))
 
 
 def _scheduler(config: EngineConfig, memory: MemoryPlan) -> Scheduler:

@@ -27,6 +27,7 @@ class EngineConfig:
     prefix_caching: bool = True  # pages of earlier requests are found again by requests that begin alike
     max_step_stretch: float = 2.0  # times that a prompt's chunk may make a step longer for who decodes; 0: no bound
     tenant_weights: tuple[tuple[str, float], ...] = ()  # shares of tenants; 1 for those that are not named
+    cuda_graphs: bool = True  # decode steps are captured and replayed, on CUDA
     deterministic: bool = False  # the bits of a request depend on nothing but the request
     kv_dtype: str = "auto"  # auto: the model's | fp8_e4m3: 8 bits an element and a scale for each token and head
     overlap: bool | None = None  # a step is delivered while the next one is computed; None: where it pays

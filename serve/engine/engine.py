@@ -115,6 +115,8 @@ class Engine:
         """Move adapter loads on and run one forward, if there is anything to run."""
         outputs = [*self._refuse(self._expired()), *self._refuse(self.grammars.collect()), *self._poll_adapters()]
         chunks = self.runner.in_adapter_order(self.scheduler.schedule(self._may_start, self._take, self._release))
+        if not chunks and not self._pipeline.busy and self.runner.has_spare_work:
+            self.runner.do_spare_work()
         return [*outputs, *self._pipeline.step(chunks)]
 
     def _expired(self) -> Refused:

@@ -78,7 +78,7 @@ def apply(engine: Engine, message: Command) -> Many[Output]:
 
 
 def _patience(engine: Engine) -> float | None:
-    if engine.scheduler.running:
+    if engine.scheduler.running or engine.runner.has_spare_work:
         return 0.0
     loading = engine.adapters.busy or engine.grammars.busy
     if engine.has_work or loading:

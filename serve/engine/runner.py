@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine.classes import Classes, classify, wants_classes
+from onebase.serve.engine.graphs import DecodeGraphs, Forward
 from onebase.serve.engine.inputs import StepInputs, Unseen, adapter_order, pack, sampled_rows
 from onebase.serve.engine.pooling import pool_rows, wants_rows
 from onebase.serve.engine.prefixes import store_prefixes
@@ -41,6 +43,7 @@ class ModelRunner:
         self._instructions = instructions
         self._cache = PlanCache()
         self._trunk = Trunk(base.model)
+        self.graphs: DecodeGraphs | None = None
 
     @staticmethod
     def in_adapter_order(chunks: Rows[Chunk]) -> list[Chunk]:
@@ -59,8 +62,9 @@ class ModelRunner:
         keep = sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
         runs = [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples]
-        with self._trunk.recording(scored or classified or pooled) as recorded:
-            logits = self._run(chunks, rows, runs, unseen)
+        watched = scored or classified or pooled
+        with self._trunk.recording(watched) as recorded:
+            logits = self._run(chunks, rows, runs, unseen, plain=not watched)
         for hidden in recorded:
             if scored:
                 self.scores = score_prompts(chunks, partial(self._logits, hidden), self._base.vocab_size)
@@ -71,12 +75,35 @@ class ModelRunner:
         return logits if len(keep) else None
 
     def _run(
-        self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run], unseen: Unseen | None = None
+        self,
+        chunks: Rows[Chunk],
+        rows: NDArray[np.int64],
+        runs: list[Run],
+        unseen: Unseen | None = None,
+        *,
+        plain: bool = False,
     ) -> Tensor:
-        """One forward: logits of these packed rows, which are ``runs`` to the adapters."""
+        """One forward: logits of these packed rows, which are ``runs`` to the adapters. plain: they are all that is
+        asked of it."""
         inputs = self._inputs(chunks, rows, runs, unseen)
         store_prefixes(chunks, inputs.rows, self._instructions, self._base)
-        return self._forward(inputs)
+        logits = self.graphs.run(inputs) if self.graphs is not None and plain else None
+        return self._forward(inputs) if logits is None else logits
+
+    def use_graphs(self, make: Callable[[Forward], DecodeGraphs]) -> None:
+        """From now on decode steps are replayed where they can be; see graphs.DecodeGraphs."""
+        self.graphs = make(self._forward)
+
+    @property
+    def has_spare_work(self) -> bool:
+        """Whether there is something to do for steps to come, while nobody waits for one."""
+        return self.graphs is not None and self.graphs.is_pending
+
+    @torch.inference_mode()
+    def do_spare_work(self) -> None:
+        """A part of it: less than a second."""
+        if self.graphs is not None:
+            self.graphs.capture_next()
 
     def _inputs(
         self, chunks: Rows[Chunk], rows: NDArray[np.int64], runs: list[Run], unseen: Unseen | None

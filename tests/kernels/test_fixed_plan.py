@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from onebase.kernels.fixed_plan import FixedPlan
+from onebase.kernels.fixed_plan import DoesNotFit, FixedPlan
 from onebase.kernels.plan import BatchPlan, Run
 from onebase.kernels.tables import Operands
 
@@ -137,6 +137,27 @@ def test_every_site_of_a_fixed_plan_is_active() -> None:
     world = example_world("fp32")
     fixed = FixedPlan(world.tables, ROWS, max_tiles=TILES, max_rank=RANK)
     assert all(world.tables.active(site, fixed.plan) for site in range(len(SITES)))
+
+
+def test_sites_that_were_not_captured_are_refused() -> None:
+    world = example_world("fp32")
+    fixed = FixedPlan(world.tables, ROWS, max_tiles=TILES, max_rank=RANK, sites=frozenset({0, 2}))
+    assert not world.tables.active(1, fixed.plan)
+    fixed.fill(BatchPlan.from_rows([((0, 1.0),)]))  # acts on the sites 0 and 2
+    with pytest.raises(DoesNotFit, match="sites"):
+        fixed.fill(BatchPlan.from_rows([((1, 1.0),)]))
+
+
+def test_programs_that_lie_unaligned_make_captured_kernels_stale() -> None:
+    """They read whole vectors: on a GPU such an address would fault."""
+    world = World(torch.bfloat16, 0)
+    fixed = FixedPlan(world.tables, ROWS, max_tiles=TILES, max_rank=RANK)
+    world.tables.install(0, {0: Operands(1, 1.0, 8, 64)})
+    fixed.fill(BatchPlan.from_rows([((0, 1.0),)]))
+    world.tables.install(1, {0: Operands(1, 1.0, 3, 64)})
+    assert fixed.is_stale
+    with pytest.raises(DoesNotFit):
+        fixed.fill(BatchPlan.from_rows([((0, 1.0),)]))
 
 
 @pytest.mark.gpu
