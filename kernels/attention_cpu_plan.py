@@ -102,7 +102,8 @@ class Layout:
 
 def plan(batch: AttentionBatch, layout: Layout, sequences: Iterable[int]) -> tuple[Group, ...]:
     """Every packed token of these sequences is in exactly one group."""
-    decode, more = [], []
+    decode: list[int] = []
+    more: list[int] = []
     for i in sequences:
         (decode if batch.query_lens[i] == 1 else more).append(i)
     fresh: dict[int, list[int]] = {}

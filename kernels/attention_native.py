@@ -49,6 +49,7 @@ class NativeAttention:
     have goes to the plain body: other types, head sizes that are no multiple of 16, pages in fp8."""
 
     name = "native"
+    is_capturable = False
 
     def __init__(self) -> None:
         self._plain = CpuAttention()

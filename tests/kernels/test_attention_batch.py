@@ -92,7 +92,7 @@ def test_selection() -> None:
     assert select_attention(CPU, "cpu").name == "cpu"
     assert select_attention(CPU, "reference").name == "reference"
     for device, choice in ((torch.device("cuda"), "cpu"), (torch.device("meta"), "auto")):
-        with pytest.raises(ValueError, match="attention '(cpu|native)' cannot run on"):
+        with pytest.raises(ValueError, match=r"attention '(cpu|native)' cannot run on"):
             select_attention(device, choice)  # type: ignore[arg-type]
 
 
