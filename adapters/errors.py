@@ -14,6 +14,7 @@ OneBaseError
 +-- ModelRejected            the base model cannot be served exactly                      at start
 +-- EngineError
     +-- EngineDead           the engine process died; it is being restarted               503
+    +-- OutOfMemory          the device has no room for the request, even alone           503
     +-- RequestRejected      the engine cannot run this request                           400
     +-- RequestTimedOut      the request's own ``timeout`` is over                          408
     +-- AdapterUnloaded      an adapter of the request was unloaded by force              409
@@ -81,6 +82,10 @@ class EngineError(OneBaseError):
 
 class EngineDead(EngineError):
     """The engine process ended; requests in flight are lost, the supervisor restarts it."""
+
+
+class OutOfMemory(EngineError):
+    """A forward of the request alone does not fit the device."""
 
 
 class RequestRejected(EngineError):

@@ -81,6 +81,7 @@ _ANSWERS: Mapping[type[tree.OneBaseError], _Answer] = {
     tree.StorageFailed: _Answer(500, "storage_failed"),
     tree.AdapterError: _Answer(400, "adapter_rejected"),
     tree.EngineDead: _Answer(503, "engine_dead"),
+    tree.OutOfMemory: _Answer(503, "out_of_memory"),
     tree.RequestTimedOut: _Answer(408, "timeout"),
     tree.AdapterUnloaded: _Answer(409, "adapter_unloaded"),
     tree.RequestRejected: _Answer(400, "request_rejected"),

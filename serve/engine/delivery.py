@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from onebase.adapters.errors import EngineError, RequestRejected
+from onebase.adapters.errors import EngineError, OneBaseError, RequestRejected
 from onebase.serve.engine.classes import Classes
 from onebase.serve.engine.commands import failure
 from onebase.serve.engine.draw import Drawn
@@ -88,11 +88,14 @@ class Delivery:
         self._end(sequence)
         return TokenOutput(sequence.id, (), "length", cached_tokens=cached, embedding=embedding)
 
-    def _mismatched(self, sequence: Sequence, matcher: Matcher) -> Failure:
+    def failed(self, sequence: Sequence, error: OneBaseError) -> Failure:
+        """The sequence cannot go on."""
         self._end(sequence)
+        return failure(sequence.id, error)
+
+    def _mismatched(self, sequence: Sequence, matcher: Matcher) -> Failure:
         message = f"the grammar is too complex to go on with after {sequence.num_generated} tokens: {matcher.error}"
-        return failure(sequence.id, RequestRejected(message))
+        return self.failed(sequence, RequestRejected(message))
 
     def _overflowed(self, sequence: Sequence) -> Failure:
-        self._end(sequence)
-        return failure(sequence.id, EngineError(_OVERFLOW))
+        return self.failed(sequence, EngineError(_OVERFLOW))

@@ -276,7 +276,8 @@ class EngineStats:
     these, found there and not computed. load_seconds: by step of a load: ``read`` (compiled form -> host), ``compile``
     (files -> host), ``copy`` (host -> device), ``wait`` (asked for -> ready). pinned: digests that are on the device to
     stay; pinned_bytes: what they take; pins_waiting: those that could not be loaded, or have no room.
-    compiled_failures: compiled forms that could not be read or written.
+    compiled_failures: compiled forms that could not be read or written. memory_failures: forwards for which there was
+    no memory.
     """
 
     running: int = 0
@@ -290,6 +291,7 @@ class EngineStats:
     queried_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    memory_failures: int = 0
     preemptions: int = 0
     num_pages: int = 0
     adapter_bytes: int = 0

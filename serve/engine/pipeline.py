@@ -4,6 +4,8 @@ Plain: forward(N), draw(N), deliver N. Overlapped: forward(N + 1), deliver N, dr
 a step the host delivers the one before it and makes the one after it, and the tokens between two forwards stay on the
 device. The host then schedules before it has seen the last tokens: a sequence that a stop token ends has one row too
 many, which nobody reads. What it held is free at once: the device does what it is told in order.
+
+A step that raises is run again in halves by the plain loop, see recovery.py.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -21,12 +25,14 @@ from onebase.serve.engine.delivery import Delivery, Told
 from onebase.serve.engine.draw import Pending
 from onebase.serve.engine.inputs import Unseen
 from onebase.serve.engine.prompts import Scores
+from onebase.serve.engine.recovery import Trouble
 from onebase.serve.engine.runner import ModelRunner
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.stats import Counters
 from onebase.serve.engine.upload import upload
 
+T = TypeVar("T")
 Begin = Callable[[Tensor, Rows[Sequence]], Pending]
 
 
@@ -90,20 +96,62 @@ class Pipeline:
 
     def step(self, chunks: list[Chunk]) -> list[Told]:
         """Run a step, which may be empty, and deliver what is due: this one, or the one before it."""
-        launched = self._launch(chunks) if chunks else None
+        launched = self._tried(partial(self._launch, chunks)) if chunks else None
         told = self._deliver()
-        self._under_way = None if launched is None else self._draw(launched)
-        for chunk in chunks:
-            self._scheduler.computed(chunk)
+        trouble = self._go_on(chunks, launched)
+        if trouble is not None:
+            return [*told, *self._again(chunks, trouble)]
         return told if self._overlap else [*told, *self._deliver()]
+
+    def _go_on(self, chunks: list[Chunk], launched: _Launched | Trouble | None) -> Trouble | None:
+        """Draw for a forward and count it, or say why there is none. None: no step was asked for, or all is well."""
+        drawing = self._tried(partial(self._draw, launched)) if isinstance(launched, _Launched) else launched
+        if drawing is None or isinstance(drawing, Trouble):
+            return drawing
+        self._under_way = drawing
+        self._counters.steps += 1
+        self._scheduler.limit.grow()
+        for chunk in chunks:
+            self._counters.prompt_tokens += chunk.sequence.prompt_tokens(chunk.start, chunk.stop)
+            self._scheduler.computed(chunk)
+        return None
+
+    def _tried(self, work: Callable[[], T]) -> T | Trouble:
+        try:
+            return work()
+        except Exception as error:  # whatever it is, it is nobody's but this step's
+            trouble = Trouble.of(error)
+        self._runner.recover()
+        return trouble
+
+    def _again(self, chunks: list[Chunk], trouble: Trouble) -> list[Told]:
+        """Chunks that failed together, in two parts, each by the plain loop; what cannot be cut fails. Nothing is under
+        way meanwhile, so the host knows every token."""
+        if trouble.out_of_memory:
+            self._counters.memory_failures += 1
+            self._scheduler.limit.shrink(sum(chunk.num_tokens for chunk in chunks))
+        if len(chunks) > 1:
+            middle = len(chunks) // 2
+            return [*self._alone(chunks[:middle]), *self._alone(chunks[middle:])]
+        whole = chunks[0]
+        if not trouble.out_of_memory or whole.num_tokens == 1:
+            return [self._delivery.failed(whole.sequence, trouble.told())] if _goes_on(whole) else []
+        half = whole.num_tokens // 2
+        told = self._alone([Chunk(whole.sequence, half, samples=False)])
+        return [*told, *self._alone([Chunk(whole.sequence, whole.num_tokens - half, whole.samples)])]
+
+    def _alone(self, chunks: list[Chunk]) -> list[Told]:
+        """The plain loop over those that go on."""
+        chunks = list(filter(_goes_on, chunks))
+        if not chunks:
+            return []
+        trouble = self._go_on(chunks, self._tried(partial(self._launch, chunks)))
+        return self._deliver() if trouble is None else self._again(chunks, trouble)
 
     def _launch(self, chunks: list[Chunk]) -> _Launched:
         started = time.perf_counter()
         unseen = None if self._under_way is None else self._under_way.unseen()
         logits = self._runner.forward(chunks, unseen)
-        self._counters.steps += 1
-        for chunk in chunks:
-            self._counters.prompt_tokens += chunk.sequence.prompt_tokens(chunk.start, chunk.stop)
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
         return _Launched(started, chunks, self._runner.scores, self._runner.classes, logits, sampling)
 
@@ -136,3 +184,7 @@ class Pipeline:
         now = time.perf_counter()
         self._scheduler.observe(drawing.chunks, now - max(drawing.started, self._delivered))
         self._delivered = now
+
+
+def _goes_on(chunk: Chunk) -> bool:
+    return chunk.sequence.status is Status.RUNNING

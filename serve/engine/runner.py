@@ -74,6 +74,17 @@ class ModelRunner:
                 pool_rows(chunks, hidden[0][0])
         return logits if len(keep) else None
 
+    def recover(self) -> None:
+        """After a forward that raised: let go of what it left behind. Raises where the device itself is lost, which
+        ends the process: the supervisor starts another one."""
+        context = self._base.context
+        context.batch = None
+        if context.sites is not None:
+            context.sites.forget()
+        if self._base.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
     def _run(
         self,
         chunks: Rows[Chunk],

@@ -18,6 +18,7 @@ from onebase.serve.engine.backlog import Backlog, Offer, Rank
 from onebase.serve.engine.fairness import Fairness
 from onebase.serve.engine.pace import Pace
 from onebase.serve.engine.pages import PageAllocator
+from onebase.serve.engine.recovery import TokenLimit
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.shared_prefixes import Prefixes
 from onebase.serve.engine.victims import Victims
@@ -109,7 +110,7 @@ class Scheduler:
         self.cached_tokens = 0  # of them, found there
         self._prefixes = Prefixes(pages)
         self._victims = Victims(self.fairness, pages, max_num_seqs)
-        self._max_batch_tokens = max_batch_tokens
+        self.limit = TokenLimit(max_batch_tokens)
         self._max_num_seqs = max_num_seqs
 
     def add(self, sequence: Sequence) -> None:
@@ -121,7 +122,7 @@ class Scheduler:
 
     def schedule(self, may_start: MayStart, take: Take, release: Release) -> list[Chunk]:
         """The chunks of the next step. Sequences are admitted with ``take``, and preempted with ``release``."""
-        step = _Step(may_start, take, release, self._max_batch_tokens)
+        step = _Step(may_start, take, release, self.limit.now)
         decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
         prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
         for sequence in decoding:

@@ -15,11 +15,13 @@ from onebase.serve.engine.tier_stats import tier_stats
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the engine started. prompt_tokens: computed; generated_tokens: delivered."""
+    """Totals since the engine started. prompt_tokens: computed; generated_tokens: delivered; memory_failures: forwards
+    for which there was no memory."""
 
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    memory_failures: int = 0
 
 
 def engine_stats(scheduler: Scheduler, adapters: AdapterCache, budget: DeviceBudget, counters: Counters) -> EngineStats:
@@ -38,6 +40,7 @@ def engine_stats(scheduler: Scheduler, adapters: AdapterCache, budget: DeviceBud
         queried_tokens=scheduler.queried_tokens,
         cached_tokens=scheduler.cached_tokens,
         generated_tokens=counters.generated_tokens,
+        memory_failures=counters.memory_failures,
         preemptions=scheduler.preemptions,
         num_pages=pages.num_pages,
         adapter_bytes=adapters.arena.capacity_bytes,

@@ -62,6 +62,11 @@ class SiteContext:
             self.of, self.touched = plan, frozenset() if plan is None else self.instructions.touched(plan)
         return path in self.touched
 
+    def forget(self) -> None:
+        """What a forward that raised has left for its later modules."""
+        self.residuals.clear()
+        self.beside.clear()
+
     def placed(self, path: str) -> tuple[Placed, ...]:
         """The instructions of the step's packed rows at a site."""
         plan = self.plans.rows
