@@ -111,6 +111,7 @@ def serve(
     max_upload_gib: Annotated[float | None, typer.Option(help="Largest adapter, in GiB.")] = None,
     api_key: Key = None,
     admin_key: Key = None,
+    keys: Annotated[Path | None, typer.Option(help="TOML file of tenants: names, keys, weights, limits.")] = None,
     insecure: Annotated[bool | None, typer.Option(help="Serve other machines without keys.")] = None,
 ) -> None:
     """Serve a base model and its adapters over HTTP.

@@ -20,6 +20,7 @@ from pydantic_settings import (
 from onebase.adapters.errors import AdapterNameInvalid
 from onebase.adapters.names import check_name
 from onebase.serve.engine.config import GIB, EngineConfig
+from onebase.serve.tenants import read_keys
 
 if TYPE_CHECKING:
     from onebase.adapters.sources import SourceOptions
@@ -103,6 +104,7 @@ class Settings(BaseSettings):
     max_upload_gib: float = Field(default=4.0, gt=0, le=MAX_GIB)
     api_key: SecretStr | None = None
     admin_key: SecretStr | None = None
+    keys: Path | None = None
     insecure: bool = False
 
     @field_validator("model")
@@ -151,11 +153,15 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if not self.insecure and not is_loopback(self.host) and (self.api_key is None or self.admin_key is None):
+        has_keys = self.api_key is not None or self.keys is not None
+        if not self.insecure and not is_loopback(self.host) and (not has_keys or self.admin_key is None):
             raise ValueError(
-                f"host {self.host} is reachable from other machines: set --api-key and --admin-key, "
+                f"host {self.host} is reachable from other machines: set --api-key (or --keys) and --admin-key, "
                 "or say --insecure to serve without them"
             )
+        if self.keys is not None and self.api_key is None and self.admin_key is None:
+            raise ValueError("--keys: set --admin-key as well; without one anybody may change adapters")
+        read_keys(self.keys)
         if self.max_inflight_seqs < self.max_num_seqs:
             raise ValueError(
                 f"max_inflight_seqs is {self.max_inflight_seqs}, below max_num_seqs, {self.max_num_seqs}: "
@@ -207,6 +213,7 @@ class Settings(BaseSettings):
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
             max_num_seqs=self.max_num_seqs,
+            tenant_weights=read_keys(self.keys).weights,
             max_step_stretch=self.max_step_stretch,
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,

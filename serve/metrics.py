@@ -14,6 +14,7 @@ from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine_metrics import EngineCollector, Names
 from onebase.serve.metric_labels import MAX_MODEL_LABELS, ModelLabels, is_combined
 from onebase.serve.model_metrics import ModelMetrics
+from onebase.serve.tenant_metrics import TenantMetrics
 
 NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 WHOLE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
@@ -34,6 +35,7 @@ class Metrics:
     ) -> None:
         self.models = ModelMetrics()
         self._rest = CollectorRegistry()
+        self.tenants = TenantMetrics(self._rest)
         self._rest.register(EngineCollector(engine, names))
         self._rest.register(StateCollector(self.models.labels, states, base))
         self._http = Counter(

@@ -91,6 +91,7 @@ class Shape(Protocol):
 async def answer(request: Request, job: Job, shape: Shape, *, stream: bool, usage: bool) -> Response:
     """Runs the job. Errors before the first token have a status code of their own, streamed or not."""
     headers = {"x-onebase-adapters": job.target.exact}
+    request.state.usage = job.usage
     if not stream:
         body = await until_disconnect(request.receive, _whole(request, job, shape))
         return Response(body, media_type="application/json", headers=headers)

@@ -32,13 +32,15 @@ from onebase.serve.config import Settings
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine_metrics import Names
 from onebase.serve.metrics import Metrics
+from onebase.serve.tenants import read_keys
 
 
 def create_app(settings: Settings, engine: EngineClient) -> FastAPI:
     """The application; its lifespan starts and stops the engine. ``app.state.server`` is the Server."""
     metrics = Metrics(engine, lambda: _names(server), lambda: _states(server), settings.base_name)
-    admission = Admission(settings.max_inflight_seqs, settings.max_inflight_tokens)
-    server = Server(settings, engine, metrics, admission)
+    keyring = read_keys(settings.keys)
+    admission = Admission(settings.max_inflight_seqs, settings.max_inflight_tokens, keyring.tenants)
+    server = Server(settings, engine, metrics, admission, keyring)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:

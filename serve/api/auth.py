@@ -14,12 +14,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from onebase.serve.api.errors import ApiError, error_response
 from onebase.serve.api.state import server_of
 from onebase.serve.config import Settings, is_loopback
+from onebase.serve.tenants import NOBODY, Keyring, Tenant
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]*)?", re.IGNORECASE)
 _OTHER_HOST = ApiError(
     403,
     "The Host header must be localhost, 127.0.0.1 or [::1]: the server has no API key and is for its own machine. "
-    "Behind a proxy, set --api-key and --admin-key.",
+    "Behind a proxy, set --api-key (or --keys) and --admin-key.",
     code="host_not_allowed",
 )
 
@@ -33,7 +34,8 @@ class LocalHostOnly:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._any_host = settings.api_key is not None or settings.insecure or not is_loopback(settings.host)
+        has_keys = settings.api_key is not None or settings.keys is not None
+        self._any_host = has_keys or settings.insecure or not is_loopback(settings.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._any_host or _is_local(Headers(scope=scope).get("host", "")):
@@ -43,10 +45,16 @@ class LocalHostOnly:
 
 
 def require_api_key(request: Request) -> None:
-    """Inference routes: the API key, or the admin key, which may do all that it may. Open where no API key is set."""
-    settings = server_of(request).settings
-    if settings.api_key is not None and not _presents(request, settings.api_key, settings.admin_key):
+    """Inference routes: the API key, a tenant's key, or the admin key, which may do all that they may. Open where
+    neither an API key nor tenants are set. ``request.state.tenant`` is whose the request is."""
+    server = server_of(request)
+    settings, request.state.tenant = server.settings, NOBODY
+    if settings.api_key is None and not server.keyring:
+        return
+    tenant = _tenant(request, server.keyring)
+    if not _presents(request, settings.api_key, settings.admin_key) and tenant is None:
         raise _unauthorized()
+    request.state.tenant = tenant or NOBODY
 
 
 def require_admin_key(request: Request) -> None:
@@ -57,7 +65,7 @@ def require_admin_key(request: Request) -> None:
         return _same_origin(request)
     if _presents(request, wanted):
         return None
-    if _presents(request, settings.api_key):
+    if _presents(request, settings.api_key) or _tenant(request, server_of(request).keyring) is not None:
         raise ApiError(403, "This needs the admin key, not the API key.", code="admin_key_required")
     raise _unauthorized()
 
@@ -76,10 +84,19 @@ def _is_local(host: str) -> bool:
 
 
 def _presents(request: Request, *keys: SecretStr | None) -> bool:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = token.strip().encode("latin-1")
+    given = _bearer(request)
     matches = [hmac.compare_digest(given, key.get_secret_value().encode()) for key in keys if key is not None]
-    return scheme.lower() == "bearer" and any(matches)
+    return any(matches)
+
+
+def _tenant(request: Request, keyring: Keyring) -> Tenant | None:
+    return keyring.owner(_bearer(request)) if keyring else None
+
+
+def _bearer(request: Request) -> bytes:
+    """The key that a request presents; empty, which is no key, where it presents none."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def _same_origin(request: Request) -> None:

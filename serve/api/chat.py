@@ -18,7 +18,7 @@ from onebase.serve.api.generation import Job, plan
 from onebase.serve.api.logprobs import chat_logprobs, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
-from onebase.serve.api.state import server_of
+from onebase.serve.api.state import admission_of, server_of
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.api.tools.parser import CallPiece
@@ -108,13 +108,13 @@ async def prepare(request: Request, body: ChatRequest) -> Job:
     """From a checked body to the engine's requests, within what the server takes on."""
     server = server_of(request)
     loaded = server.require_ready()
-    server.admission.sequences.take(body.choices, request.state.held, "n")
+    admission_of(request).sequences.take(body.choices, request.state.held, "n")
     target = await resolve(request, loaded, body.model, body.adapters)
     tools = tool_use(body, target.codec)
     conversation = body.conversation if tools is None else tools.told(body.conversation)
     prompt = await target.codec.encode_chat(conversation, max_chars=loaded.max_chars)
     job = plan(server, loaded, target, body, [prompt], None)
-    server.admission.tokens.take(job.prompt_tokens, request.state.held, "messages")
+    admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "messages")
     return with_tools(job, tools)
 
 

@@ -24,8 +24,9 @@ from onebase.serve.api.pooled import check_inputs, outputs_of
 from onebase.serve.api.pooling_schemas import ClassifyRequest
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import Target, resolve
-from onebase.serve.api.state import Server, server_of
+from onebase.serve.api.state import Server, admission_of, server_of
 from onebase.serve.api.stream import encode_json, until_disconnect
+from onebase.serve.api.tenancy import owned
 from onebase.serve.api.writing import written
 from onebase.serve.engine.messages import ClassLogits, SamplingParams
 from onebase.serve.engine.messages import Request as EngineRequest
@@ -60,12 +61,12 @@ async def classify(request: Request) -> Response:
     body = await read_json(request, ClassifyRequest)
     server = server_of(request)
     loaded = server.require_ready()
-    server.admission.sequences.take(len(body.prompts), request.state.held, "input")
+    admission_of(request).sequences.take(len(body.prompts), request.state.held, "input")
     target = await resolve(request, loaded, body.model, body.adapters)
     prompts = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "input")
     check_inputs(prompts, loaded)
-    usage = Usage(sum(map(len, prompts)))
-    server.admission.tokens.take(usage.prompt_tokens, request.state.held, "input")
+    usage = request.state.usage = Usage(sum(map(len, prompts)))
+    admission_of(request).tokens.take(usage.prompt_tokens, request.state.held, "input")
     found = await until_disconnect(request.receive, _run(server, target, prompts, usage))
     server.metrics.classified(target.metric, time.monotonic() - request.state.started, usage.prompt_tokens)
     answer = {
@@ -89,7 +90,10 @@ async def _run(server: Server, target: Target, prompts: Sequence[Sequence[int]],
     found = [_Found() for _ in prompts]
     values = 0
     requests = [
-        EngineRequest(uuid.uuid4().hex, tuple(prompt), SamplingParams(0), target.uses, classifies=True)
+        owned(
+            EngineRequest(uuid.uuid4().hex, tuple(prompt), SamplingParams(0), target.uses, classifies=True),
+            target.tenant,
+        )
         for prompt in prompts
     ]
     async with aclosing(outputs_of(server, requests)) as told:

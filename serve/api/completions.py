@@ -16,7 +16,7 @@ from onebase.serve.api.generation import plan
 from onebase.serve.api.logprobs import LegacyWriter, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
-from onebase.serve.api.state import Loaded, server_of
+from onebase.serve.api.state import Loaded, admission_of, server_of
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
 
@@ -78,12 +78,12 @@ async def completions(request: Request) -> Response:
     body = await read_json(request, CompletionRequest)
     server = server_of(request)
     loaded = server.require_ready()
-    server.admission.sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
+    admission_of(request).sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
     target = await resolve(request, loaded, body.model, body.adapters)
     prompts = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "prompt")
     echoes = _echoes(target.codec, body.prompts) if body.echo else []
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes)
-    server.admission.tokens.take(job.prompt_tokens, request.state.held, "prompt")
+    admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "prompt")
     shape = CompletionShape(body, target.codec.texts, prompts)
     return await answer(request, job, shape, stream=bool(body.stream), usage=body.wants_usage)
 

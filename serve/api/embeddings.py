@@ -25,8 +25,9 @@ from onebase.serve.api.pooled import check_inputs, outputs_of
 from onebase.serve.api.pooling_schemas import EmbeddingRequest
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import Target, resolve
-from onebase.serve.api.state import Server, server_of
+from onebase.serve.api.state import Server, admission_of, server_of
 from onebase.serve.api.stream import encode_json, until_disconnect
+from onebase.serve.api.tenancy import owned
 from onebase.serve.api.writing import written
 from onebase.serve.engine.messages import Request as EngineRequest
 from onebase.serve.engine.messages import SamplingParams
@@ -42,12 +43,12 @@ async def embeddings(request: Request) -> Response:
     body = await read_json(request, EmbeddingRequest)
     server = server_of(request)
     loaded = server.require_ready()
-    server.admission.sequences.take(len(body.prompts), request.state.held, "input")
+    admission_of(request).sequences.take(len(body.prompts), request.state.held, "input")
     target = await resolve(request, loaded, body.model, body.adapters)
     prompts = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "input")
     check_inputs(prompts, loaded)
-    usage = Usage(sum(map(len, prompts)))
-    server.admission.tokens.take(usage.prompt_tokens, request.state.held, "input")
+    usage = request.state.usage = Usage(sum(map(len, prompts)))
+    admission_of(request).tokens.take(usage.prompt_tokens, request.state.held, "input")
     vectors = await until_disconnect(request.receive, _run(server, target, body, prompts, usage))
     server.metrics.classified(target.metric, time.monotonic() - request.state.started, usage.prompt_tokens)
     answer = {"object": "list", "model": target.label, "usage": usage.as_dict()}
@@ -65,7 +66,12 @@ async def _run(
 ) -> list[Vector]:
     """All prompts at once. Raises ApiError 400 where the answer would be too long, or a vector too short."""
     requests = [
-        EngineRequest(uuid.uuid4().hex, tuple(prompt), SamplingParams(0), target.uses, embeds=body.pooling or "last")
+        owned(
+            EngineRequest(
+                uuid.uuid4().hex, tuple(prompt), SamplingParams(0), target.uses, embeds=body.pooling or "last"
+            ),
+            target.tenant,
+        )
         for prompt in prompts
     ]
     found: dict[int, Vector] = {}

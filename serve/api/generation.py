@@ -18,6 +18,7 @@ from onebase.serve.api.errors import bad_request
 from onebase.serve.api.resolve import Target
 from onebase.serve.api.schemas import Generation
 from onebase.serve.api.state import Loaded, Server
+from onebase.serve.api.tenancy import owned
 from onebase.serve.api.tools.reader import ToolReader
 from onebase.serve.engine.logprobs import TokenLogprob, unpack
 from onebase.serve.engine.messages import Logprobs, Request, SamplingParams, TokenOutput
@@ -214,7 +215,7 @@ def plan(
         ids = tuple(prompt)
         for choice in range(body.choices):
             sampling = _sampling(body, limit, _seed(body.seed, choice))
-            requests.append(Request(uuid.uuid4().hex, ids, sampling, target.uses))
+            requests.append(owned(Request(uuid.uuid4().hex, ids, sampling, target.uses), target.tenant))
     usage = Usage(sum(len(prompt) for prompt in prompts))
     texts = tuple(echo for echo in echoes for _ in range(body.choices))
     return Job(server, loaded, target, tuple(requests), body.stops, usage, body.choices, texts)

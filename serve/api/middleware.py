@@ -61,9 +61,22 @@ class RequestContext:
     def _record(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.http_request(route, status)
-        self._record_failure(scope["state"])
+        state = scope["state"]
+        self._record_failure(state)
+        tenant = state["tenant"].name if "tenant" in state else ""
+        if "usage" in state:
+            self._metrics.tenants.used(tenant, state["usage"])
         if route not in _QUIET:
-            log.info("request", method=scope["method"], route=route, status=status, id=request_id, s=round(seconds, 3))
+            whose = {"tenant": tenant} if tenant else {}
+            log.info(
+                "request",
+                method=scope["method"],
+                route=route,
+                status=status,
+                id=request_id,
+                s=round(seconds, 3),
+                **whose,
+            )
 
     def _record_failure(self, state: Mapping[str, Any]) -> None:
         """``model`` is what answers, once that is known; ``failure`` the code of the error that the client was told."""

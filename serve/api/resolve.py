@@ -16,6 +16,7 @@ from onebase.serve.api.state import Loaded, server_of
 from onebase.serve.api.store import AdapterStore
 from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.engine.messages import AdapterUse
+from onebase.serve.tenants import NOBODY, Tenant
 
 BASE_HEADER = "base"
 
@@ -27,7 +28,7 @@ class Target:
     label: the response's ``model``: the name as asked for, joined by + to the names of further adapters.
     metric: the name that metrics count it under: without versions, and one for each set of adapters.
     exact: every adapter with its version, for the response header.
-    codec: its tokenizer and chat template.
+    codec: its tokenizer and chat template. tenant: who asks.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Target:
     exact: str
     uses: tuple[AdapterUse, ...]
     codec: TextCodec
+    tenant: Tenant = NOBODY
 
 
 async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[AdapterScale]) -> Target:
@@ -59,6 +61,7 @@ async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[
         exact=", ".join(f"{entry.name}@{entry.version};scale={scale:g}" for entry, _, scale in found) or BASE_HEADER,
         uses=tuple(AdapterUse(entry.digest, str(entry.path), scale, name) for entry, name, scale in found),
         codec=loaded.codec,
+        tenant=request.state.tenant,
     )
 
 

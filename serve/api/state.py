@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, cast
 
 from fastapi import Request
 
-from onebase.serve.api.admission import Admission
+from onebase.serve.api.admission import Admission, Reservation
 from onebase.serve.api.errors import not_ready
 from onebase.serve.api.grammar_checker import GrammarChecker
 from onebase.serve.config import Settings
 from onebase.serve.engine.client import EngineClient
 from onebase.serve.engine.messages import EngineInfo
+from onebase.serve.tenants import Keyring
 
 if TYPE_CHECKING:
     from onebase.serve.api.imports import Importer
@@ -61,6 +62,7 @@ class Server:
     engine: EngineClient
     metrics: Metrics
     admission: Admission
+    keyring: Keyring = field(default_factory=Keyring)
     loaded: Loaded | None = None
     failure: str | None = None
     parsers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PARSERS, "parse"))
@@ -84,3 +86,8 @@ class Server:
 
 def server_of(request: Request) -> Server:
     return cast(Server, request.app.state.server)
+
+
+def admission_of(request: Request) -> Reservation:
+    """What a request reserves from: its tenant's limits and the server's. Behind require_api_key."""
+    return server_of(request).admission.of(request.state.tenant)

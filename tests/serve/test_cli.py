@@ -99,7 +99,10 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     given: list[Any] = []
     monkeypatch.setattr("onebase.serve.cli._run", given.append)
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[tenant]]\nname = "a"\nkeys = ["0123456789abcdef"]\n')
     options = {
+        "keys": str(keys),
         "served_model_name": "n", "adapter": "a=/x", "host": "::1", "port": "1", "revision": "r", "dtype": "float32",
         "device": "cpu", "max_model_len": "2", "max_batch_tokens": "3", "max_num_seqs": "4", "device_memory": "0.5",
         "kv_memory": "6", "adapter_memory": "7", "data_dir": "/d", "allow_path": str(tmp_path), "max_upload_gib": "8",
