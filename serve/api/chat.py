@@ -21,6 +21,7 @@ from onebase.serve.api.resolve import resolve
 from onebase.serve.api.state import admission_of, server_of
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
+from onebase.serve.api.tool_schemas import NamedChoice
 from onebase.serve.api.tools.parser import CallPiece
 from onebase.serve.api.tools.use import ToolUse
 
@@ -115,20 +116,37 @@ async def prepare(request: Request, body: ChatRequest) -> Job:
     prompt = await target.codec.encode_chat(conversation, max_chars=loaded.max_chars)
     job = plan(server, loaded, target, body, [prompt], None)
     admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "messages")
-    return with_tools(job, tools)
+    return job if tools is None else await with_tools(job, tools)
 
 
 def tool_use(body: ChatRequest, codec: TextCodec) -> ToolUse | None:
     """None where the model is told of no tools. Raises ApiError 400."""
     if not body.functions or body.tool_choice == "none":
         return None
-    if body.tool_choice not in (None, "auto"):
-        raise bad_request("tool_choice: auto and none are served.", "tool_choice", "unsupported_field")
-    return ToolUse(codec.require_template().syntax, body.functions, body.parallel_tool_calls is not False)
+    syntax = codec.require_template().syntax
+    choice = body.tool_choice
+    use = ToolUse(
+        syntax,
+        body.functions,
+        named=choice.function.name if isinstance(choice, NamedChoice) else None,
+        forced=choice not in (None, "auto"),
+        parallel=body.parallel_tool_calls is not False,
+        tokens=codec.token_ids(syntax.markers),
+    )
+    if use.forced and body.continue_final_message:
+        raise bad_request("tool_choice: continue_final_message leaves no room for a call.", "tool_choice")
+    return use
 
 
-def with_tools(job: Job, tools: ToolUse | None) -> Job:
-    if tools is None:
-        return job
-    markers = job.target.codec.special_ids(tools.syntax.markers)
+async def with_tools(job: Job, tools: ToolUse) -> Job:
+    """Its answers held to the grammar of calls, if there is one, and read. Raises ApiError 400."""
+    if any(request.sampling.grammar is not None for request in job.requests):
+        raise bad_request("A grammar for the answer is not allowed beside tools, but with tool_choice none.", "tools")
+    if (grammar := tools.grammar) is not None:
+        grammar = await job.server.grammars.checked(grammar, "tools")
+        sampled = (replace(request.sampling, grammar=grammar) for request in job.requests)
+        requests = [replace(one, sampling=sampling) for one, sampling in zip(job.requests, sampled, strict=True)]
+        job = replace(job, requests=tuple(requests))
+    texts = job.target.codec.texts
+    markers = {token: text for text, token in tools.tokens.items() if texts.is_special(token)}
     return replace(job, reader=tools.reader, markers=markers)

@@ -106,10 +106,10 @@ class TextCodec:
             raise bad_request("The model has no chat template: use /v1/completions.", "messages", "no_chat_template")
         return self.template
 
-    def special_ids(self, texts: Collection[str]) -> dict[int, str]:
-        """Those of the texts that are special tokens, which answers leave out."""
-        found = {self.backend.token_to_id(text): text for text in texts}
-        return {token: text for token, text in found.items() if token is not None and self.texts.is_special(token)}
+    def token_ids(self, texts: Collection[str]) -> dict[str, int]:
+        """Those of the texts that are tokens by themselves."""
+        found = {text: self.backend.token_to_id(text) for text in texts}
+        return {text: token for text, token in found.items() if token is not None}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Special tokens are written out. Lets go of the interpreter, see ``_encode_long``."""

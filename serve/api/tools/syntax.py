@@ -14,8 +14,9 @@ class Syntax:
 
     opening: announces calls. bare: an answer may start with a call without it. listed: calls may stand in a JSON list.
     separator: between two calls after one opening. closing: after the last of them. key: of the arguments, where we
-    write a call. markers: what may be special tokens of the vocabulary, and has to be seen nevertheless. short_ids:
-    the template takes call ids of nine letters and digits only.
+    write a call. tail: the opening as a prompt ends with it, to force a call. markers: what may be tokens of the
+    vocabulary, and has to be seen even if they are special ones. short_ids: the template takes call ids of
+    nine letters and digits only.
     """
 
     name: str
@@ -25,18 +26,33 @@ class Syntax:
     bare: bool = False
     listed: bool = False
     key: str = ARGUMENTS
+    tail: str = ""
     markers: tuple[str, ...] = ()
     short_ids: bool = False
 
 
-HERMES = Syntax("hermes", "<tool_call>", "</tool_call>", markers=("<tool_call>", "</tool_call>"))
-LLAMA = Syntax("llama", "<|python_tag|>", separator=";", bare=True, key=PARAMETERS, markers=("<|python_tag|>",))
+HERMES = Syntax(
+    "hermes",
+    "<tool_call>",
+    "</tool_call>",
+    tail="<tool_call>\n",
+    markers=("<tool_call>", "</tool_call>"),
+)
+LLAMA = Syntax(
+    "llama",
+    "<|python_tag|>",
+    separator=";",
+    bare=True,
+    key=PARAMETERS,
+    markers=("<|python_tag|>",),
+)
 MISTRAL = Syntax(
     "mistral",
     "[TOOL_CALLS]",
     "]",
     separator=",",
     listed=True,
+    tail="[TOOL_CALLS]",
     markers=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     short_ids=True,
 )

@@ -316,7 +316,7 @@ def open_real(real_folder: Path, settings_for: Callable[..., Settings]) -> Calla
 
     def make(**options: Any) -> Any:
         small = {"dtype": "float32", "device": "cpu", "kv_memory": 0.01, "adapter_memory": 0.01}
-        settings = settings_for(model=str(real_folder), **small, **options)
+        settings = settings_for(**{"model": str(real_folder), **small, **options})
         return running_site(settings, InProcessEngine(settings.engine_config()))  # type: ignore[arg-type]
 
     return make
