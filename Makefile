@@ -7,7 +7,7 @@ LINKS := build/types/onebase
 SOURCES := adapters bench kernels serve tests
 PYTEST_ARGS ?= -n 2
 
-.PHONY: serve test clients-test gpu-test slow-test fmt lint type bench clean
+.PHONY: serve test clients-test gpu-test gpu-bench slow-test fmt lint type bench clean
 
 serve: $(STAMP)
 	$(BIN)/onebase demo
@@ -36,7 +36,11 @@ slow-test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow
 
 gpu-test: $(STAMP)
-	$(BIN)/pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/pytest -m gpu
+
+# Needs neither the virtual environment nor the HTTP stack: torch, triton, transformers and pytest.
+gpu-bench:
+	PYTHON=$(PYTHON) bench/gpu.sh
 
 fmt: $(STAMP)
 	$(BIN)/ruff format $(SOURCES)

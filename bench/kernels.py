@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from onebase.bench.kernels_case import MIXED, Case, World, cases
 from onebase.bench.kernels_clock import copy_bandwidth, medians
 from onebase.bench.kernels_sides import DENSE, GATHER, GROUPED, LOOP, OURS, sides
-from onebase.bench.report import store
+from onebase.bench.report import print_table, store
 from onebase.kernels.dispatch import select_kernels
 
 HIDDEN = {"cuda": (1024, 4096, 8192), "cpu": (1024, 4096)}
@@ -88,10 +86,8 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, b
 
 def _show(results: Sequence[Result], bandwidth: float) -> None:
     title = f"One site: shrink and expand. Copies move {bandwidth / 1e9:.0f} GB/s. Other columns: times as long as ours"
-    grid = Table("hidden", "rank", "rows", "adapters", "us", "MB", "% of copy", *_OTHERS, title=title)
-    for result in results:
-        grid.add_row(*_cells(result))
-    Console(width=_WIDTH).print(grid)
+    columns = ("hidden", "rank", "rows", "adapters", "us", "MB", "% of copy", *_OTHERS)
+    print_table(title, columns, [list(_cells(result)) for result in results], _WIDTH)
 
 
 def _cells(result: Result) -> Iterator[str]:

@@ -6,19 +6,21 @@ heuristic's, twice over; what is at least 3 % faster than the heuristic becomes 
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from onebase.bench.kernels_case import aligned
 from onebase.bench.kernels_clock import medians
 from onebase.bench.kernels_sides import Side
+from onebase.bench.report import show
 from onebase.kernels.config import Config, Configs, Op, Shape, dump, file_name, heuristic
 from onebase.kernels.matmul_triton import TritonKernels
 from onebase.kernels.plan import BatchPlan
@@ -113,8 +115,11 @@ def tune(
     ranks: Sequence[int] = RANKS,
     rows: Sequence[int] = ROWS,
     dtype: torch.dtype = torch.bfloat16,
+    most_seconds: float = math.inf,
 ) -> Path:
-    """Write the table of this device into the folder; its path. Needs a CUDA device to itself."""
+    """Write the table of this device into the folder; its path. Needs a CUDA device to itself.
+
+    After ``most_seconds`` what was found so far is written."""
     kind = torch.device(device)
     if kind.type != "cuda":
         raise ValueError(f"device: {device}: tables are for the Triton kernels on CUDA")
@@ -122,24 +127,28 @@ def tune(
     buffer = torch.zeros(_COLD_BYTES // dtype.itemsize, dtype=dtype, device=kind)
     path = folder / file_name(name)
     with torch.inference_mode():
-        found = tuned(buffer, groups, ranks, rows, lambda side: medians({"": side}, kind, _ROUNDS)[""])
+        stop = time.monotonic() + most_seconds
+        found = tuned(buffer, groups, ranks, rows, lambda side: medians({"": side}, kind, _ROUNDS)[""], stop)
     folder.mkdir(parents=True, exist_ok=True)
     dump(path, name, found)
-    Console().print(f"{path}: {len(found)} entries")
+    show(str(path), {"entries": str(len(found))})
     return path
 
 
 def tuned(
-    buffer: Tensor, groups: Sequence[tuple[int, Slices]], ranks: Sequence[int], rows: Sequence[int], clock: Clock
+    buffer: Tensor,
+    groups: Sequence[tuple[int, Slices]],
+    ranks: Sequence[int],
+    rows: Sequence[int],
+    clock: Clock,
+    stop: float = math.inf,
 ) -> dict[Shape, Config]:
-    """The entries that are worth having."""
+    """The entries that are worth having, of what is tried before ``stop`` on the monotonic clock."""
     found: dict[Shape, Config] = {}
-    for group in groups:
-        for rank in ranks:
-            for count in rows:
-                for programs in sorted({1, max(1, count // 2), count}):
-                    if programs <= 256:
-                        _tune(Bench.of(group, rank, count, programs, buffer, _COLD_BYTES), clock, found)
+    for group, rank, count in itertools.product(groups, ranks, rows):
+        for programs in sorted({1, max(1, count // 2), count}):
+            if programs <= 256 and time.monotonic() < stop:
+                _tune(Bench.of(group, rank, count, programs, buffer, _COLD_BYTES), clock, found)
     return found
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 
 def machine() -> dict[str, Any]:
@@ -56,10 +54,21 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
 
 def show(title: str, rows: Mapping[str, str]) -> None:
     """Print a two-column table."""
-    table = Table(title=title, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
+    print_table(title, (), list(rows.items()))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> None:
+    """By rich where it is there: machines with a GPU often have torch and little else. columns: none for no header."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title, *("\t".join(row) for row in ([columns] if columns else []) + [*rows]), sep="\n")
+        return
+    table = Table(*(columns or [""] * len(rows[0])), title=title, show_header=bool(columns))
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)
 
 
 def store(path: Path | None, name: str, result: Mapping[str, Any]) -> None:
