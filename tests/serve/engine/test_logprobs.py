@@ -113,6 +113,22 @@ def test_the_slices_do_not_matter(make_driver: Callable[..., Any], monkeypatch: 
             assert a.logprob == pytest.approx(b.logprob, abs=1e-5)
 
 
+def test_no_more_logits_at_once_than_a_slice(make_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the prompts' lengths: the head runs over the rows of a slice, and over those that draw."""
+    monkeypatch.setattr(prompts, "BLOCK", 5 * 128)
+    driver = make_driver("llama")
+    rows: list[int] = []
+    head = driver.engine.runner._base.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: rows.append(output.numel() // 128))
+    rng = random.Random(4)
+    for length in (90, 31, 4):
+        driver.submit([rng.randrange(3, 128) for _ in range(length)], max_tokens=1, prompt_logprobs=2)
+    driver.run()
+    handle.remove()
+    assert max(rows) == 5
+    assert sum(rows) >= 90 + 31 + 4 - 3
+
+
 def test_preempted_prompts_are_told_once(make_driver: Callable[..., Any]) -> None:
     driver = make_driver("llama", max_model_len=64, kv_memory=0.00012, max_num_seqs=8, max_batch_tokens=11)
     ear = Ear(driver)

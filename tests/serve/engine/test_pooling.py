@@ -85,9 +85,10 @@ def test_the_prefix_cache_gives_what_nobody_reads(expected: Any, make_driver: Ca
         torch.testing.assert_close(found, expected(PROMPT, kind), atol=1e-4, rtol=0)
 
 
-def test_any_schedule_with_preemptions(expected: Any, make_driver: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_any_schedule_with_preemptions(overlap: bool, expected: Any, make_driver: Callable[..., Any]) -> None:
     """Little room, small steps, and sequences that grow: prompts are read again, their rows only once."""
-    driver = make_driver("llama", kv_memory=0.00009, max_batch_tokens=7, max_num_seqs=5)
+    driver = make_driver("llama", kv_memory=0.00009, max_batch_tokens=7, max_num_seqs=5, overlap=overlap)
     embeddings, draw = Embeddings(driver), random.Random(1)
     asked = {}
     for _ in range(12):
