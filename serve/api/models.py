@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
 
 from onebase.adapters.registry import AdapterEntry
 from onebase.serve.api.adapter_schemas import ModelFilter
@@ -12,20 +13,29 @@ from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.query import query_parameters, read_query, refuse_unread
 from onebase.serve.api.resolve import find_model
 from onebase.serve.api.state import Loaded, Server, server_of
+from onebase.serve.api.stream import encode_json
+from onebase.serve.api.writing import written
+
+CARD_VALUES = 8  # what an adapter's card has
 
 router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
 
 @router.get("/v1/models", openapi_extra=query_parameters(ModelFilter))
-async def list_models(request: Request) -> dict[str, Any]:
+async def list_models(request: Request) -> Response:
     """In pages of adapters, by name: the base stands before the first one. ``next`` of one is ``after`` of the next."""
     wanted = read_query(request, ModelFilter)
     server = server_of(request)
     loaded = server.require_loaded()
     page = await loaded.store.page(after=wanted.after, limit=wanted.limit)
-    cards = [_adapter_card(server, loaded, entry, entry.name) for entry in page.entries]
-    first = [] if wanted.after else [_base_card(server, loaded)]
-    return {"object": "list", "data": [*first, *cards], "has_more": page.next is not None, "next": page.next}
+
+    def write() -> bytes:
+        cards = [_adapter_card(server, loaded, entry, entry.name) for entry in page.entries]
+        first = [] if wanted.after else [_base_card(server, loaded)]
+        more = {"has_more": page.next is not None, "next": page.next}
+        return encode_json({"object": "list", "data": [*first, *cards], **more})
+
+    return Response(await written(server, CARD_VALUES * len(page.entries), write), media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}")

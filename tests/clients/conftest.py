@@ -73,9 +73,9 @@ def _python() -> str:
     return str(ours) if ours.exists() else sys.executable
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server for each module, with float32 weights."""
+    """One server for each environment, with float32 weights."""
     log = tmp_path_factory.mktemp("served") / "log"
     options = ["--served-model-name", "valley", "--port", "0", "--dtype", "float32", "--device", "cpu"]
     options += ["--kv-memory", "0.1", "--adapter-memory", "0.1", "--max-inflight-seqs", "96"]
