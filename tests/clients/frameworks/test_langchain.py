@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import itertools
+import operator
+from typing import Any, Literal
 
 import openai
 import pytest
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from pydantic import BaseModel
 
 QUESTION = "What colour is the fox?"
 
@@ -62,6 +65,33 @@ def test_embeddings(served: Any) -> None:
     one, other = embeddings.embed_documents(["The fox is red.", "A whale lives in the sea."])
     assert len(one) == len(other)
     assert embeddings.embed_query("The fox is red.") == pytest.approx(one, abs=1e-5)
+
+
+class Sighting(BaseModel):
+    """An animal that was seen."""
+
+    animal: Literal["fox", "owl"]
+    count: int
+
+
+def colour_of(animal: Literal["fox", "owl"], loud: bool) -> str:
+    """The colour of an animal."""
+    return f"{animal}: {loud}"
+
+
+def test_tools(served: Any) -> None:
+    chat = _chat(served, "shout", max_tokens=200).bind_tools([colour_of], tool_choice="colour_of")
+    (call,) = chat.invoke(QUESTION).tool_calls
+    assert call["name"] == "colour_of"
+    assert colour_of(**call["args"])
+    *_, last = itertools.accumulate(chat.stream(QUESTION), operator.add)
+    assert last.tool_calls[0]["args"] == call["args"]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_answers(served: Any, method: Any) -> None:
+    chat = _chat(served, "pirate", max_tokens=200).with_structured_output(Sighting, method=method)
+    assert isinstance(chat.invoke(QUESTION), Sighting)
 
 
 def test_refusals(served: Any) -> None:

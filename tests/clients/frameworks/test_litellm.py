@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import litellm
 import pytest
 
 QUESTION = [{"role": "user", "content": "What colour is the fox?"}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {"animal": {"type": "string", "enum": ["fox", "owl"]}},
+    "required": ["animal"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "colour_of", "parameters": PARAMETERS}}
 
 litellm.telemetry = False
 litellm.suppress_debug_info = True
@@ -55,6 +63,20 @@ def test_embedding(served: Any) -> None:
     answer = litellm.embedding(**_options(served, model="openai/pirate", input=["a fox", "a whale"]))
     assert [item["index"] for item in answer.data] == [0, 1]
     assert sum(value * value for value in answer.data[0]["embedding"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_tools_and_structured_answers(served: Any) -> None:
+    asked = _options(served, model="hosted_vllm/shout", messages=QUESTION, temperature=0, max_tokens=200)
+    named = {"type": "function", "function": {"name": "colour_of"}}
+    answer = litellm.completion(**asked, tools=[TOOL], tool_choice=named)
+    (call,) = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["animal"] in {"fox", "owl"}
+    pieces = list(litellm.completion(**asked, tools=[TOOL], tool_choice=named, stream=True))
+    whole = litellm.stream_chunk_builder(pieces)
+    assert whole.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
+    schema = {"name": "one", "schema": PARAMETERS, "strict": True}
+    told = litellm.completion(**asked, response_format={"type": "json_schema", "json_schema": schema})
+    assert json.loads(told.choices[0].message.content)["animal"] in {"fox", "owl"}
 
 
 def test_refusals(served: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 from llama_index.core.llms import ChatMessage
+from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 
 QUESTION = [ChatMessage(role="user", content="What colour is the fox?")]
@@ -54,6 +55,20 @@ def test_logprobs_and_stop(served: Any) -> None:
     word = text.split()[1]
     cut = _like(served, "shout", additional_kwargs={"stop": [word]}).chat(QUESTION)
     assert cut.message.content == text[: text.index(word)].rstrip() or cut.message.content == text[: text.index(word)]
+
+
+def colour_of(animal: str) -> str:
+    """The colour of an animal."""
+    return f"{animal} is red"
+
+
+def test_tools(served: Any) -> None:
+    like = _like(served, "shout", is_function_calling_model=True, max_tokens=200)
+    tool = FunctionTool.from_defaults(colour_of)
+    answer = like.chat_with_tools([tool], user_msg="What colour is the fox?", tool_required=True)
+    (call,) = like.get_tool_calls_from_response(answer)
+    assert call.tool_name == "colour_of"
+    assert isinstance(call.tool_kwargs["animal"], str)
 
 
 def test_refusals(served: Any) -> None:
