@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from onebase.serve.api.deltas import Delta
-from onebase.serve.api.generation import Job
+from onebase.serve.api.generation import Job, Usage
 from onebase.serve.api.stream import DONE, EventStream, encode_json, event, until_disconnect
 from onebase.serve.api.tools.parser import CallPiece
 from onebase.serve.api.writing import written
@@ -42,10 +42,11 @@ class Head:
 
 @dataclass(slots=True)
 class Choice:
-    """What a choice has said, or a piece of it. scores, prompt and calls: see Delta."""
+    """What a choice has said, or a piece of it. tokens: how many; scores, prompt and calls: see Delta."""
 
     index: int
     text: str = ""
+    tokens: int = 0
     finish_reason: str | None = None
     scores: tuple[TokenLogprob, ...] = ()
     prompt: tuple[TokenLogprob, ...] = ()
@@ -57,6 +58,7 @@ class Choice:
         return cls(
             deltas[0].index,
             "".join(delta.text for delta in deltas),
+            sum(delta.tokens for delta in deltas),
             deltas[-1].finish_reason,
             tuple(chain.from_iterable(delta.scores for delta in deltas)),
             tuple(chain.from_iterable(delta.prompt for delta in deltas)),
@@ -88,15 +90,21 @@ class Shape(Protocol):
         """The last chunk's choice, after all text."""
 
 
-async def answer(request: Request, job: Job, shape: Shape, *, stream: bool, usage: bool) -> Response:
-    """Runs the job. Errors before the first token have a status code of their own, streamed or not."""
+async def answer(
+    request: Request, job: Job, shape: Shape, *, stream: bool, usage: bool, running_usage: bool = False
+) -> Response:
+    """Runs the job. Errors before the first token have a status code of their own, streamed or not.
+
+    usage: tell it at the end of a stream; running_usage: in every chunk, too.
+    """
     headers = {"x-onebase-adapters": job.target.exact}
     request.state.usage = job.usage
     if not stream:
         body = await until_disconnect(request.receive, _whole(request, job, shape))
         return Response(body, media_type="application/json", headers=headers)
     head = _head(request, job, shape.prefix, shape.chunk_object)
-    chunks = _chunks(job, shape, head, request.state.started, usage)
+    writer = _ChunkWriter(shape, head, usage, job.usage if running_usage else None)
+    chunks = _chunks(job, writer, head, request.state.started, usage)
     first = await until_disconnect(request.receive, anext(chunks))
     return EventStream(first, chunks, headers)
 
@@ -112,16 +120,19 @@ async def _whole(request: Request, job: Job, shape: Shape) -> bytes:
         async for delta in deltas:
             choices[delta.index].append(delta)
     head = _head(request, job, shape.prefix, shape.object)
+    whole = [Choice.of(told) for told in choices]
+    kept = whole if job.best is None else job.best.pick(whole, job.choices)
 
     def write() -> bytes:
-        done = [shape.choice(Choice.of(told)) for told in choices]
+        done = [shape.choice(choice) for choice in kept]
         return encode_json({**head.as_dict(), "choices": done, "usage": job.usage.as_dict()})
 
     return await written(job.server, sum(delta.num_values for told in choices for delta in told), write)
 
 
-async def _chunks(job: Job, shape: Shape, head: Head, started: float, usage: bool) -> AsyncGenerator[bytes, None]:
-    writer = _ChunkWriter(shape, head, usage)
+async def _chunks(
+    job: Job, writer: _ChunkWriter, head: Head, started: float, usage: bool
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(job.deltas(started)) as deltas:
         async for delta in deltas:
             data = writer.write(delta)
@@ -135,10 +146,12 @@ async def _chunks(job: Job, shape: Shape, head: Head, started: float, usage: boo
 class _ChunkWriter:
     """Chunks as bytes. All that does not change between two tokens of a choice is encoded once."""
 
-    def __init__(self, shape: Shape, head: Head, usage: bool) -> None:
+    def __init__(self, shape: Shape, head: Head, usage: bool, running: Usage | None) -> None:
+        """running: told in every chunk, as it is then."""
         self._shape = shape
+        self._running = running
         self._before = b"data: " + encode_json(head.as_dict())[:-1] + b',"choices":['
-        self._after = (b'],"usage":null}' if usage else b"]}") + b"\n\n"
+        self._fixed_end = (b'],"usage":null}' if usage else b"]}") + b"\n\n"
         self._text: dict[int, tuple[bytes, bytes]] = {}
 
     def write(self, delta: Delta) -> bytes:
@@ -152,16 +165,21 @@ class _ChunkWriter:
             parts.append(self._chunk(self._shape.piece(Choice.of([replace(delta, finish_reason=None)]))))
         elif delta.text:
             before, after = self._text[delta.index]
-            parts.append(before + encode_json(delta.text) + after)
+            parts.append(before + encode_json(delta.text) + after + self._end())
         if delta.finish_reason is not None:
             parts.append(self._chunk(self._shape.closing(delta.index, delta.finish_reason)))
         return b"".join(parts)
 
     def _open(self, index: int) -> bytes:
         before, after = self._shape.text(index)
-        self._text[index] = (self._before + before, after + self._after)
+        self._text[index] = (self._before + before, after)
         opening = self._shape.opening(index)
         return b"" if opening is None else self._chunk(opening)
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
-        return self._before + encode_json(choice) + self._after
+        return self._before + encode_json(choice) + self._end()
+
+    def _end(self) -> bytes:
+        if self._running is None:
+            return self._fixed_end
+        return b'],"usage":' + encode_json(self._running.as_dict()) + b"}\n\n"

@@ -18,6 +18,7 @@ from onebase.serve.api.generation import Job, plan
 from onebase.serve.api.logprobs import chat_logprobs, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
+from onebase.serve.api.sampling import checked_grammar, truncated
 from onebase.serve.api.state import admission_of, server_of
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
@@ -102,7 +103,9 @@ async def chat_completions(request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     job = await prepare(request, body)
     shape = ChatShape(job.target.codec.texts, body.prompt_logprobs)
-    return await answer(request, job, shape, stream=bool(body.stream), usage=body.wants_usage)
+    return await answer(
+        request, job, shape, stream=bool(body.stream), usage=body.wants_usage, running_usage=body.wants_running_usage
+    )
 
 
 async def prepare(request: Request, body: ChatRequest) -> Job:
@@ -113,8 +116,10 @@ async def prepare(request: Request, body: ChatRequest) -> Job:
     target = await resolve(request, loaded, body.model, body.adapters)
     tools = tool_use(body, target.codec)
     conversation = body.conversation if tools is None else tools.told(body.conversation)
-    prompt = await target.codec.encode_chat(conversation, max_chars=loaded.max_chars)
-    job = plan(server, loaded, target, body, [prompt], None)
+    grammar = await checked_grammar(server, body)
+    whole = await target.codec.encode_chat(conversation, max_chars=loaded.max_chars)
+    prompt = truncated(whole, body, loaded, None)
+    job = plan(server, loaded, target, body, [prompt], None, grammar=grammar)
     admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "messages")
     return job if tools is None else await with_tools(job, tools)
 

@@ -11,12 +11,11 @@ from pydantic import Field, JsonValue, model_validator
 from onebase.serve.api.chat_messages import AssistantMessage, ChatMessage, check_turns
 from onebase.serve.api.conversation import Conversation
 from onebase.serve.api.errors import bad_request
+from onebase.serve.api.generation_schemas import NEUTRAL_EVERYWHERE, Generation
 from onebase.serve.api.schemas import (
     MAX_MESSAGES,
     MAX_TOKENS,
-    NEUTRAL_EVERYWHERE,
     Body,
-    Generation,
     Label,
     NumLogprobs,
 )

@@ -16,6 +16,7 @@ from onebase.serve.api.generation import plan
 from onebase.serve.api.logprobs import LegacyWriter, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
+from onebase.serve.api.sampling import checked_grammar, truncated
 from onebase.serve.api.state import Loaded, admission_of, server_of
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
@@ -66,7 +67,9 @@ class CompletionShape:
         if not choice.scores:
             return None
         if choice.index not in self._writers:
-            writer = self._writers[choice.index] = LegacyWriter(self._texts)
+            writer = self._writers[choice.index] = LegacyWriter(
+                self._texts, shows_special=self._body.skip_special_tokens is False
+            )
             if self._body.echo:
                 writer.starts_text(self._prompts[choice.index // self._body.choices])
         return self._writers[choice.index].write(choice.scores)
@@ -78,19 +81,29 @@ async def completions(request: Request) -> Response:
     body = await read_json(request, CompletionRequest)
     server = server_of(request)
     loaded = server.require_ready()
-    admission_of(request).sequences.take(len(body.prompts) * body.choices, request.state.held, "n")
+    admission_of(request).sequences.take(len(body.prompts) * body.candidates, request.state.held, "n")
     target = await resolve(request, loaded, body.model, body.adapters)
-    prompts = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "prompt")
-    echoes = _echoes(target.codec, body.prompts) if body.echo else []
-    job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes)
+    grammar = await checked_grammar(server, body)
+    whole = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "prompt")
+    prompts = [truncated(prompt, body, loaded, DEFAULT_MAX_TOKENS) for prompt in whole]
+    echoes = _echoes(target.codec, body, whole, prompts) if body.echo else []
+    job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes, grammar)
     admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "prompt")
     shape = CompletionShape(body, target.codec.texts, prompts)
-    return await answer(request, job, shape, stream=bool(body.stream), usage=body.wants_usage)
+    return await answer(
+        request, job, shape, stream=bool(body.stream), usage=body.wants_usage, running_usage=body.wants_running_usage
+    )
 
 
-def _echoes(codec: TextCodec, prompts: Sequence[str | list[int]]) -> list[str]:
-    """Prompts as the client wrote them; ids as answers would have them."""
-    return [prompt if isinstance(prompt, str) else codec.texts.shown(prompt) for prompt in prompts]
+def _echoes(
+    codec: TextCodec, body: CompletionRequest, whole: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]
+) -> list[str]:
+    """Prompts as the client wrote them; ids, and what was cut, as answers would have them."""
+    skips_special = body.skip_special_tokens is not False
+    return [
+        given if isinstance(given, str) and len(kept) == len(ids) else codec.texts.shown(kept, skips_special)
+        for given, ids, kept in zip(body.prompts, whole, prompts, strict=True)
+    ]
 
 
 async def encoded(

@@ -20,8 +20,9 @@ class IncrementalDecoder:
     for what it holds back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skips_special: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skips_special = skips_special
         self._held: list[int] = []
         self._anchor: list[int] = []
         self._open(list(prompt[-ANCHOR_TOKENS:]))
@@ -42,6 +43,13 @@ class IncrementalDecoder:
         """What is held back at the end, without the half character that may close it."""
         return self._held_text().rstrip(REPLACEMENT)
 
+    def cut(self) -> str:
+        """The same, and what follows begins anew."""
+        text = self.flush()
+        self._open([])
+        self._held = []
+        return text
+
     def _restart(self) -> str:
         text = self._held_text()
         self._open(self._held)
@@ -51,7 +59,7 @@ class IncrementalDecoder:
     def _open(self, anchor: list[int]) -> None:
         """A stream primed with ``anchor``, unless that ends within a character: it would then be emitted again."""
         self._anchor = [] if self._decode(anchor).endswith(REPLACEMENT) else anchor
-        self._stream: DecodeStream = DecodeStream(ids=self._anchor, skip_special_tokens=True)
+        self._stream: DecodeStream = DecodeStream(ids=self._anchor, skip_special_tokens=self._skips_special)
 
     def _held_text(self) -> str:
         if not self._held:
@@ -61,21 +69,23 @@ class IncrementalDecoder:
         return whole[len(before) :] if whole.startswith(before) else self._decode(self._held)
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skips_special))
 
 
 class StopMatcher:
     """Finds the first stop string to be completed in a text that comes in pieces (Knuth-Morris-Pratt for each)."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], includes_stop: bool = False) -> None:
         self._stops = tuple(stops)
+        self._includes_stop = includes_stop
         self._tables = tuple(_failure_table(stop) for stop in self._stops)
         self._firsts = frozenset(stop[0] for stop in self._stops)
         self._matched = [0] * len(self._stops)
         self._pending = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that is certain to precede any stop string, whether one was completed)."""
+        """(text that is certain to precede any stop string, whether one was completed). With includes_stop the text
+        ends with the stop string."""
         if not self._pending and self._firsts.isdisjoint(text):
             return text, False
         for position, char in enumerate(text):
@@ -83,7 +93,7 @@ class StopMatcher:
             if done:
                 certain = self._pending + text[: position + 1]
                 self._pending = ""
-                return certain[:-done], True
+                return certain if self._includes_stop else certain[:-done], True
         whole = self._pending + text
         keep = len(whole) - max(self._matched)
         self._pending = whole[keep:]
@@ -120,6 +130,17 @@ def _failure_table(pattern: str) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How tokens become text. stops: strings that end it; includes_stop: they, and tokens that end it, are part of it.
+    min_tokens: so many come before stop strings are looked for."""
+
+    stops: tuple[str, ...] = ()
+    includes_stop: bool = False
+    skips_special: bool = True
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     text: str
     stopped: bool = False
@@ -132,17 +153,21 @@ class Detokenizer:
         self,
         tokenizer: Tokenizer,
         prompt: Sequence[int],
-        stops: Sequence[str],
+        options: TextOptions,
         markers: Mapping[int, str] | None = None,
     ) -> None:
         """markers: texts of special tokens that are not to be left out."""
-        self._decoder = IncrementalDecoder(tokenizer, prompt)
-        self._matcher = StopMatcher(stops)
+        self._decoder = IncrementalDecoder(tokenizer, prompt, options.skips_special)
+        self._matcher = StopMatcher(options.stops, options.includes_stop)
         self._markers = markers or {}
+        self._unmatched = options.min_tokens  # tokens that are still to come before stop strings are looked for
 
     def push(self, token: int) -> Piece:
         marker = self._markers.get(token)
-        text = self._decoder.push(token) if marker is None else self._decoder.flush() + marker
+        text = self._decoder.push(token) if marker is None else self._decoder.cut() + marker
+        if self._unmatched:
+            self._unmatched -= 1
+            return Piece(text)
         return Piece(*self._matcher.push(text)) if text else Piece("")
 
     def finish(self) -> Piece:

@@ -136,12 +136,13 @@ def _path(detail: ErrorDetails) -> str:
 
 
 def _without_tags(detail: ErrorDetails) -> Sequence[int | str]:
-    """The location without the names of tagged members, which follow an index; a tag that is wrong is the field.
+    """The location without the names of tagged members, which follow an index or a field of theirs; a tag that is wrong
+    is the field.
 
     Pydantic names the field, or the function that finds its value: ``type_of()``.
     """
     loc = detail["loc"] or ("",)
-    tagged = (isinstance(before, int) and part in _TAGS for before, part in pairwise(loc))
+    tagged = (before in _TAGGED_FIELDS or (isinstance(before, int) and part in _TAGS) for before, part in pairwise(loc))
     plain = [loc[0], *(part for part, is_tag in zip(loc[1:], tagged, strict=True) if not is_tag)]
     if detail["type"].startswith("union_tag"):
         plain.append(detail["ctx"]["discriminator"].strip("'").removesuffix("_of()"))
@@ -149,6 +150,7 @@ def _without_tags(detail: ErrorDetails) -> Sequence[int | str]:
 
 
 MAX_PARAM = 200
+_TAGGED_FIELDS = frozenset({"response_format"})
 _TAGS = frozenset(
     {
         "system", "developer", "user", "assistant", "tool", "message", "function_call", "function_call_output",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -12,19 +11,19 @@ from functools import partial
 from typing import Any, TypeVar
 
 from onebase.adapters.errors import EngineDead
+from onebase.serve.api.best_of import BestOf
 from onebase.serve.api.deltas import Delta
-from onebase.serve.api.detokenizer import Detokenizer
+from onebase.serve.api.detokenizer import Detokenizer, TextOptions
 from onebase.serve.api.errors import bad_request
+from onebase.serve.api.generation_schemas import Generation
 from onebase.serve.api.resolve import Target
-from onebase.serve.api.schemas import Generation
+from onebase.serve.api.sampling import sampling_params, seed_of
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.api.tenancy import owned
 from onebase.serve.api.tools.reader import ToolReader
 from onebase.serve.engine.logprobs import TokenLogprob, unpack
-from onebase.serve.engine.messages import Logprobs, Request, SamplingParams, TokenOutput
+from onebase.serve.engine.messages import Grammar, Logprobs, Request, SamplingParams, TokenOutput
 from onebase.serve.metrics import RequestTimer
-
-SEED_RANGE = 1 << 63
 
 T = TypeVar("T")
 
@@ -51,17 +50,18 @@ class Usage:
 class Job:
     """All sequences of one HTTP request. ``requests[i]`` becomes the choice with index i; each prompt has ``choices``.
 
-    echoes: the text of each one's prompt, where the answer is to start with it. reader: finds the calls of tools in a
-    choice. markers: special tokens that it has to see.
+    best: which of them are answered; None: all. echoes: the text of each one's prompt, where the answer is to start
+    with it. reader: finds the calls of tools in a choice. markers: special tokens that it has to see.
     """
 
     server: Server
     loaded: Loaded
     target: Target
     requests: tuple[Request, ...]
-    stops: tuple[str, ...]
+    options: TextOptions
     usage: Usage
     choices: int = 1
+    best: BestOf | None = None
     echoes: tuple[str, ...] = ()
     reader: Callable[[], ToolReader] | None = None
     markers: Mapping[int, str] = field(default_factory=dict)
@@ -97,8 +97,9 @@ class Job:
                         return
 
     async def _sequence(self, index: int, request: Request) -> AsyncGenerator[Delta, None]:
-        silent = {*request.sampling.stop_token_ids, *self.loaded.info.eos_token_ids}
-        text = Detokenizer(self.target.codec.backend, request.prompt, self.stops, self.markers)
+        ends = {*request.sampling.stop_token_ids, *self.loaded.info.eos_token_ids}
+        silent = set() if self.options.includes_stop else ends
+        text = Detokenizer(self.target.codec.backend, request.prompt, self.options, self.markers)
         prompt = PromptDelta(request, self.echoes[index] if self.echoes else None)
         async with aclosing(self.server.engine.generate(request)) as outputs:
             async for output in outputs:
@@ -205,39 +206,42 @@ def plan(
     prompts: Sequence[Sequence[int]],
     default: int | None,
     echoes: Sequence[str] = (),
+    grammar: Grammar | None = None,
 ) -> Job:
     """Checks lengths and makes the engine's requests. ``default``: tokens where the body sets no limit; ``echoes``: the
-    text of each prompt, where answers are to start with it."""
+    text of each prompt, where answers are to start with it; ``grammar``: a checked one, that answers have to match."""
     requests: list[Request] = []
     for prompt in prompts:
         limit = _token_limit(loaded, len(prompt), body.token_limit, default)
         check_ids(prompt, loaded.info.vocab_size, "prompt")
         ids = tuple(prompt)
-        for choice in range(body.choices):
-            sampling = _sampling(body, limit, _seed(body.seed, choice))
-            requests.append(owned(Request(uuid.uuid4().hex, ids, sampling, target.uses), target.tenant))
+        for choice in range(body.candidates):
+            sampling = sampling_params(body, limit, seed_of(body.seed, choice), loaded.info.vocab_size, grammar)
+            requests.append(owned(_request(body, ids, sampling, target), target.tenant))
     usage = Usage(sum(len(prompt) for prompt in prompts))
-    texts = tuple(echo for echo in echoes for _ in range(body.choices))
-    return Job(server, loaded, target, tuple(requests), body.stops, usage, body.choices, texts)
+    texts = tuple(echo for echo in echoes for _ in range(body.candidates))
+    best = None if body.candidates == body.choices else BestOf(body.choices, tells=body.num_logprobs is not None)
+    return Job(server, loaded, target, tuple(requests), text_options(body), usage, body.candidates, best, texts)
 
 
-def _seed(asked: int | None, choice: int) -> int:
-    """Of one sequence: random unless asked for, since equal prompts of one request must not draw the same."""
-    return secrets.randbelow(SEED_RANGE) if asked is None else (asked + choice) % SEED_RANGE
+def _request(body: Generation, prompt: tuple[int, ...], sampling: SamplingParams, target: Target) -> Request:
+    return Request(
+        uuid.uuid4().hex,
+        prompt,
+        sampling,
+        target.uses,
+        priority=body.priority or 0,
+        timeout=body.timeout,
+        cache_salt=body.cache_salt or "",
+    )
 
 
-def _sampling(body: Generation, limit: int, seed: int) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=limit,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        min_p=body.min_p or 0.0,
-        seed=seed,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=body.ignore_eos,
-        logprobs=body.num_logprobs,
-        prompt_logprobs=body.num_prompt_logprobs,
+def text_options(body: Generation) -> TextOptions:
+    return TextOptions(
+        stops=body.stops,
+        includes_stop=bool(body.include_stop_str_in_output),
+        skips_special=body.skip_special_tokens is not False,
+        min_tokens=body.min_tokens or 0,
     )
 
 

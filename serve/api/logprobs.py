@@ -16,14 +16,15 @@ class LegacyWriter:
     Offsets are characters of the choice's text; tokens that the text leaves out (special ones) take none.
     """
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: TokenTexts, *, shows_special: bool = False) -> None:
         self._texts = texts
+        self._shows_special = shows_special
         self._offset = 0
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def starts_text(self, tokens: Sequence[int]) -> None:
         """The tokens of an echoed prompt, which are the start of its text: decoders may strip a space there."""
-        first = next((token for token in tokens if not self._texts.is_special(token)), None)
+        first = next((token for token in tokens if not self._is_hidden(token)), None)
         if first is not None:
             self._offset = len(self._texts.shown([first])) - len(self._texts.text(first))
 
@@ -44,8 +45,11 @@ class LegacyWriter:
             found.setdefault(self._texts.name(token), logprob)
         return found
 
+    def _is_hidden(self, token: int) -> bool:
+        return not self._shows_special and self._texts.is_special(token)
+
     def _next_offset(self, token: int) -> int:
-        if self._texts.is_special(token):
+        if self._is_hidden(token):
             return max(self._offset, 0)
         if self._texts.is_whole(token):  # then what is pending never becomes a character
             self._offset += len(self._characters.decode(b"", final=True))

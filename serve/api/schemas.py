@@ -34,26 +34,6 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
-NEUTRAL_EVERYWHERE: Mapping[str, tuple[JsonValue, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "priority": (0,),
-    "cache_salt": (),
-    "prompt_cache_key": (),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-}
-
 
 class Body(BaseModel):
     """JSON of a request. Types are strict: "1" is no number and 1 is no flag."""
@@ -96,62 +76,21 @@ class AdapterScale(Body):
 
 
 class StreamOptions(Supported):
-    not_yet = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+    """continuous_usage_stats: every chunk tells the usage so far, not only the last one."""
+
+    not_yet = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
-
-
-class Generation(Supported):
-    """What completions and chat completions share. top_k 0 or -1: off."""
-
-    model: ModelName
-    adapters: list[AdapterScale] = Field(default=[], max_length=MAX_ADAPTERS)
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=1 << 20)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
-    ignore_eos: bool = False
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: Label | None = None
-    metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = None
+    continuous_usage_stats: bool = False
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Generation:
-        if self.stream_options is not None and not self.stream:
-            raise bad_request("stream_options is only allowed where stream is true.", "stream_options")
+    def _continuous_is_more(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise bad_request(
+                "stream_options.continuous_usage_stats is only allowed where include_usage is true.",
+                "stream_options.continuous_usage_stats",
+            )
         return self
-
-    @property
-    def choices(self) -> int:
-        return self.n or 1
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Alternatives to tell beside each generated token; None: no log-probabilities."""
-        return None
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        """The same for each token of the prompt."""
-        return None
 
 
 Prompts = (

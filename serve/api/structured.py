@@ -111,8 +111,6 @@ def grammar_of(
     """What a body's fields ask for, unchecked, and the field's path for errors; None for free text. To be given to
     GrammarChecker.checked."""
     asked = None if isinstance(response_format, TextFormat) else response_format
-    if asked is not None and structured_outputs is not None:
-        raise bad_request("response_format and structured_outputs both ask for a grammar: give one.", "response_format")
     if structured_outputs is not None:
         return structured_outputs.wanted, "structured_outputs"
     if isinstance(asked, JsonSchemaFormat):

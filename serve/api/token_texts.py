@@ -60,9 +60,9 @@ class TokenTexts:
             return self.text(token)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.raw(token))
 
-    def shown(self, tokens: Sequence[int]) -> str:
-        """The text of a sequence as answers have it: without special tokens."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+    def shown(self, tokens: Sequence[int], skips_special: bool = True) -> str:
+        """The text of a sequence as answers have it."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skips_special))
 
     def _decode(self, token: int) -> str:
         """Between two of itself the token is not the first one, which some decoders strip of its space."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from onebase.serve.api.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher
+from onebase.serve.api.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher, TextOptions
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_text_that_can_no_longer_become_a_stop_string_is_let_go_at_once() -> Non
 
 @given(text=st.text(alphabet="ab😀", max_size=12), stop=st.text(alphabet="ab😀", min_size=1, max_size=3))
 def test_detokenizer_stops_inside_characters_split_over_tokens(plain: Tokenizer, text: str, stop: str) -> None:
-    made, out = Detokenizer(plain, [], [stop]), ""
+    made, out = Detokenizer(plain, [], TextOptions(stops=(stop,))), ""
     for token in plain.encode(text).ids:
         piece = made.push(token)
         out += piece.text
