@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onebase.serve.engine.greedy import greedy
 from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.upload import upload
 
@@ -34,7 +35,7 @@ def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -
     positions: index of the token being drawn in its sequence. Order of the filters: temperature, top_k, top_p, min_p.
     A row whose logits are not finite gives NOT_FINITE.
     """
-    best, tokens = logits.max(dim=-1)
+    tokens, finite = greedy(logits)
     plain = [row for row, p in enumerate(params) if p.temperature > 0.0 and not _is_filtered(p)]
     filtered = [row for row, p in enumerate(params) if p.temperature > 0.0 and _is_filtered(p)]
     for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
@@ -44,7 +45,7 @@ def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -
             draws = [uniform(params[row].seed, positions[row]) for row in block]
             index = upload(np.array(block, dtype=np.int64), logits.device)
             tokens[index] = draw(_probabilities(logits[index], chosen), chosen, _column(draws, logits.device))
-    return tokens.masked_fill(~torch.isfinite(best), NOT_FINITE)
+    return tokens.masked_fill(~finite, NOT_FINITE)
 
 
 def _is_filtered(p: SamplingParams) -> bool:
