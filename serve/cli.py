@@ -78,6 +78,12 @@ def serve(
     overlap: Annotated[
         bool | None, typer.Option(help="Deliver a step while the next one is computed. Default: on GPUs.")
     ] = None,
+    speculate: Annotated[
+        str | None, typer.Option(help="off, or ngram: guess that text repeats, and verify the guesses in one step.")
+    ] = None,
+    speculative_tokens: Annotated[int | None, typer.Option(help="Guesses of a sequence in a step.")] = None,
+    ngram_min: Annotated[int | None, typer.Option(help="Tokens that must have come before, at least.")] = None,
+    ngram_max: Annotated[int | None, typer.Option(help="The same, at most; longer matches go first.")] = None,
     prefix_caching: Annotated[
         bool | None, typer.Option(help="Keep pages of earlier requests for those that begin alike.")
     ] = None,

@@ -89,6 +89,10 @@ class Settings(BaseSettings):
     deterministic: bool = False
     overlap: bool | None = None
     cuda_graphs: bool = True
+    speculate: Literal["off", "ngram"] = "off"
+    speculative_tokens: int = Field(default=4, ge=1, le=64)
+    ngram_min: int = Field(default=2, ge=1, le=64)
+    ngram_max: int = Field(default=4, ge=1, le=64)
     kv_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     device_memory: float = Field(default=0.9, gt=0, le=1)
     kv_memory: Memory | None = None
@@ -162,6 +166,10 @@ class Settings(BaseSettings):
         if self.keys is not None and self.api_key is None and self.admin_key is None:
             raise ValueError("--keys: set --admin-key as well; without one anybody may change adapters")
         read_keys(self.keys)
+        if self.ngram_max < self.ngram_min:
+            raise ValueError(f"ngram_max is {self.ngram_max}, below ngram_min, {self.ngram_min}")
+        if self.overlap and (self.speculate != "off" or self.deterministic):
+            raise ValueError("overlap: a step with drafts, or a deterministic one, starts when the last one has ended")
         if self.max_inflight_seqs < self.max_num_seqs:
             raise ValueError(
                 f"max_inflight_seqs is {self.max_inflight_seqs}, below max_num_seqs, {self.max_num_seqs}: "
@@ -219,6 +227,10 @@ class Settings(BaseSettings):
             deterministic=self.deterministic,
             overlap=self.overlap,
             cuda_graphs=self.cuda_graphs,
+            speculate=self.speculate,
+            speculative_tokens=self.speculative_tokens,
+            ngram_min=self.ngram_min,
+            ngram_max=self.ngram_max,
             kv_dtype=self.kv_dtype,
             device_memory=self.device_memory,
             kv_memory=_least(self.kv_memory),

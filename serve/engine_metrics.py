@@ -66,6 +66,8 @@ def _load(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("onebase_prompt_tokens", "Prompt tokens that went through the model.", stats.prompt_tokens)
     yield _counter("onebase_generated_tokens", "Tokens sampled.", stats.generated_tokens)
     yield _counter("onebase_memory_failures", "Forwards without memory, run again in parts.", stats.memory_failures)
+    yield _counter("onebase_drafted_tokens", "Tokens computed as guesses of what comes.", stats.drafted_tokens)
+    yield _counter("onebase_accepted_tokens", "Of them, those that were drawn and used.", stats.accepted_tokens)
     yield _counter("onebase_preemptions", "Sequences preempted for want of pages.", stats.preemptions)
     yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", stats.queried_tokens)
     yield _counter("vllm:prefix_cache_hits", "Prompt tokens that the prefix cache gave.", stats.cached_tokens)

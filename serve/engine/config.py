@@ -30,6 +30,10 @@ class EngineConfig:
     cuda_graphs: bool = True  # decode steps are captured and replayed, on CUDA
     deterministic: bool = False  # the bits of a request depend on nothing but the request
     kv_dtype: str = "auto"  # auto: the model's | fp8_e4m3: 8 bits an element and a scale for each token and head
+    speculate: str = "off"  # off | ngram: drafts are what followed the latest tokens when they came last
+    speculative_tokens: int = 4  # drafts of a sequence in a step
+    ngram_min: int = 2  # tokens that must match, at least
+    ngram_max: int = 4  # and at most: longer matches are tried first
     overlap: bool | None = None  # a step is delivered while the next one is computed; None: where it pays
     device_memory: float = 0.9  # share of the device that weights, pages and adapters may take together
     kv_memory: float | None = None
@@ -42,7 +46,8 @@ class EngineConfig:
 
 def overlaps(config: EngineConfig, device: str) -> bool:
     """Whether steps overlap. On a CPU host and device are the same cores, so there is nothing to hide, and sequences
-    that end would compute a row too many. A deterministic step starts from tokens that the host knows."""
-    if config.deterministic:
+    that end would compute a row too many. A deterministic step starts from tokens that the host knows, and so does
+    one with drafts."""
+    if config.deterministic or config.speculate != "off":
         return False
     return device.startswith("cuda") if config.overlap is None else config.overlap

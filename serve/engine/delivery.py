@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from onebase.adapters.errors import EngineError, OneBaseError, RequestRejected
 from onebase.serve.engine.classes import Classes
@@ -57,13 +58,26 @@ class Delivery:
         sequence.unclassified = range(max(left.start, min(chunk.stop, left.stop)), left.stop)
         return TokenOutput(sequence.id, (), classes=classes)
 
-    def tokens(self, sequences: Iterable[Sequence], drawn: Iterable[Drawn]) -> list[Told]:
-        """The tokens that were drawn, a row for each sequence."""
-        return [
-            self._token(sequence, token, logprobs)
-            for sequence, (token, logprobs) in zip(sequences, drawn, strict=True)
-            if sequence.status is not Status.FINISHED
-        ]
+    def tokens(self, chunks: Iterable[Chunk], drawn: Iterable[Drawn]) -> list[Told]:
+        """The tokens that were drawn, num_draws of them for each chunk."""
+        told: list[Told] = []
+        rows = iter(drawn)
+        for chunk in chunks:
+            mine = list(islice(rows, chunk.num_draws))
+            if chunk.sequence.status is not Status.FINISHED:
+                told += self._verified(chunk, mine) if chunk.drafts else [self._token(chunk.sequence, *mine[0])]
+        return told
+
+    def _verified(self, chunk: Chunk, drawn: list[Drawn]) -> list[Told]:
+        """The first token, and after each draft that was right the next one. What was computed of those stays."""
+        told: list[Told] = []
+        for (token, logprobs), draft in zip(drawn, (*chunk.drafts, None), strict=True):
+            told.append(self._token(chunk.sequence, token, logprobs))
+            if token != draft or chunk.sequence.status is Status.FINISHED:
+                break
+            chunk.sequence.num_computed += 1
+            self._counters.accepted_tokens += 1
+        return told
 
     def _token(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Told:
         sequence.num_unseen = 0

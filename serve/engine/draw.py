@@ -44,16 +44,19 @@ class _Scored:
     table: Tensor
 
 
-def begin(logits: Tensor, sequences: Rows[Sequence]) -> Pending:
+def begin(logits: Tensor, sequences: Rows[Sequence], ahead: Rows[int] = ()) -> Pending:
     """logits: [rows, vocabulary], a row for each sequence, of which all tokens but those of steps under way are known
-    to the host. Log-probabilities are those of the model, before anything that a request asks of its draws."""
-    return _Draw([_launched(logits, sequences)])
+    to the host. Log-probabilities are those of the model, before anything that a request asks of its draws.
+
+    ahead: of each row, how many drafts stand between the sequence's tokens and the one that is drawn; empty: none."""
+    return _Draw([_launched(logits, sequences, ahead or [0] * len(sequences))])
 
 
-def begin_apart(logits: Tensor, sequences: Rows[Sequence]) -> Pending:
+def begin_apart(logits: Tensor, sequences: Rows[Sequence], ahead: Rows[int] = ()) -> Pending:
     """The same, each row by itself: sums over a row round by the number of rows."""
     rows = [row.clone() for row in torch.split(logits, 1)]
-    return _Draw([_launched(row, [sequence]) for row, sequence in zip(rows, sequences, strict=True)])
+    places = ahead or [0] * len(sequences)
+    return _Draw([_launched(row, [one], [at]) for row, one, at in zip(rows, sequences, places, strict=True)])
 
 
 def draw(logits: Tensor, sequences: Rows[Sequence]) -> list[Drawn]:
@@ -74,9 +77,9 @@ class _Launched:
     scored: list[_Scored]
 
 
-def _launched(logits: Tensor, sequences: Rows[Sequence]) -> _Launched:
+def _launched(logits: Tensor, sequences: Rows[Sequence], ahead: Rows[int]) -> _Launched:
     params = [sequence.request.sampling for sequence in sequences]
-    positions = [len(sequence.tokens) for sequence in sequences]
+    positions = [len(sequence.tokens) + drafts for sequence, drafts in zip(sequences, ahead, strict=True)]
     tokens = sample(adjusted(logits, sequences), params, positions)
     return _Launched(tokens, _scored(logits, tokens, [p.logprobs for p in params]))
 

@@ -28,6 +28,7 @@ from onebase.serve.engine.messages import (
 )
 from onebase.serve.engine.pipeline import Pipeline
 from onebase.serve.engine.sequence import Sequence, Status
+from onebase.serve.engine.speculation import Speculation
 from onebase.serve.engine.stats import Counters, engine_stats
 from onebase.serve.engine.vocabulary import vocabulary_of
 from onebase.serve.engine.waiting import Refused
@@ -57,11 +58,18 @@ class Engine:
             Delivery(self.counters, self._end),
             begin_apart if config.deterministic else begin,
             self.counters,
+            speculation=self._speculation(config),
             overlap=overlaps(config, self.info.device),
         )
         self._sequences: dict[str, Sequence] = {}
         self._deadlines = Deadlines()
         self._order = 0
+
+    def _speculation(self, config: EngineConfig) -> Speculation | None:
+        """None under --deterministic: its forwards have one shape whatever is drafted, so that drafts gain nothing."""
+        if config.speculate == "off" or config.deterministic:
+            return None
+        return Speculation(config, self.scheduler.pages, self.counters)
 
     # Requests and commands
 

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# By dtype: signed and unsigned integers of its size, and the bits of infinity.
+# By dtype: unsigned integers of its size, and the bits of infinity.
 _INTEGERS = {
-    torch.float32: (np.int32, np.uint32, 0x7F800000),
-    torch.bfloat16: (np.int16, np.uint16, 0x7F80),
-    torch.float16: (np.int16, np.uint16, 0x7C00),
+    torch.float32: (np.uint32, 0x7F800000),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float16: (np.uint16, 0x7C00),
 }
 _VIEWS = {2: torch.int16, 4: torch.int32}
 
@@ -27,7 +27,7 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     if logits.device.type != "cpu" or logits.dtype not in _INTEGERS:
         return plain_greedy(logits)
-    signed, unsigned, infinity = _INTEGERS[logits.dtype]
+    unsigned, infinity = _INTEGERS[logits.dtype]
     bits: NDArray[np.signedinteger] = logits.view(_VIEWS[logits.itemsize]).numpy()
     best = bits.argmax(axis=1)
     top = np.take_along_axis(bits, best[:, None], axis=1)[:, 0]

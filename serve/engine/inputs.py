@@ -67,7 +67,7 @@ def pack(chunks: Rows[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Token ids (virtual ones are negative) and position ids of all chunks, one after the other: int64 [T] each.
 
     Tokens that the host has not seen are 0."""
-    tokens = [_known(c.sequence.tokens, c.start, c.stop) for c in chunks]
+    tokens = [_tokens(c) for c in chunks]
     spans = [range(c.sequence.placed.position(c.start), c.sequence.placed.position(c.stop)) for c in chunks]
     return (
         np.fromiter(chain.from_iterable(tokens), dtype=np.int64),
@@ -75,13 +75,15 @@ def pack(chunks: Rows[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     )
 
 
-def _known(tokens: list[int], start: int, stop: int) -> list[int]:
-    found = tokens[start:stop]
-    return found if len(found) == stop - start else [*found, 0]
+def _tokens(chunk: Chunk) -> list[int]:
+    found = chunk.sequence.tokens[chunk.start : chunk.stop]
+    return found if len(found) == chunk.num_tokens else [*found, *(chunk.drafts or (0,))]
 
 
 def sampled_rows(chunks: Rows[Chunk]) -> NDArray[np.int64]:
     """The packed rows after which a token is drawn."""
-    ends = np.cumsum([c.num_tokens for c in chunks]) - 1
-    rows: NDArray[np.int64] = ends[[c.samples for c in chunks]].astype(np.int64)
-    return rows
+    ends = np.cumsum([c.num_tokens for c in chunks])
+    draws = np.array([c.num_draws for c in chunks])
+    if draws.max() <= 1:
+        return (ends[draws > 0] - 1).astype(np.int64)
+    return np.concatenate([np.arange(end - count, end) for end, count in zip(ends, draws, strict=True)])

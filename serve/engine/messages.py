@@ -277,7 +277,8 @@ class EngineStats:
     (files -> host), ``copy`` (host -> device), ``wait`` (asked for -> ready). pinned: digests that are on the device to
     stay; pinned_bytes: what they take; pins_waiting: those that could not be loaded, or have no room.
     compiled_failures: compiled forms that could not be read or written. memory_failures: forwards for which there was
-    no memory.
+    no memory. drafted_tokens: computed as guesses of what comes; accepted_tokens: of them, those that were drawn and
+    used.
     """
 
     running: int = 0
@@ -292,6 +293,8 @@ class EngineStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     memory_failures: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     num_pages: int = 0
     adapter_bytes: int = 0

@@ -29,11 +29,12 @@ from onebase.serve.engine.recovery import Trouble
 from onebase.serve.engine.runner import ModelRunner
 from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
+from onebase.serve.engine.speculation import Speculation
 from onebase.serve.engine.stats import Counters
 from onebase.serve.engine.upload import upload
 
 T = TypeVar("T")
-Begin = Callable[[Tensor, Rows[Sequence]], Pending]
+Begin = Callable[[Tensor, Rows[Sequence], Rows[int]], Pending]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +47,7 @@ class _Launched:
     scores: Scores
     classes: Classes
     logits: Tensor | None
-    sampling: list[Sequence]
+    sampling: list[Chunk]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,12 +59,12 @@ class _Drawing:
     scores: Scores
     classes: Classes
     pending: Pending | None
-    sampling: list[Sequence]
+    sampling: list[Chunk]
 
     def unseen(self) -> Unseen | None:
         if self.pending is None:
             return None
-        return Unseen(self.pending.tokens, {sequence: row for row, sequence in enumerate(self.sampling)})
+        return Unseen(self.pending.tokens, {chunk.sequence: row for row, chunk in enumerate(self.sampling)})
 
 
 class Pipeline:
@@ -77,6 +78,7 @@ class Pipeline:
         begin: Begin,
         counters: Counters,
         *,
+        speculation: Speculation | None,
         overlap: bool,
     ) -> None:
         self._runner = runner
@@ -84,6 +86,7 @@ class Pipeline:
         self._delivery = delivery
         self._begin = begin
         self._counters = counters
+        self._speculation = speculation
         self._overlap = overlap
         self._under_way: _Drawing | None = None
         self._delivered = 0.0  # when the last tokens came
@@ -96,6 +99,8 @@ class Pipeline:
 
     def step(self, chunks: list[Chunk]) -> list[Told]:
         """Run a step, which may be empty, and deliver what is due: this one, or the one before it."""
+        if self._speculation is not None:
+            chunks = self._speculation.lengthened(chunks)
         launched = self._tried(partial(self._launch, chunks)) if chunks else None
         told = self._deliver()
         trouble = self._go_on(chunks, launched)
@@ -130,6 +135,8 @@ class Pipeline:
         if trouble.out_of_memory:
             self._counters.memory_failures += 1
             self._scheduler.limit.shrink(sum(chunk.num_tokens for chunk in chunks))
+        if any(chunk.drafts for chunk in chunks):
+            return self._alone([chunk.without_drafts() for chunk in chunks])
         if len(chunks) > 1:
             middle = len(chunks) // 2
             return [*self._alone(chunks[:middle]), *self._alone(chunks[middle:])]
@@ -152,22 +159,23 @@ class Pipeline:
         started = time.perf_counter()
         unseen = None if self._under_way is None else self._under_way.unseen()
         logits = self._runner.forward(chunks, unseen)
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        sampling = [chunk for chunk in chunks if chunk.samples]
         return _Launched(started, chunks, self._runner.scores, self._runner.classes, logits, sampling)
 
     def _draw(self, launched: _Launched) -> _Drawing:
         """Begin to draw for those that go on."""
         logits, told = launched.logits, (launched.started, launched.chunks, launched.scores, launched.classes)
-        rows = [row for row, sequence in enumerate(launched.sampling) if sequence.status is not Status.FINISHED]
-        if logits is None or not rows:
+        going_on = [chunk for chunk in launched.sampling if chunk.sequence.status is not Status.FINISHED]
+        if logits is None or not going_on:
             return _Drawing(*told, None, [])
-        if len(rows) < len(launched.sampling):
+        if len(going_on) < len(launched.sampling):  # overlapped, so that none has drafts
+            rows = [row for row, one in enumerate(launched.sampling) if one.sequence.status is not Status.FINISHED]
             logits = logits[upload(np.asarray(rows), logits.device)]
-        sampling = [launched.sampling[row] for row in rows]
-        pending = self._begin(logits, sampling)
-        for sequence in sampling:
-            sequence.num_unseen = 1
-        return _Drawing(*told, pending, sampling)
+        draws = [(chunk.sequence, ahead) for chunk in going_on for ahead in range(chunk.num_draws)]
+        pending = self._begin(logits, [one for one, _ in draws], [ahead for _, ahead in draws])
+        for chunk in going_on:
+            chunk.sequence.num_unseen = 1
+        return _Drawing(*told, pending, going_on)
 
     def _deliver(self) -> list[Told]:
         """Deliver the step under way, if there is one."""

@@ -61,7 +61,7 @@ class ModelRunner:
         pooled = any(map(wants_rows, chunks))
         keep = sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
-        runs = [(1, c.sequence.uses_at(c.stop - 1)) for c in chunks if c.samples]
+        runs = [run for c in chunks if c.samples for run in c.sequence.runs(c.stop - c.num_draws, c.stop)]
         watched = scored or classified or pooled
         with self._trunk.recording(watched) as recorded:
             logits = self._run(chunks, rows, runs, unseen, plain=not watched)

@@ -51,11 +51,13 @@ def _no_more(count: int) -> Room:
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """What one sequence computes in a step. samples: its last token is reached, so a new one is drawn. start: its first
-    slot, the first that was not computed when the chunk was made."""
+    slot, the first that was not computed when the chunk was made. drafts: its last tokens where they are guesses; a
+    token is then drawn before each of them, too."""
 
     sequence: Sequence
     num_tokens: int
     samples: bool
+    drafts: tuple[int, ...] = ()
     start: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,15 @@ class Chunk:
     @property
     def stop(self) -> int:
         return self.start + self.num_tokens
+
+    def without_drafts(self) -> Chunk:
+        """What is known of it; its sequence must stand where it stood."""
+        return Chunk(self.sequence, self.num_tokens - len(self.drafts), self.samples)
+
+    @property
+    def num_draws(self) -> int:
+        """How many of its last rows a token is drawn after."""
+        return 1 + len(self.drafts) if self.samples else 0
 
 
 @dataclass(slots=True)
@@ -249,14 +260,14 @@ class Scheduler:
         sequence = chunk.sequence
         if sequence.status is not Status.RUNNING:  # it has ended since
             return
-        sequence.num_computed = chunk.stop
+        sequence.num_computed = chunk.stop - len(chunk.drafts)
         self._bring_back(self._prefixes.computed(sequence))
 
     def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
         """What a step over these chunks took, from its launch to its tokens."""
         decodes = prompts = 0
         for chunk in chunks:
-            if chunk.num_tokens == 1:
+            if chunk.num_tokens == 1 or chunk.drafts:
                 decodes += 1
             else:
                 prompts += chunk.num_tokens

@@ -13,6 +13,7 @@ from onebase.kernels.plan import Run, Uses
 from onebase.serve.engine.grammar import Matcher
 from onebase.serve.engine.layout import Layout, span_at
 from onebase.serve.engine.messages import AdapterUse, FinishReason, Request
+from onebase.serve.engine.ngram import Lookup
 from onebase.serve.engine.pooling import Pool
 from onebase.serve.engine.prefix_cache import Activation, Block, root_of
 from onebase.serve.engine.token_counts import TokenCounts
@@ -32,6 +33,7 @@ class Sequence:
     num_computed counts tokens whose K/V is in pages (or comes from the adapter before the next chunk). The last token
     of a decoding sequence has been sampled but not yet computed. num_cached: slots that the prefix cache gave.
     num_unseen: tokens after ``tokens`` that the device has drawn, or draws, and the host has not seen: 0 or 1.
+    lookup: of its tokens, where they are drafted.
     num_filed: pages that the prefix cache was told of. max_len: tokens at which it ends in any case.
     num_given: tokens of the prompt that the prefix cache gave when it first started; later it finds its own again.
     num_charged: slots up to the prompt's end that its tenant was charged for. preemptions: how often it was preempted.
@@ -61,6 +63,7 @@ class Sequence:
     layout: Layout | None = None
     eos: frozenset[int] = frozenset()
     counts: TokenCounts | None = None
+    lookup: Lookup | None = None
     matcher: Matcher | None = None
     pool: Pool | None = None
     ends: frozenset[int] = field(init=False)  # tokens that end it

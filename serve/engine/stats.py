@@ -16,12 +16,15 @@ from onebase.serve.engine.tier_stats import tier_stats
 @dataclass(slots=True)
 class Counters:
     """Totals since the engine started. prompt_tokens: computed; generated_tokens: delivered; memory_failures: forwards
-    for which there was no memory."""
+    for which there was no memory; drafted_tokens: computed as guesses; accepted_tokens: of them, those that were drawn
+    and used."""
 
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     memory_failures: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def engine_stats(scheduler: Scheduler, adapters: AdapterCache, budget: DeviceBudget, counters: Counters) -> EngineStats:
@@ -41,6 +44,8 @@ def engine_stats(scheduler: Scheduler, adapters: AdapterCache, budget: DeviceBud
         cached_tokens=scheduler.cached_tokens,
         generated_tokens=counters.generated_tokens,
         memory_failures=counters.memory_failures,
+        drafted_tokens=counters.drafted_tokens,
+        accepted_tokens=counters.accepted_tokens,
         preemptions=scheduler.preemptions,
         num_pages=pages.num_pages,
         adapter_bytes=adapters.arena.capacity_bytes,

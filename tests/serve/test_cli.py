@@ -109,6 +109,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "max_inflight_seqs": "9", "max_inflight_tokens": "10", "api_key": "k", "admin_key": "l", "host_cache": "0",
         "allow_hub": "org", "allow_bucket": "s3://bucket/folder", "allow_url": "https://example.com/adapters",
         "resolver": "hf://org/{name}", "watch": str(tmp_path), "kv_dtype": "fp8_e4m3", "max_step_stretch": "3",
+        "speculate": "ngram", "speculative_tokens": "3", "ngram_min": "1", "ngram_max": "5",
     }  # fmt: skip
     arguments = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
     done = CliRunner().invoke(
@@ -120,7 +121,7 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             "--insecure",
             "--no-prefix-caching",
             "--deterministic",
-            "--overlap",
+            "--no-overlap",
             "--no-cuda-graphs",
             *arguments,
         ],

@@ -161,8 +161,8 @@ def test_engine_config_carries_every_option_that_the_engine_has() -> None:
     options: dict[str, Any] = {
         "model": "m", "revision": "r", "trust_remote_code": True, "dtype": "float32", "device": "cpu",
         "max_model_len": 1, "max_batch_tokens": 2, "max_num_seqs": 3, "device_memory": 0.5, "kv_memory": 4.0,
-        "adapter_memory": 5.0, "prefix_caching": False, "host_cache": 6.0, "kv_dtype": "fp8_e4m3", "overlap": True,
-        "cuda_graphs": False,
+        "adapter_memory": 5.0, "prefix_caching": False, "host_cache": 6.0, "kv_dtype": "fp8_e4m3", "overlap": False,
+        "cuda_graphs": False, "speculate": "ngram", "speculative_tokens": 3, "ngram_min": 1, "ngram_max": 5,
     }  # fmt: skip
     settings = load_settings({**options, "data_dir": "/d"})
     assert settings.engine_config() == EngineConfig(**options, compiled_dir="/d/compiled")
@@ -175,3 +175,16 @@ def test_a_step_stretches_by_more_than_one(value: float, allowed: bool) -> None:
     else:
         with pytest.raises(ValidationError, match="max_step_stretch"):
             Settings(model="m", max_step_stretch=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"ngram_min": 5, "ngram_max": 4}, "below ngram_min"),
+        ({"overlap": True, "speculate": "ngram"}, "overlap"),
+        ({"overlap": True, "deterministic": True}, "overlap"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load_settings({"model": "m", **options})

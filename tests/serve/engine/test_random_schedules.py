@@ -214,6 +214,16 @@ def overlapped(make_driver: Callable[..., Any], bench: Bench) -> Bench:
 
 
 @pytest.fixture(scope="module")
+def speculating(make_driver: Callable[..., Any], bench: Bench) -> Bench:
+    """An engine as small, that drafts whatever repeats."""
+    driver = make_driver(
+        "llama", max_model_len=72, kv_memory=0.00006, adapter_memory=0.00005, max_num_seqs=6, speculate="ngram",
+        ngram_min=1, speculative_tokens=5,
+    )  # fmt: skip
+    return Bench(Client(driver), bench.alone)
+
+
+@pytest.fixture(scope="module")
 def tiered(make_driver: Callable[..., Any], bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """An engine as small, that keeps a few adapters in host memory and the compiled forms of all on disk."""
     driver = make_driver(
@@ -284,6 +294,23 @@ def test_so_it_has_where_a_step_is_delivered_while_the_next_one_runs(
     overlapped: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
 ) -> None:
     _hold(overlapped, events, max_batch_tokens)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
+@_SCHEDULES
+def test_so_it_has_where_drafts_are_verified(
+    speculating: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
+) -> None:
+    _hold(speculating, events, max_batch_tokens)
+
+
+def test_drafts_are_taken_and_dropped_under_pressure(speculating: Bench) -> None:
+    """Else the schedules above prove little."""
+    before = speculating.crowded.engine.stats()
+    jobs = [Job((30, 31, 20, 21, 20, 21, 20 + turn), (), 1.0, 14, 0.0, None, None) for turn in range(9)]
+    _hold(speculating, [(job, 0) for job in jobs], 64)
+    after = speculating.crowded.engine.stats()
+    assert 0 < after.accepted_tokens - before.accepted_tokens < after.drafted_tokens - before.drafted_tokens
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=_CHECKS)
