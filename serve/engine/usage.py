@@ -5,13 +5,12 @@ On a CPU a part of it is run, and its peak grows with the rows: a start must not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
 import torch
-from torch import Tensor
 
 from onebase.adapters.base import SiteKind
 from onebase.kernels.attention import AttentionBatch
@@ -21,6 +20,7 @@ from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.sampler import sample
 from onebase.serve.engine.tensor_peak import TensorPeak
 from onebase.serve.model.loader import LoadedModel
+from onebase.serve.model.quantised import plain_parts
 from onebase.serve.model.sites import ProbedSite
 
 # On CUDA, beside what torch's allocator gave in the step: libraries, kernels, graphs, and the allocator's slack.
@@ -129,16 +129,6 @@ def weight_bytes(base: LoadedModel) -> int:
     """Of all parameters and buffers, shared ones once. One on ``meta`` lies elsewhere in another layout, as large."""
     held: dict[object, int] = {}
     for name, tensor in chain(base.model.named_parameters(), base.model.named_buffers()):
-        for part in _parts(tensor):
+        for part in plain_parts(tensor):
             held[name if part.device.type == "meta" else part.data_ptr()] = part.numel() * part.element_size()
     return sum(held.values())
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a wrapper (a quantised weight) is made of, or itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from _parts(getattr(tensor, name))

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from onebase.adapters.base import Layer, Site, SiteKind
 from onebase.serve.model.attention import AttentionContext
 from onebase.serve.model.hooks import ForwardWatcher
+from onebase.serve.model.quantised import is_quantised
 from onebase.serve.model.sites import ProbedBlock, ProbedLayer
 
 
@@ -96,7 +97,7 @@ def _feed_forward(parent: nn.Module, attention: nn.Module) -> nn.Module | None:
 
 
 def _num_linear(module: nn.Module) -> int:
-    return sum(isinstance(child, nn.Linear | Conv1D) for child in module.modules())
+    return sum(isinstance(child, nn.Linear | Conv1D) or is_quantised(child) for child in module.modules())
 
 
 def _layer(context: AttentionContext, index: int, attention: str, mlp: str | None, path: str | None) -> Layer:

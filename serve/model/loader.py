@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
 from onebase.serve.model.experts import ProbedExperts
 from onebase.serve.model.packed import PackedLinear, pack_linears
 from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
+from onebase.serve.model.quantised import dense_weight, is_quantised, plain_parts
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +77,8 @@ class LoadedModel:
         module = self.model.get_submodule(path)
         if module in self.packed:
             return self.packed[module].dense()
+        if is_quantised(module):
+            return dense_weight(module, self.dtype)
         weight = module.weight
         assert isinstance(weight, Tensor)
         return weight.T if isinstance(module, Conv1D) else weight
@@ -106,12 +109,17 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if model_config.is_encoder_decoder:
         raise ModelRejected(f"{model_config.model_type} is an encoder-decoder; only causal decoders are served")
     dtype = pick_dtype(config.dtype, model_config, device)
-    model = _from_pretrained(config.model, dtype, hub).to(device).eval().requires_grad_(False)
-    return prepare(model, config)
+    quantised = getattr(model_config.get_text_config(), "quantization_config", None) or getattr(
+        model_config, "quantization_config", None
+    )
+    if quantised is None:
+        return prepare(_from_pretrained(config.model, dtype, hub).to(device).eval().requires_grad_(False), config)
+    return prepare(_quantised(config.model, dtype, device, hub, dict(quantised)), config)
 
 
 def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     """Make a loaded model ready: attach the attention context, probe it, find its limits."""
+    identity = fingerprint(model)
     model.set_attn_implementation(ATTENTION_NAME)
     text = model.config.get_text_config()
     body = select_attention(model.device, "blocks") if config.deterministic else select_attention(model.device)
@@ -131,7 +139,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         ties=_ties(result.sites),
         sites=_in_module_order(model, [entry.site for entry in entries]),
         refused=result.refused,
-        fingerprint=fingerprint(model),
+        fingerprint=identity,
         device=model.device,
         dtype=model.dtype,
         vocab_size=vocab_size,
@@ -151,6 +159,8 @@ def _ties(probed: Sequence[ProbedSite]) -> dict[str, tuple[str, ...]]:
     """Site path -> the other sites whose weight is the same memory."""
     holders: dict[int, list[str]] = {}
     for entry in probed:
+        if is_quantised(entry.module):
+            continue
         assert isinstance(entry.module.weight, Tensor)
         holders.setdefault(entry.module.weight.data_ptr(), []).append(entry.site.path)
     return {
@@ -191,6 +201,19 @@ def _from_pretrained(path: str, dtype: torch.dtype, hub: dict[str, Any]) -> PreT
         raise ModelRejected(f"model {path!r} cannot be loaded: {error}", param="model") from error
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _quantised(
+    path: str, dtype: torch.dtype, device: torch.device, hub: dict[str, Any], quantised: dict[str, Any]
+) -> PreTrainedModel:
+    """A checkpoint in few bits, by the library that it names. It is placed while it is loaded: most of these weights
+    cannot be moved later. Integer weights need no requires_grad_."""
+    try:
+        return _from_pretrained(path, dtype, hub | {"device_map": {"": device}}).eval()
+    except (ImportError, RuntimeError) as error:
+        method = quantised.get("quant_method", "in an unknown way")
+        message = f"model {path!r} is quantised ({method}), and cannot be loaded on {device.type}: {error}"
+        raise ModelRejected(message, param="model") from error
 
 
 def pick_max_model_len(config: PreTrainedConfig, asked: int | None, windows: Collection[int | None] = (None,)) -> int:
@@ -236,14 +259,39 @@ def _eos_ids(generation: GenerationConfig | None, config: PreTrainedConfig) -> t
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the config and a strided sample of every parameter: cheap, and different for different bases."""
+    """sha256 over the config and, of every weight, a sum of all its bits and a strided sample: cheap, and different for
+    different bases. To be taken before the first forward: some libraries repack their weights in it."""
     state = model.config.to_diff_dict()  # not to_dict: new releases add fields, with defaults
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         state.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()  # the same under every --dtype
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+    for name, weight in _weights(model):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        for part in plain_parts(weight.detach()):
+            flat = part.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].bfloat16().float().cpu()  # the same under every --dtype
+            digest.update(sample.numpy().tobytes() + str(_sum(flat)).encode())
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and what quantised modules keep in buffers instead."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        if is_quantised(module):
+            yield from ((f"{path}.{name}", buffer) for name, buffer in module.named_buffers(recurse=False))
+
+
+def _sum(flat: Tensor) -> int:
+    """Of all bits, in words of eight bytes: in whole numbers the order does not matter. Floating point is rounded to
+    bfloat16, in which every --dtype agrees."""
+    total = 0
+    for start in range(0, flat.numel(), _SUMMED_AT_ONCE):
+        part = flat[start : start + _SUMMED_AT_ONCE]
+        raw = (part.bfloat16() if part.is_floating_point() else part).clone().view(torch.uint8)
+        words = raw.numel() // 8 * 8
+        total += int(raw[:words].view(torch.int64).sum()) + int(raw[words:].sum())
+    return total
+
+
+_SUMMED_AT_ONCE = 1 << 24

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.kernels import prepack
+from onebase.serve.model.quantised import is_quantised
 
 
 class PackedLinear:
@@ -37,7 +38,9 @@ def pack_linears(modules: Iterable[nn.Module]) -> dict[nn.Module, PackedLinear]:
     """Pack every linear module and put its packed forward in place; the plain weight is let go."""
     packed: dict[nn.Module, PackedLinear] = {}
     for module in modules:
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype):
+        if type(module) is not nn.Linear or is_quantised(module):
+            continue
+        if module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype):
             packed[module] = PackedLinear(module)
             setattr(module, "forward", packed[module])  # noqa: B010  a method for the type checker
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)

@@ -24,6 +24,7 @@ from onebase.kernels.attention import AttentionBatch
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
 from onebase.serve.model.blocks import BlockCalls, Blocks
 from onebase.serve.model.expert_calls import ExpertCalls
+from onebase.serve.model.quantised import is_quantised
 from onebase.serve.model.routers import RouterCalls
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
@@ -54,7 +55,9 @@ class ProbeResult:
 
 def site_of(path: str, module: nn.Module) -> Site | None:
     """The site a module would be, or None for kinds of modules that are not adapted."""
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or is_quantised(module):
+        assert isinstance(module.in_features, int)
+        assert isinstance(module.out_features, int)
         return Site(path, SiteKind.LINEAR, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
         return Site(path, SiteKind.LINEAR, module.nx, module.nf)
