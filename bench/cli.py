@@ -106,6 +106,61 @@ def lifecycle(
 
 
 @app.command()
+def fair(
+    shape: Annotated[str, typer.Option(help="tiny, 135m or 8b.")] = "135m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    times: Annotated[float, typer.Option(help="What the flood sends of each other tenant's load.", min=1)] = 20.0,
+    rate: Annotated[float, typer.Option(help="Requests a second of each other tenant.")] = 0.12,
+    seconds: Annotated[float, typer.Option(help="Of arrivals in a round.", min=1)] = 30.0,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    out: Out = None,
+) -> None:
+    """First tokens of seven tenants, without and beside an eighth that floods the server."""
+    from onebase.bench.fair import Plan, run
+
+    run(Plan(_shape(shape), times=times, rate=rate, seconds=seconds, rounds=rounds), device, out)
+
+
+@app.command()
+def long_prompt(
+    shape: Annotated[str, typer.Option(help="tiny, 135m or 8b.")] = "135m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    streams: Annotated[int, typer.Option(help="That decode.", min=1)] = 15,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt that arrives among them.", min=1)] = 2000,
+    stretch: Annotated[float, typer.Option(help="As --max-step-stretch.", min=1.01)] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    out: Out = None,
+) -> None:
+    """Times between streams' tokens while a long prompt is computed, with the bound on steps and without."""
+    from onebase.bench.long_prompt import Plan, run
+
+    run(Plan(_shape(shape), streams, prompt=prompt, stretch=stretch, rounds=rounds), device, out)
+
+
+@app.command()
+def shared_prefix(
+    shape: Annotated[str, typer.Option(help="tiny, 135m or 8b.")] = "135m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    requests: Annotated[int, typer.Option(help="At once.", min=1)] = 100,
+    shared: Annotated[int, typer.Option(help="Tokens that all of them begin with.", min=1)] = 512,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    out: Out = None,
+) -> None:
+    """Requests that begin alike, with the prefix cache and without it."""
+    from onebase.bench.shared_prefix import Plan, run
+
+    run(Plan(_shape(shape), requests, shared, rounds=rounds), device, out)
+
+
+def _shape(name: str) -> str:
+    from onebase.bench.workload import SHAPES
+
+    if name not in SHAPES:
+        raise typer.BadParameter(f"allowed: {', '.join(SHAPES)}", param_hint="--shape")
+    return name
+
+
+@app.command()
 def kernels(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     hidden: Annotated[list[int] | None, typer.Option(help="Width of the site; may be given several times.")] = None,

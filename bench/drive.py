@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,13 +19,15 @@ _ids = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request to send. at: seconds after the start; None: when a client is free. watched: counted in the figures."""
+    """A request to send. at: seconds after the start; None: when a client is free. watched: counted in the figures.
+    tenant: whose it is."""
 
     use: AdapterUse | None
     prompt: tuple[int, ...]
     tokens_out: int
     at: float | None = None
     watched: bool = True
+    tenant: str = ""
 
 
 @dataclass(slots=True)
@@ -78,8 +80,9 @@ class Driver:
         self._clients = clients
         self._running: dict[str, Trace] = {}
 
-    def run(self, jobs: Sequence[Job]) -> Run:
-        """Until every job is done. Raises RuntimeError where one fails."""
+    def run(self, jobs: Sequence[Job], *, to_end: bool = True) -> Run:
+        """Until every job is done; without ``to_end`` until the watched ones are, and the others are aborted. Raises
+        RuntimeError where one fails."""
         start = time.perf_counter()
         timed = deque(sorted((job for job in jobs if job.at is not None), key=lambda job: job.at or 0.0))
         free = deque(job for job in jobs if job.at is None)
@@ -88,7 +91,19 @@ class Driver:
             now = time.perf_counter()
             traces += [self._send(job) for job in self._due(timed, free, now - start)]
             self._step(timed, start)
+            if not to_end and not any(job.watched for job in self._open(timed, free)):
+                timed.clear()
+                self._abort()
         return Run(tuple(traces), time.perf_counter() - start)
+
+    def _open(self, timed: Iterable[Job], free: Iterable[Job]) -> Iterator[Job]:
+        """Jobs that are not done."""
+        return itertools.chain(timed, free, (trace.job for trace in self._running.values()))
+
+    def _abort(self) -> None:
+        for request_id in self._running:
+            self._engine.abort(request_id)
+        self._running.clear()
 
     def _due(self, timed: deque[Job], free: deque[Job], now: float) -> Iterator[Job]:
         while timed and (timed[0].at or 0.0) <= now:
@@ -100,7 +115,7 @@ class Driver:
     def _send(self, job: Job) -> Trace:
         sampling = SamplingParams(max_tokens=job.tokens_out, temperature=0.0, ignore_eos=True)
         uses = () if job.use is None else (job.use,)
-        request = Request(f"drive-{next(_ids)}", job.prompt, sampling, uses)
+        request = Request(f"drive-{next(_ids)}", job.prompt, sampling, uses, tenant=job.tenant)
         trace = self._running[request.id] = Trace(job, time.perf_counter())
         raise_failures(self._engine.add(request))
         return trace

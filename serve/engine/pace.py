@@ -2,8 +2,9 @@
 
 A step that also computes a chunk of a prompt takes longer, and everybody who decodes waits for it. So a chunk is as
 large as lets the step take ``stretch`` times as long as one without: with 2, a prompt that arrives among streams at
-most doubles the time between their tokens, and has half of the machine meanwhile. Where nobody decodes the token budget
-alone holds.
+most doubles the time between their tokens, and has half of the machine meanwhile. Where more prompts wait for their
+first token than sequences for their next one, a step may take as many times longer, up to ``MOST_CROWDED``. Where
+nobody decodes the token budget alone holds.
 
 Two figures are measured: seconds of a step that only decodes, and seconds of a prompt token, which is what a step with
 a chunk took beyond that. Medians of the latest steps, so that one that was held up counts for nothing.
@@ -16,6 +17,7 @@ from collections import deque
 
 LEAST_CHUNK = 16  # tokens that a step always may compute: prompts get on, whatever was measured
 FIRST_CHUNK = 64  # while nothing was measured
+MOST_CROWDED = 8.0  # times the time that a chunk may take, where prompts outnumber who decodes
 _REMEMBERED = 15  # steps of each kind
 _ENOUGH = 64  # prompt tokens of a step from which on what it has besides them does not matter
 
@@ -28,13 +30,15 @@ class Pace:
         self._decodes: deque[float] = deque(maxlen=_REMEMBERED)  # seconds of steps without a chunk
         self._tokens: deque[float] = deque(maxlen=_REMEMBERED)  # seconds of a prompt token, step by step
 
-    def allowance(self, num_decoding: int, budget: int) -> int:
-        """Prompt tokens for a step that has ``budget`` tokens left beside so many decoding sequences."""
+    def allowance(self, num_decoding: int, num_prompts: int, budget: int) -> int:
+        """Prompt tokens for a step that has ``budget`` tokens left beside so many decoding sequences. num_prompts: that
+        could be computed in it."""
         if not self._stretch or not num_decoding:
             return budget
         if not self._decodes or not self._tokens:
             return min(budget, FIRST_CHUNK)
-        spare = (self._stretch - 1.0) * statistics.median(self._decodes)
+        crowd = min(max(1.0, num_prompts / num_decoding), MOST_CROWDED)
+        spare = crowd * (self._stretch - 1.0) * statistics.median(self._decodes)
         return min(budget, max(LEAST_CHUNK, int(spare / statistics.median(self._tokens))))
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:

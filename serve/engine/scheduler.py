@@ -139,7 +139,9 @@ class Scheduler:
         for sequence in decoding:
             if step.budget and sequence.status is Status.RUNNING:
                 self._continue(sequence, step)
-        step.budget = self.pace.allowance(len(step.chunks), step.budget)
+        seats = max(0, self._max_num_seqs - len(self.running))
+        num_prompts = len(prefilling) + min(len(self.waiting), seats)
+        step.budget = self.pace.allowance(len(step.chunks), num_prompts, step.budget)
         self._prefill(prefilling, step)
         return list(step.chunks.values())
 

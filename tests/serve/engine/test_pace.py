@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from onebase.serve.engine.pace import FIRST_CHUNK, LEAST_CHUNK, Pace
+from onebase.serve.engine.pace import FIRST_CHUNK, LEAST_CHUNK, MOST_CROWDED, Pace
 
 BUDGET = 2048
 
@@ -19,11 +19,11 @@ def _settled(pace: Pace, overhead: float = 0.0, noise: float = 0.0) -> int:
     """The allowance after some steps without a chunk, and some with one."""
     draw = random.Random(1)
     for tokens in (False,) * 20 + (True,) * 40:
-        allowed = pace.allowance(15, BUDGET) if tokens else 0
+        allowed = pace.allowance(15, 1, BUDGET) if tokens else 0
         seconds = _seconds(15, allowed, overhead=overhead)
         slow = 10.0 if draw.random() < noise else 1.0
         pace.observe(15, allowed, seconds * slow)
-    return pace.allowance(15, BUDGET)
+    return pace.allowance(15, 1, BUDGET)
 
 
 @pytest.mark.parametrize("overhead", [0.0, 0.03])
@@ -41,24 +41,33 @@ def test_a_step_that_was_held_up_counts_for_nothing() -> None:
 def test_who_decodes_is_asked_for_nothing_else() -> None:
     pace = Pace(2.0)
     _settled(pace)
-    assert pace.allowance(0, BUDGET) == BUDGET, "nobody decodes"
-    assert pace.allowance(15, 5) == 5, "the token budget holds as well"
-    assert Pace(0.0).allowance(15, BUDGET) == BUDGET, "off"
+    assert pace.allowance(0, 1, BUDGET) == BUDGET, "nobody decodes"
+    assert pace.allowance(15, 1, 5) == 5, "the token budget holds as well"
+    assert Pace(0.0).allowance(15, 1, BUDGET) == BUDGET, "off"
 
 
 def test_prompts_get_on_whatever_was_measured() -> None:
     pace = Pace(2.0)
-    assert pace.allowance(15, BUDGET) == FIRST_CHUNK
+    assert pace.allowance(15, 1, BUDGET) == FIRST_CHUNK
     pace.observe(15, 0, 0.001)
     for _ in range(20):
         pace.observe(15, 16, 5.0)
-    assert pace.allowance(15, BUDGET) == LEAST_CHUNK
+    assert pace.allowance(15, 1, BUDGET) == LEAST_CHUNK
 
 
 def test_a_prompt_that_was_alone_says_what_a_token_takes() -> None:
     pace = Pace(2.0)
     pace.observe(0, 4, 1.0)
-    assert pace.allowance(1, BUDGET) == FIRST_CHUNK, "a short prompt says nothing of that"
+    assert pace.allowance(1, 1, BUDGET) == FIRST_CHUNK, "a short prompt says nothing of that"
     pace.observe(0, 1000, 1.0)
     pace.observe(1, 0, 0.05)
-    assert pace.allowance(1, BUDGET) == 50
+    assert pace.allowance(1, 1, BUDGET) == 50
+
+
+def test_a_crowd_of_prompts_counts_as_much_as_who_decodes() -> None:
+    pace = Pace(2.0)
+    _settled(pace)
+    one = pace.allowance(4, 1, BUDGET)
+    assert pace.allowance(4, 4, BUDGET) == one
+    assert pace.allowance(4, 12, BUDGET) == pytest.approx(3 * one, abs=3)
+    assert pace.allowance(1, 1000, 1 << 20) == pytest.approx(MOST_CROWDED * one, abs=MOST_CROWDED)
