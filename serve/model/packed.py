@@ -1,13 +1,14 @@
 """Base weights in oneDNN's blocked layout: on a CPU a plain weight is rearranged again at every multiplication.
 
-At the 16 rows of a decode step that costs as much as the multiplication itself. The plain twin is the module's own
-forward; where the packed operators are missing it stays in place. The packed weight replaces the plain one, so that
-the base is held once; ``dense`` gives it back bit by bit.
+At the 16 rows of a decode step that costs as much as the multiplication itself. Modules that read the same input (q, k
+and v; gate and up) share one product: their weights lie one below the other, and each gets its columns of the output.
+The plain twin is the module's own forward; where the packed operators are missing it stays in place. The packed weight
+replaces the plain one, so that the base is held once; ``dense`` gives it back bit by bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +17,90 @@ from onebase.kernels import prepack
 from onebase.serve.model.quantised import is_quantised
 
 
+class PackedGroup:
+    """One product for linear modules that are called one after the other with the same input.
+
+    Whoever asks first has all outputs computed; each is handed out once, and the input is let go with the last one.
+    """
+
+    __slots__ = ("_bias", "_parts", "_sizes", "_source", "_weight")
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self._sizes = [module.out_features for module in modules]
+        self._weight = prepack.prepack(torch.cat([module.weight.detach() for module in modules]))
+        self._bias = _joined_bias(modules)
+        self._source: Tensor | None = None
+        self._parts: list[Tensor | None] = []
+
+    def output(self, x: Tensor, index: int) -> Tensor:
+        """Of one module. x: [..., in_features] -> [..., out_features], a view where the group has several."""
+        if len(self._sizes) == 1:
+            return prepack.product(x, self._weight, self._bias)
+        if not self._is_source(x) or self._parts[index] is None:
+            self._parts = list(torch.split(prepack.product(x, self._weight, self._bias), self._sizes, dim=-1))
+            self._source = x
+        part, self._parts[index] = self._parts[index], None
+        if index == len(self._sizes) - 1:
+            self._source, self._parts = None, []
+        assert part is not None
+        return part
+
+    def dense(self, index: int) -> Tensor:
+        """The plain weight of one module, [out_features, in_features]."""
+        dense: Tensor = self._weight.to_dense()
+        return dense if len(self._sizes) == 1 else torch.split(dense, self._sizes)[index].clone()
+
+    def _is_source(self, x: Tensor) -> bool:
+        """By its memory, which cannot be another's while it is held: callers may pass another view of it."""
+        source = self._source
+        return source is not None and x.data_ptr() == source.data_ptr() and x.shape == source.shape
+
+
 class PackedLinear:
-    """Forward of one linear module over its packed weight. x: [..., in_features] -> [..., out_features]."""
+    """Forward of one linear module over its packed weight."""
 
-    __slots__ = ("_bias", "_weight")
+    __slots__ = ("_group", "_index")
 
-    def __init__(self, module: nn.Linear) -> None:
-        self._weight = prepack.prepack(module.weight.detach())
-        self._bias = None if module.bias is None else module.bias.detach()
+    def __init__(self, group: PackedGroup, index: int) -> None:
+        self._group = group
+        self._index = index
 
     def __call__(self, x: Tensor) -> Tensor:
-        return prepack.product(x, self._weight, self._bias)
+        return self._group.output(x, self._index)
 
     def dense(self) -> Tensor:
         """The plain weight, [out_features, in_features]."""
-        return self._weight.to_dense()
+        return self._group.dense(self._index)
 
 
 @torch.no_grad()
-def pack_linears(modules: Iterable[nn.Module]) -> dict[nn.Module, PackedLinear]:
-    """Pack every linear module and put its packed forward in place; the plain weight is let go."""
+def pack_linears(groups: Iterable[Sequence[nn.Module]]) -> dict[nn.Module, PackedLinear]:
+    """Pack every linear module and put its packed forward in place; the plain weight is let go.
+
+    groups: modules that read the same input, in the order in which the model calls them.
+    """
     packed: dict[nn.Module, PackedLinear] = {}
-    for module in modules:
-        if type(module) is not nn.Linear or is_quantised(module):
+    for modules in groups:
+        linears = [module for module in modules if isinstance(module, nn.Linear) and _is_packable(module)]
+        if not linears:
             continue
-        if module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype):
-            packed[module] = PackedLinear(module)
+        group = PackedGroup(linears)
+        for index, module in enumerate(linears):
+            packed[module] = PackedLinear(group, index)
             setattr(module, "forward", packed[module])  # noqa: B010  a method for the type checker
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
     return packed
+
+
+def _is_packable(module: nn.Linear) -> bool:
+    if type(module) is not nn.Linear or is_quantised(module):
+        return False
+    return module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype)
+
+
+def _joined_bias(modules: Sequence[nn.Linear]) -> Tensor | None:
+    """Zeros for those that have none; None where nobody has one."""
+    if all(module.bias is None for module in modules):
+        return None
+    parts = [module.weight.new_zeros(module.out_features) if module.bias is None else module.bias for module in modules]
+    return torch.cat([part.detach() for part in parts])
