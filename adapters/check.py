@@ -33,18 +33,21 @@ IGNORED_FILES = (
     ".gitattributes",
     ".gitignore",
     ".cache",
-    "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
     "generation_config.json",
     "head_config.json",
     "trainer_state.json",
 )
+# Of an adapter's own tokenizer, with the bytes that each may have.
+TOKENIZER_FILES: Mapping[str, int] = {
+    "tokenizer.json": 64 << 20,
+    "tokenizer_config.json": 4 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "chat_template.jinja": 1 << 20,
+}
 _FUSION = "AdapterFusion mixes the outputs of several adapters by attention, which is not served; load them one by one"
 _REFUSED_FILES = {
     "adapter_fusion_config.json": _FUSION,
@@ -56,10 +59,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class FileRole(StrEnum):
-    """What a file of an adapter folder is for. IGNORED files are allowed, never read and never kept."""
+    """What a file of an adapter folder is for. IGNORED files are allowed, never read and never kept. TOKENIZER files
+    are kept, and read by those who serve text alone."""
 
     CONFIG = "config"
     TENSORS = "tensors"
+    TOKENIZER = "tokenizer"
     IGNORED = "ignored"
 
 
@@ -82,6 +87,8 @@ def file_role(name: str) -> FileRole:
         raise AdapterRejected(f"{name!r} is refused: {reason}.", param="files")
     if _TENSOR_FILE.fullmatch(name):
         return FileRole.TENSORS
+    if name in TOKENIZER_FILES:
+        return FileRole.TOKENIZER
     if name in IGNORED_FILES:
         return FileRole.IGNORED
     shown = repr(name[:100])
@@ -92,10 +99,15 @@ def file_role(name: str) -> FileRole:
             param="files",
         )
     raise AdapterRejected(
-        f"{shown} is not a file of an adapter: {CONFIG_FILE} and *.safetensors are served, "
-        f"{', '.join(IGNORED_FILES)} are ignored.",
+        f"{shown} is not a file of an adapter: {CONFIG_FILE}, *.safetensors and {', '.join(TOKENIZER_FILES)} are "
+        f"served, {', '.join(IGNORED_FILES)} are ignored.",
         param="files",
     )
+
+
+def most_bytes(name: str) -> int | None:
+    """Of a file with a bound of its own; None where only the sum is bounded."""
+    return MAX_CONFIG_BYTES if name == CONFIG_FILE else TOKENIZER_FILES.get(name)
 
 
 def check_folder(path: Path) -> CheckedFolder:
@@ -106,7 +118,10 @@ def check_folder(path: Path) -> CheckedFolder:
 
 
 def served_files(path: Path) -> tuple[Path, ...]:
-    """The config and the tensor files, sorted by name. Every other entry has to be a harmless, known one."""
+    """The config, the tensor files and those of a tokenizer, sorted by name.
+
+    Every other entry has to be a harmless, known one.
+    """
     entries = sorted(path.iterdir())
     if len(entries) > MAX_FILES:
         raise AdapterTooLarge(f"The folder has {len(entries)} entries; at most {MAX_FILES} are allowed.", param="files")
@@ -118,7 +133,7 @@ def served_files(path: Path) -> tuple[Path, ...]:
         if not stat.S_ISREG(file.lstat().st_mode):
             raise AdapterRejected(f"{file.name!r} is not a regular file.", param="files")
     roles = {file_role(file.name) for file in files}
-    if roles != {FileRole.CONFIG, FileRole.TENSORS}:
+    if not roles >= {FileRole.CONFIG, FileRole.TENSORS}:
         missing = CONFIG_FILE if FileRole.CONFIG not in roles else "adapter_model.safetensors"
         raise AdapterRejected(f"The folder has no {missing}.", param="files")
     return files

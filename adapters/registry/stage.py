@@ -12,12 +12,12 @@ from typing import Self
 
 from onebase.adapters.check import (
     CHUNK_BYTES,
-    MAX_CONFIG_BYTES,
     MAX_FILES,
     FileRole,
     check_finite,
     check_folder,
     file_role,
+    most_bytes,
     served_files,
 )
 from onebase.adapters.errors import AdapterRejected, AdapterTooLarge, StorageFailed
@@ -91,13 +91,13 @@ class Stage:
 class StageFile:
     """A file of a stage; a context manager. Files that are ignored are counted and thrown away.
 
-    A config over its limit is refused while it arrives. Raises AdapterTooLarge, StorageFailed.
+    A file over a limit of its own is refused while it arrives. Raises AdapterTooLarge, StorageFailed.
     """
 
     def __init__(self, stage: Stage, path: Path, role: FileRole) -> None:
         self._stage = stage
         self._name = path.name
-        self._left = MAX_CONFIG_BYTES if role is FileRole.CONFIG else None
+        self._most = self._left = most_bytes(path.name)
         self._file = path.open("xb")
         if role is FileRole.IGNORED:
             path.unlink()
@@ -107,7 +107,7 @@ class StageFile:
         if self._left is not None:
             self._left -= len(data)
             if self._left < 0:
-                raise AdapterTooLarge(f"{self._name} is over {MAX_CONFIG_BYTES} bytes.", param=self._name)
+                raise AdapterTooLarge(f"{self._name} is over {self._most} bytes.", param=self._name)
         with storage_errors("Receiving the adapter"):
             return self._file.write(data)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from onebase.adapters.check import CONFIG_FILE, FileRole, file_role
+from onebase.adapters.check import CONFIG_FILE, TOKENIZER_FILES, FileRole, file_role
 from onebase.adapters.errors import AdapterRejected, SourceFailed
 from onebase.adapters.registry.blobs import Stage
 
@@ -72,7 +72,7 @@ class Intake:
 
 
 def wanted_files(names: Iterable[str]) -> tuple[str, ...]:
-    """Of a folder's listing, the files to fetch: the config and *.safetensors; other files are left where they are.
+    """Of a folder's listing, the files to fetch: the config, *.safetensors and the tokenizer's; others are left there.
 
     Raises AdapterRejected where one is missing, with the way out if all there is is a pickle, and for files that
     change what the adapter means.
@@ -81,7 +81,7 @@ def wanted_files(names: Iterable[str]) -> tuple[str, ...]:
     wanted = tuple(name for name in listed if _is_about_adapter(name) and file_role(name) is not FileRole.IGNORED)
     if CONFIG_FILE not in wanted:
         raise AdapterRejected(f"There is no {CONFIG_FILE} at the source.", param="source")
-    if len(wanted) == 1:
+    if not any(file_role(name) is FileRole.TENSORS for name in wanted):
         for name in listed:
             if name.startswith("adapter_") and name.endswith(_PICKLES):
                 file_role(name)
@@ -90,4 +90,8 @@ def wanted_files(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _is_about_adapter(name: str) -> bool:
-    return name.endswith(".safetensors") or (name.startswith("adapter_") and name.endswith(".json"))
+    return (
+        name.endswith(".safetensors")
+        or name in TOKENIZER_FILES
+        or (name.startswith("adapter_") and name.endswith(".json"))
+    )

@@ -217,7 +217,7 @@ def plan(
         ids = tuple(prompt)
         for choice in range(body.candidates):
             sampling = sampling_params(body, limit, seed_of(body.seed, choice), loaded.info.vocab_size, grammar)
-            requests.append(owned(_request(body, ids, sampling, target), target.tenant))
+            requests.append(owned(_request(body, ids, ending(sampling, target.codec.stops), target), target.tenant))
     usage = Usage(sum(len(prompt) for prompt in prompts))
     texts = tuple(echo for echo in echoes for _ in range(body.candidates))
     best = None if body.candidates == body.choices else BestOf(body.choices, tells=body.num_logprobs is not None)
@@ -234,6 +234,13 @@ def _request(body: Generation, prompt: tuple[int, ...], sampling: SamplingParams
         timeout=body.timeout,
         cache_salt=body.cache_salt or "",
     )
+
+
+def ending(sampling: SamplingParams, ends: tuple[int, ...]) -> SamplingParams:
+    """With tokens of the model's own tokenizer that end answers, as the base's do."""
+    if sampling.ignore_eos or not ends:
+        return sampling
+    return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
 
 
 def text_options(body: Generation) -> TextOptions:

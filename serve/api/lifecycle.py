@@ -12,6 +12,7 @@ import structlog
 from onebase.adapters.errors import ModelRejected, OneBaseError
 from onebase.adapters.registry import Registry
 from onebase.adapters.sources import Sources
+from onebase.serve.api.codecs import Codecs
 from onebase.serve.api.imports import Importer
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.api.store import AdapterStore
@@ -38,6 +39,7 @@ async def running(server: Server) -> AsyncGenerator[None, None]:
         server.parsers.shutdown(wait=False, cancel_futures=True)
         await server.grammars.close()
         if server.loaded is not None:
+            await asyncio.to_thread(server.loaded.codecs.close)
             await asyncio.to_thread(server.loaded.workers.close)
             await server.loaded.store.close()
             server.loaded.store.registry.close()
@@ -73,6 +75,8 @@ async def _boot(server: Server) -> Loaded:
     registry = await asyncio.to_thread(_open_registry, settings, info.fingerprint)
     store = AdapterStore(registry, server.engine, settings.base_name)
     store.on_delete.append(server.metrics.models.forget)
+    codecs = await asyncio.to_thread(Codecs, codec, workers, info.vocab_size)
+    store.checks.append(codecs.check)
     server.engine.on_ready.append(store.send_pins_soon)
     try:
         imports = Importer(store, _sources(settings), registry)
@@ -80,10 +84,11 @@ async def _boot(server: Server) -> Loaded:
         await _add_adapters(server, store)
         await imports.resume()
     except BaseException:
+        codecs.close()
         await store.close()
         registry.close()
         raise
-    return Loaded(info, codec, workers, store, imports, int(time.time()))
+    return Loaded(info, codec, codecs, workers, store, imports, int(time.time()))
 
 
 def _sources(settings: Settings) -> Sources:

@@ -48,7 +48,7 @@ async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[
     server = server_of(request)
     named = [(model, "model", 1.0)] if model != server.settings.base_name else []
     named += [(item.name, f"adapters.{index}.name", item.scale) for index, item in enumerate(extra)]
-    found = [(await _held(loaded, name, param, request.state.held), name, scale) for name, param, scale in named]
+    found = [(await held(loaded, name, param, request.state.held), name, scale) for name, param, scale in named]
     if len({entry.digest for entry, _, _ in found}) < len(found):
         raise bad_request("The same adapter is named twice: give it once, with the scale you want.", "adapters")
     for entry, _, _ in found:
@@ -60,7 +60,7 @@ async def resolve(request: Request, loaded: Loaded, model: str, extra: Sequence[
         metric=request.state.model,
         exact=", ".join(f"{entry.name}@{entry.version};scale={scale:g}" for entry, _, scale in found) or BASE_HEADER,
         uses=tuple(AdapterUse(entry.digest, str(entry.path), scale, name) for entry, name, scale in found),
-        codec=loaded.codec,
+        codec=await loaded.codecs.of_all([(entry.digest, entry.path) for entry, _, _ in found]),
         tenant=request.state.tenant,
     )
 
@@ -73,7 +73,7 @@ async def find_model(store: AdapterStore, reference: str, param: str) -> Adapter
         raise _no_model(reference, param) from error
 
 
-async def _held(loaded: Loaded, reference: str, param: str, until: AsyncExitStack) -> AdapterEntry:
+async def held(loaded: Loaded, reference: str, param: str, until: AsyncExitStack) -> AdapterEntry:
     """The adapter, its files held; one that is not registered comes from the resolver first. Raises ApiError 404."""
     try:
         return await loaded.store.hold(reference, until)

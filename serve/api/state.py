@@ -19,6 +19,7 @@ from onebase.serve.engine.messages import EngineInfo
 from onebase.serve.tenants import Keyring
 
 if TYPE_CHECKING:
+    from onebase.serve.api.codecs import Codecs
     from onebase.serve.api.imports import Importer
     from onebase.serve.api.store import AdapterStore
     from onebase.serve.api.tokenizer import TextCodec, Workers
@@ -35,6 +36,7 @@ class Loaded:
 
     info: EngineInfo
     codec: TextCodec
+    codecs: Codecs
     workers: Workers
     store: AdapterStore
     imports: Importer

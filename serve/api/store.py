@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,8 @@ class AdapterStore:
     """Adds, finds, changes and removes adapters.
 
     Whatever changes what a name means ends in ``_changed``: the engine is told of pins, and lets go of what no name
-    means any more. Memory follows what the engine holds, not what the registry has.
+    means any more. Memory follows what the engine holds, not what the registry has. ``checks`` see the files of each
+    adapter before it gets a name, and raise AdapterRejected.
     """
 
     def __init__(self, registry: Registry, engine: EngineClient, base_name: str) -> None:
@@ -45,6 +46,7 @@ class AdapterStore:
         self._call = RegistryCalls()
         self.pins = Pins(registry, self._call, engine)
         self.on_delete: list[Callable[[str], None]] = []
+        self.checks: list[Callable[[Path], Awaitable[None]]] = []
         self._names = LiveNames(registry, self._call, self._is_in_play)
         self._holds = Holds()
         self._engine = engine
@@ -137,6 +139,8 @@ class AdapterStore:
         self._holds.take(blob.digest)  # a replaced version of the same content does not leave meanwhile
         try:
             self.check_new_name(name)
+            for check in self.checks:
+                await check(blob.path)
             ready = await self._engine.load_adapter(AdapterUse(blob.digest, str(blob.path)))
             commit = partial(
                 self.registry.commit, family=ready.family, rank=ready.rank, nbytes=ready.nbytes, revision=revision

@@ -11,10 +11,11 @@ from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.query import refuse_unread
-from onebase.serve.api.resolve import find_model
+from onebase.serve.api.resolve import held
 from onebase.serve.api.state import Loaded, server_of
 from onebase.serve.api.stream import encode_json
 from onebase.serve.api.tokenize_schemas import DetokenizeRequest, TokenizeRequest
+from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.api.writing import written
 
 COUNTED_CHARS = 1 << 20  # texts up to this length can be counted, however short the context
@@ -26,11 +27,11 @@ router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread
 async def tokenize(request: Request) -> Response:
     """Ids of a text (special tokens added) or of messages through the chat template (none added)."""
     body = await read_json(request, TokenizeRequest)
-    loaded = await _loaded(request, body.model)
-    tokens = await _tokens(loaded, body)
+    loaded, codec = await _named(request, body.model)
+    tokens = await _tokens(loaded, codec, body)
 
     def write() -> bytes:
-        texts = loaded.codec.token_texts(tokens) if body.return_token_strs else None
+        texts = codec.token_texts(tokens) if body.return_token_strs else None
         sizes = {"count": len(tokens), "max_model_len": loaded.info.max_model_len}
         return encode_json({**sizes, "tokens": tokens, "token_strs": texts})
 
@@ -41,11 +42,11 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of ids, special tokens written out."""
     body = await read_json(request, DetokenizeRequest)
-    loaded = await _loaded(request, body.model)
+    _, codec = await _named(request, body.model)
     worst = max(body.tokens, default=0)
-    if worst >= loaded.codec.vocab_size:
-        raise bad_request(f"tokens: {worst} is no token; ids are 0 to {loaded.codec.vocab_size - 1}.", "tokens")
-    return Response(encode_json({"prompt": await loaded.codec.decode_any(body.tokens)}), media_type="application/json")
+    if worst >= codec.vocab_size:
+        raise bad_request(f"tokens: {worst} is no token; ids are 0 to {codec.vocab_size - 1}.", "tokens")
+    return Response(encode_json({"prompt": await codec.decode_any(body.tokens)}), media_type="application/json")
 
 
 @router.get("/tokenizer_info")
@@ -53,19 +54,20 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
     return server_of(request).require_loaded().codec.describe()
 
 
-async def _loaded(request: Request, model: str | None) -> Loaded:
-    """The tokenizer is the base's whatever adapter is named, but the name must exist."""
+async def _named(request: Request, model: str | None) -> tuple[Loaded, TextCodec]:
+    """With the tokenizer and template of the model named; without a name they are the base's."""
     server = server_of(request)
     loaded = server.require_loaded()
-    if model is not None and model != server.settings.base_name:
-        await find_model(loaded.store, model, "model")
-    return loaded
+    if model is None or model == server.settings.base_name:
+        return loaded, loaded.codec
+    entry = await held(loaded, model, "model", request.state.held)
+    return loaded, await loaded.codecs.of(entry.digest, entry.path)
 
 
-async def _tokens(loaded: Loaded, body: TokenizeRequest) -> list[int]:
+async def _tokens(loaded: Loaded, codec: TextCodec, body: TokenizeRequest) -> list[int]:
     max_chars = max(loaded.max_chars, COUNTED_CHARS)
     if body.messages is None:
         special = body.add_special_tokens is not False
-        (tokens,) = await loaded.codec.encode([body.prompt or ""], special=special, max_chars=max_chars)
+        (tokens,) = await codec.encode([body.prompt or ""], special=special, max_chars=max_chars)
         return tokens
-    return await loaded.codec.encode_chat(body.conversation, max_chars=max_chars)
+    return await codec.encode_chat(body.conversation, max_chars=max_chars)

@@ -48,13 +48,16 @@ class TextCodec:
         specials: Mapping[str, str],
         workers: Workers,
         kind: str = "PreTrainedTokenizerFast",
+        stops: tuple[int, ...] = (),
     ) -> None:
-        """specials: special tokens by their names in transformers (``eos_token``). kind: for /tokenizer_info."""
+        """specials: special tokens by their names in transformers (``eos_token``). kind: for /tokenizer_info. stops:
+        tokens that end answers, besides the base's own."""
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.template = template
         self.specials = specials
+        self.stops = stops
         self.texts = TokenTexts(backend)
         self._workers = workers
         self._kind = kind
