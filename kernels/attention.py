@@ -22,7 +22,7 @@ from onebase.kernels.pages import PageCache
 
 __all__ = ["AttentionBatch", "AttentionBody", "AttentionOptions", "PageCache", "check_shapes", "select_attention"]
 
-Choice = Literal["auto", "reference", "blocks", "cpu", "native", "triton"]
+Choice = Literal["auto", "reference", "blocks", "cpu", "native", "triton", "measured"]
 T = TypeVar("T")
 
 
@@ -34,7 +34,8 @@ class AttentionBatch:
     kv_lens: tokens of each sequence after this step, cached and new.
     slots: int64 [T]; flat slot (page * page_size + offset) where each new token's K and V go.
     block_tables: int32 [num_seqs, max_pages], unused entries 0. query_starts: int32 [num_seqs + 1].
-    kv_lens_device: int32 [num_seqs]. host_tables: block_tables on the host.
+    kv_lens_device: int32 [num_seqs]. host_tables: block_tables on the host. is_fixed: the device's tensors are written
+    anew between replays, and the host's lengths are what they may be at most.
     """
 
     query_lens: tuple[int, ...]
@@ -45,6 +46,7 @@ class AttentionBatch:
     query_starts: Tensor
     kv_lens_device: Tensor
     host_tables: NDArray[np.int32]
+    is_fixed: bool = False
     _scratch: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -132,7 +134,7 @@ def select_attention(device: torch.device, choice: Choice = "auto") -> Attention
     """The body for a device; auto takes native on a CPU where it is there. Raises ValueError where the choice cannot
     run."""
     if choice == "auto":
-        choice = "triton" if device.type == "cuda" else "native" if native_available() else "cpu"
+        choice = "measured" if device.type == "cuda" else "native" if native_available() else "cpu"
     if choice == "reference":
         from onebase.kernels.attention_reference import ReferenceAttention
 
@@ -149,13 +151,17 @@ def select_attention(device: torch.device, choice: Choice = "auto") -> Attention
         from onebase.kernels.attention_native import NativeAttention
 
         return NativeAttention()
+    if choice == "measured" and device.type == "cuda":
+        from onebase.kernels.attention_choice import MeasuredAttention
+
+        return MeasuredAttention.on(device)
     if choice == "triton":
         from onebase.kernels.attention_triton import TritonAttention
 
         return TritonAttention.on(device)
     raise ValueError(
         f"attention {choice!r} cannot run on {device.type}: allowed is reference, blocks, cpu (CPU), native (CPU, with "
-        "a compiler), triton (CUDA)"
+        "a compiler), triton, measured (CUDA)"
     )
 
 

@@ -11,6 +11,7 @@ Triton compiles anew for each class of an argument (one, a multiple of 16): what
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -241,13 +242,25 @@ class TritonAttention:
         check_shapes(q, k, v, cache, batch, options)
         if q.dtype not in DTYPES:
             raise ValueError(f"q is {q.dtype}: allowed is {', '.join(map(str, DTYPES))}")
-        _run_write(k, v, cache, batch)
+        write_pages(k, v, cache, batch)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        group = q.shape[1] // cache.num_kv_heads
-        key = ("triton", group, cache.head_dim, q.dtype, options.window)
-        for launch in batch.once(key, lambda: self._launches(batch, cache, group, options.window)):
-            _run_attend(q, out, cache, batch, options, launch)
+        self.attend(q, out, cache, batch, options, range(batch.num_seqs))
         return out
+
+    def attend(
+        self,
+        q: Tensor,
+        out: Tensor,
+        cache: PageCache,
+        batch: AttentionBatch,
+        options: AttentionOptions,
+        sequences: Sequence[int],
+    ) -> None:
+        """Write the rows of these sequences into out [T, heads, head_dim]; their K and V are in the pages."""
+        group = q.shape[1] // cache.num_kv_heads
+        key = ("triton", group, cache.head_dim, q.dtype, options.window, tuple(sequences))
+        for launch in batch.once(key, lambda: self._launches(batch, cache, group, options.window, sequences)):
+            _run_attend(q, out, cache, batch, options, launch)
 
     def warm_up(self, num_heads: int, cache: PageCache, options: AttentionOptions) -> None:
         """A prompt, a decoding row, and one whose keys are split."""
@@ -259,11 +272,13 @@ class TritonAttention:
             kv = q[:, : cache.num_kv_heads].contiguous()
             self(q, kv, kv, own, batch, options)
 
-    def _launches(self, batch: AttentionBatch, cache: PageCache, group: int, window: int | None) -> list[_Launch]:
+    def _launches(
+        self, batch: AttentionBatch, cache: PageCache, group: int, window: int | None, sequences: Sequence[int]
+    ) -> list[_Launch]:
         """Decoding rows in small tiles, split where they are few; all others in large tiles."""
         launches = []
-        lens = np.asarray(batch.query_lens)
-        for rows in (np.flatnonzero(lens == 1), np.flatnonzero(lens > 1)):
+        lens, wanted = np.asarray(batch.query_lens), np.asarray(sequences, dtype=np.int64)
+        for rows in (wanted[lens[wanted] == 1], wanted[lens[wanted] > 1]):
             if len(rows):
                 decode = bool(lens[rows[0]] == 1)
                 blocks = _Blocks.of(group, cache.head_dim, cache.dtype.itemsize, decode)
@@ -292,7 +307,8 @@ def _upload(tiles: np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-def _run_write(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -> None:
+def write_pages(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -> None:
+    """Put k and v [T, kv_heads, head_dim] where the batch says."""
     heads, dim = cache.num_kv_heads, cache.head_dim
     if cache.exponents is not None:
         write_fp8[batch.num_tokens, heads](

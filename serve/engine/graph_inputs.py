@@ -43,6 +43,7 @@ class StaticInputs:
             query_starts=torch.arange(rows + 1, dtype=torch.int32, device=device),
             kv_lens_device=torch.ones(rows, dtype=torch.int32, device=device),
             host_tables=np.zeros((rows, max_pages), dtype=np.int32),
+            is_fixed=True,
         )
         plan = None if fixed is None else fixed.plan
         zeros = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2)]
