@@ -95,6 +95,9 @@ def serve(
     kv_memory: Annotated[str | None, typer.Option(help="GiB for KV pages, or MIN:MAX.")] = None,
     adapter_memory: Annotated[str | None, typer.Option(help="GiB for adapters on the device, or MIN:MAX.")] = None,
     host_cache: Annotated[float | None, typer.Option(help="GiB for adapters in host memory; 0 for none.")] = None,
+    compiled_cache: Annotated[
+        float | None, typer.Option(help="GiB for compiled adapters on disk; those that were not read longest go first.")
+    ] = None,
     data_dir: DataDir = None,
     allow_path: Annotated[
         list[Path] | None, typer.Option(help="Adapters may be loaded from below this folder.")

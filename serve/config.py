@@ -98,6 +98,7 @@ class Settings(BaseSettings):
     kv_memory: Memory | None = None
     adapter_memory: Memory | None = None
     host_cache: float | None = Field(default=None, ge=0, le=MAX_GIB)
+    compiled_cache: float | None = Field(default=None, gt=0, le=MAX_GIB)
     data_dir: Path = Field(default_factory=default_data_dir)
     allow_path: Annotated[tuple[Path, ...], NoDecode] = ()
     allow_hub: Annotated[tuple[str, ...], NoDecode] = ()
@@ -238,6 +239,7 @@ class Settings(BaseSettings):
             adapter_memory=_least(self.adapter_memory),
             adapter_memory_max=_most(self.adapter_memory),
             host_cache=self.host_cache,
+            compiled_cache=self.compiled_cache,
             compiled_dir=str(self.data_dir / COMPILED),
         )
 

@@ -211,7 +211,8 @@ class AdapterCache:
                 changed.append(entry)
         for entry in changed:
             if entry.state is State.FAILED:
-                self.pins.fail(entry.digest)
+                if entry.error is not None:
+                    self.pins.fail(entry.digest, entry.error)
                 self.transit.remove(entry)
         return changed
 
@@ -255,6 +256,8 @@ class AdapterCache:
             return {}
         for digest in self.pins.paths:
             self.pins.know(digest, self.parts(digest))
+            if self.is_ready(digest):
+                self.pins.arrive(digest)
         pins, _ = self.pins.within(self.arena.limit_bytes)
         coming = sum(digest in self._entries and self._entries[digest].state is State.COMPILING for digest in pins)
         missing = [digest for digest in pins if digest not in self._entries]

@@ -10,8 +10,9 @@ It is a cache: whatever cannot be read is compiled again from the adapter's file
 but the next compilation. It belongs to the server, like its database; the checksum is against damage, not against
 somebody who can write there. All methods may be called by several threads.
 
-What is written here is never deleted to make room: a form goes with its adapter, or with the next compiler's form for
-the same base. So none is written that would leave the disk nearly full: the registry and uploads come first.
+A form goes with its adapter, or with the next compiler's form for the same base, or, where the folder has a limit, when
+it was read longest ago and others need its room. None is written that would leave the disk nearly full: the registry
+and uploads come first.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from onebase.adapters.tiers.codec import Unreadable, from_plain, to_plain
 from onebase.kernels import ops, tables
 
 _LEAST_FREE, _LEAST_SHARE = 1 << 30, 0.02  # left on the disk by writes: bytes, or a share where that is less
+_FULL_AGAIN = 0.9  # of the limit, after forms were dropped for others
 _APART = ("registry", "sources", "watch.py")  # of adapters/: they have no part in compilation
 _OF_TIERS = ("arena.py", "codec.py", "compiled.py")  # these have
 _ALIGN = 4096  # bytes: the tensors start at a border of pages
@@ -77,12 +79,16 @@ class FormCounts:
 class CompiledForms:
     """The compiled forms of one base in one dtype."""
 
-    def __init__(self, root: Path, base: str, dtype: torch.dtype, *, pinned: bool = False) -> None:
-        """base: all that the compiler knows of the base, as one string. pinned: read into page-locked memory."""
+    def __init__(
+        self, root: Path, base: str, dtype: torch.dtype, *, pinned: bool = False, most_bytes: int | None = None
+    ) -> None:
+        """base: all that the compiler knows of the base, as one string. pinned: read into page-locked memory.
+        most_bytes: of all forms in ``root``, those of other bases too; None for as many as the disk has room for."""
         self.counts = FormCounts()
         self._root = root
         self._pinned = pinned
         self._dtype = dtype
+        self._most_bytes = most_bytes
         self._of_base = f"{_hash(base)[:16]}-{_NAMES[dtype].lower()}-"
         self._name = f"{self._of_base}{compiler_version()[:16]}.safetensors"
 
@@ -99,6 +105,9 @@ class CompiledForms:
             self.counts.add(misses=1, failures=1)
             return None
         self.counts.add(hits=1)
+        if self._most_bytes is not None:
+            with suppress(OSError):
+                os.utime(path)  # the order in which forms go
         return packed
 
     def write(self, packed: PackedProgram) -> None:
@@ -106,15 +115,30 @@ class CompiledForms:
         folder = self._folder(packed.digest)
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            _require_room(self._root, packed)
+            _require_room(self._root, packed, self._most_bytes)
             folder.mkdir(exist_ok=True)
             before = _size(folder / self._name)
             _write(folder / self._name, _parts(packed))
             self.counts.add(files=int(before == 0), nbytes=_size(folder / self._name) - before)
             self._drop_older(folder)
+            self._drop_unread(folder / self._name)
         except OSError as error:
             _log.warning("compiled form of %s was not written: %s", packed.digest, error)
             self.counts.add(failures=1)
+
+    def _drop_unread(self, kept: Path) -> None:
+        """Where there is a limit and this write has passed it: forms go that were read longest ago, until a tenth is
+        free, so that not every write looks at every file."""
+        if self._most_bytes is None or self.counts.nbytes <= self._most_bytes:
+            return
+        self.survey()
+        found = sorted((_read_at(path), path) for path in self._root.glob("*/*.safetensors") if path != kept)
+        for _, path in found:
+            if self.counts.nbytes <= self._most_bytes * _FULL_AGAIN:
+                return
+            size = _size(path)
+            path.unlink(missing_ok=True)
+            self.counts.add(files=-int(path.name == self._name), nbytes=-size)
 
     def survey(self) -> None:
         """Count what is on disk. Looks at every file: for a thread that nobody waits for."""
@@ -155,9 +179,11 @@ def compiler_files() -> dict[str, Path]:
     return files
 
 
-def _require_room(root: Path, packed: PackedProgram) -> None:
-    """Raises OSError where the form would leave the disk too little."""
+def _require_room(root: Path, packed: PackedProgram, most_bytes: int | None) -> None:
+    """Raises OSError where the form would leave the disk too little, or is larger than all forms may be."""
     nbytes = packed.nbytes + sum(flat.numel() * flat.element_size() for flat in packed.shared.values())
+    if most_bytes is not None and nbytes > most_bytes * _FULL_AGAIN:
+        raise OSError(errno.ENOSPC, f"it has {nbytes} bytes, and all forms together may have {most_bytes}")
     disk = shutil.disk_usage(root)
     if disk.free - nbytes < min(_LEAST_FREE, disk.total * _LEAST_SHARE):
         raise OSError(errno.ENOSPC, f"it would leave {max(disk.free - nbytes, 0)} bytes free on the disk")
@@ -165,6 +191,12 @@ def _require_room(root: Path, packed: PackedProgram) -> None:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_at(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _size(path: Path) -> int:

@@ -18,6 +18,7 @@ from onebase.adapters.tiers.shared_blocks import SharedBlock, SharedBlocks
 
 # Moved in each step: some milliseconds of a host's memory, one of a GPU's. A block that is larger moves alone.
 _MOVED_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+_PIECE_BYTES = 16 << 20  # of a block, copied at once
 _MOVED_BLOCKS = 16  # each of their users is installed anew
 
 
@@ -113,12 +114,21 @@ class Placement:
         new = self.arena.allocate_lowest(size)
         if new == old:
             return False
-        self.arena.buffer[new : new + size].copy_(self.arena.buffer[old : old + size].clone())
+        self._copy_down(old, new, size)
         if isinstance(block, SharedBlock):
             block.start = new
         else:
             block.block = new
         return True
+
+    def _copy_down(self, old: int, new: int, size: int) -> None:
+        """In pieces, since places may overlap and copies of them lie beside the budget: what a piece overwrites of the
+        old place has moved already."""
+        buffer = self.arena.buffer
+        step = _PIECE_BYTES // buffer.element_size()
+        for at in range(0, size, step):
+            stop = min(at + step, size)
+            buffer[new + at : new + stop].copy_(buffer[old + at : old + stop].clone())
 
 
 def _start(block: Entry | SharedBlock) -> int:

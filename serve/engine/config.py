@@ -41,6 +41,7 @@ class EngineConfig:
     adapter_memory: float | None = None
     adapter_memory_max: float | None = None
     compiled_dir: str | None = None  # where compiled adapters are kept, one folder per digest; None: nowhere
+    compiled_cache: float | None = None  # compiled adapters on disk; None: as many as leave it room
     host_cache: float | None = None  # packed adapters in host memory; 0: none
 
 

@@ -53,7 +53,9 @@ def compiled_forms(config: EngineConfig, base: LoadedModel) -> CompiledForms | N
     if config.compiled_dir is None:
         return None
     key = f"{base.fingerprint} {base.device.type} {sorted(map(str, base.sites.values()))} {sorted(base.refused)}"
-    return CompiledForms(Path(config.compiled_dir), key, base.dtype, pinned=base.device.type == "cuda")
+    most = None if config.compiled_cache is None else int(config.compiled_cache * GIB)
+    pinned = base.device.type == "cuda"
+    return CompiledForms(Path(config.compiled_dir), key, base.dtype, pinned=pinned, most_bytes=most)
 
 
 def host_budget(config: EngineConfig, device: str) -> int:

@@ -260,3 +260,44 @@ def test_the_edit_alone_is_not_what_makes_it_unreadable(forms: CompiledForms, mo
     packed = forms.read(DIGEST)
     assert packed is not None
     assert packed.family == "OTHER"
+
+
+def _limited(root: Path, forms: int) -> CompiledForms:
+    """Room for so many of them, before a tenth has to be free."""
+    one = CompiledForms(root / "measure", "base", torch.bfloat16)
+    one.write(_packed())
+    return CompiledForms(root / "limited", "base", torch.bfloat16, most_bytes=int(one.counts.nbytes * forms * 1.01))
+
+
+def _names(forms: CompiledForms) -> set[str]:
+    return {path.parent.name[:2] for path in forms._root.glob("*/*.safetensors")}
+
+
+def _age(forms: CompiledForms, digest: str, seconds: int) -> None:
+    path = forms._folder(digest) / forms._name
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime - seconds))
+
+
+def test_over_the_limit_the_forms_go_that_were_read_longest_ago(tmp_path: Path) -> None:
+    forms = _limited(tmp_path, 4)
+    digests = [f"{number}{number}" * 32 for number in range(6)]
+    for number, digest in enumerate(digests[:4]):
+        forms.write(_packed(digest))
+        _age(forms, digest, 100 - number)
+    assert _names(forms) == {"00", "11", "22", "33"}
+    assert forms.read(digests[0]) is not None
+    forms.write(_packed(digests[4]))
+    assert _names(forms) == {"00", "33", "44"}, "two go: not every write looks at every file"
+    forms.write(_packed(digests[5]))
+    assert _names(forms) == {"00", "33", "44", "55"}
+    before = forms.counts.nbytes, forms.counts.files
+    forms.survey()
+    assert (forms.counts.nbytes, forms.counts.files) == before
+    assert forms.counts.failures == 0
+
+
+def test_a_form_that_is_larger_than_the_limit_is_not_written(tmp_path: Path) -> None:
+    forms = CompiledForms(tmp_path, "base", torch.bfloat16, most_bytes=100)
+    forms.write(_packed())
+    assert not _names(forms)
+    assert forms.counts.failures == 1

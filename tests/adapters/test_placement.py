@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onebase.adapters.packing import PackedProgram
+from onebase.adapters.tiers import placement
 from onebase.adapters.tiers.arena import BLOCK_ALIGN, Arena
 from onebase.adapters.tiers.entry import Entry, State
 from onebase.adapters.tiers.placement import Placement
@@ -172,3 +173,20 @@ def test_random_lives(seed: int) -> None:
         book.check()
     assert steps <= 40
     assert book.arena.tail_bytes == book.arena.free_bytes
+
+
+@pytest.mark.parametrize("gap", [1, 3, 5])
+def test_a_block_that_moves_onto_itself_arrives_whole(gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces that are larger and smaller than the way it goes; the copies beside the budget stay as small."""
+    monkeypatch.setattr(placement, "_PIECE_BYTES", 3 * BYTES)
+    book = Book(20)
+    book.put("gap", gap)
+    book.put("moves", 11)
+    start = book.entries["moves"].block
+    want = torch.arange(11.0 * UNIT)
+    book.arena.buffer[start : start + len(want)] = want
+    book.drop("gap")
+    book.placement.begin_step()
+    assert book.placement.compact(book.entries.values())
+    assert book.entries["moves"].block == 0
+    assert torch.equal(book.arena.buffer[: len(want)], want)

@@ -108,7 +108,8 @@ def test_every_setting_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "kv_memory": "6", "adapter_memory": "7", "data_dir": "/d", "allow_path": str(tmp_path), "max_upload_gib": "8",
         "max_inflight_seqs": "9", "max_inflight_tokens": "10", "api_key": "k", "admin_key": "l", "host_cache": "0",
         "allow_hub": "org", "allow_bucket": "s3://bucket/folder", "allow_url": "https://example.com/adapters",
-        "resolver": "hf://org/{name}", "watch": str(tmp_path), "kv_dtype": "fp8_e4m3", "max_step_stretch": "3",
+        "resolver": "hf://org/{name}", "watch": str(tmp_path), "kv_dtype": "fp8_e4m3", "compiled_cache": "3",
+        "max_step_stretch": "3",
         "speculate": "ngram", "speculative_tokens": "3", "ngram_min": "1", "ngram_max": "5",
     }  # fmt: skip
     arguments = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]

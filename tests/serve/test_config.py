@@ -161,7 +161,8 @@ def test_engine_config_carries_every_option_that_the_engine_has() -> None:
     options: dict[str, Any] = {
         "model": "m", "revision": "r", "trust_remote_code": True, "dtype": "float32", "device": "cpu",
         "max_model_len": 1, "max_batch_tokens": 2, "max_num_seqs": 3, "device_memory": 0.5, "kv_memory": 4.0,
-        "adapter_memory": 5.0, "prefix_caching": False, "host_cache": 6.0, "kv_dtype": "fp8_e4m3", "overlap": False,
+        "adapter_memory": 5.0, "prefix_caching": False, "host_cache": 6.0, "kv_dtype": "fp8_e4m3",
+        "compiled_cache": 7.0, "overlap": False,
         "cuda_graphs": False, "speculate": "ngram", "speculative_tokens": 3, "ngram_min": 1, "ngram_max": 5,
     }  # fmt: skip
     settings = load_settings({**options, "data_dir": "/d"})
