@@ -18,12 +18,9 @@ test: $(STAMP)
 # Packages of clients do not go together: each set has an environment, on top of .venv, which the server runs on.
 CLIENTS := openai1 frameworks lm_eval guidellm
 clients-test: $(CLIENTS:%=build/clients/%/.installed)
-	$(call CLIENT_TESTS,openai1) tests/clients/openai
-	$(call CLIENT_TESTS,frameworks) tests/clients/frameworks
-	$(call CLIENT_TESTS,lm_eval) tests/clients/lm_eval
-	$(call CLIENT_TESTS,guidellm) tests/clients/guidellm
-
-CLIENT_TESTS = build/clients/$(1)/bin/python -m pytest -W default --no-header -q
+	set -e; for name in $(CLIENTS); do \
+	    build/clients/$$name/bin/python -m pytest -W default --no-header -q tests/clients/$${name%1}; \
+	done
 
 build/clients/%/.installed: tests/clients/%.txt $(STAMP)
 	$(PYTHON) -m venv --without-pip build/clients/$*

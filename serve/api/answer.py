@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -135,7 +136,7 @@ async def _chunks(
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(job.deltas(started)) as deltas:
         async for delta in deltas:
-            data = writer.write(delta)
+            data = await written(job.server, delta.num_values, partial(writer.write, delta))
             if data:
                 yield data
     if usage:

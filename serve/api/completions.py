@@ -17,9 +17,10 @@ from onebase.serve.api.logprobs import LegacyWriter, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
 from onebase.serve.api.sampling import checked_grammar, truncated
-from onebase.serve.api.state import Loaded, admission_of, server_of
+from onebase.serve.api.state import Loaded, Server, admission_of, server_of
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
+from onebase.serve.api.writing import written
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -86,7 +87,7 @@ async def completions(request: Request) -> Response:
     grammar = await checked_grammar(server, body)
     whole = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "prompt")
     prompts = [truncated(prompt, body, loaded, DEFAULT_MAX_TOKENS) for prompt in whole]
-    echoes = _echoes(target.codec, body, whole, prompts) if body.echo else []
+    echoes = await _echoes(server, target.codec, body, whole, prompts) if body.echo else []
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes, grammar)
     admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "prompt")
     shape = CompletionShape(body, target.codec.texts, prompts)
@@ -95,15 +96,23 @@ async def completions(request: Request) -> Response:
     )
 
 
-def _echoes(
-    codec: TextCodec, body: CompletionRequest, whole: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]
+async def _echoes(
+    server: Server,
+    codec: TextCodec,
+    body: CompletionRequest,
+    whole: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
 ) -> list[str]:
     """Prompts as the client wrote them; ids, and what was cut, as answers would have them."""
     skips_special = body.skip_special_tokens is not False
-    return [
-        given if isinstance(given, str) and len(kept) == len(ids) else codec.texts.shown(kept, skips_special)
-        for given, ids, kept in zip(body.prompts, whole, prompts, strict=True)
-    ]
+
+    def write() -> list[str]:
+        return [
+            given if isinstance(given, str) and len(kept) == len(ids) else codec.texts.shown(kept, skips_special)
+            for given, ids, kept in zip(body.prompts, whole, prompts, strict=True)
+        ]
+
+    return await written(server, sum(map(len, prompts)), write)
 
 
 async def encoded(

@@ -45,7 +45,7 @@ _NAMED = "/v1/adapters/{name}"
 _KEY = {"type": "http", "scheme": "bearer"}
 _EVENT = {  # of a stream: a chunk as JSON, an error, or [DONE]
     "type": "object",
-    "properties": {"data": {"type": "string"}, "event": {"const": "message"}},
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
     "required": ["data"],
 }
 HEADERS: Mapping[str, Any] = {

@@ -62,7 +62,8 @@ class TokenTexts:
 
     def shown(self, tokens: Sequence[int], skips_special: bool = True) -> str:
         """The text of a sequence as answers have it."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skips_special))
+        (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=skips_special)  # see _encode_long
+        return str(text)
 
     def _decode(self, token: int) -> str:
         """Between two of itself the token is not the first one, which some decoders strip of its space."""

@@ -176,7 +176,7 @@ def test_operations_in_a_row(schema: Any) -> None:
 
 @pytest.mark.slow
 def test_every_operation_at_length(schema: Any, lora: Path) -> None:
-    _try(schema, hypothesis.settings(FEW, max_examples=400, derandomize=False), lora)
+    _try(schema, hypothesis.settings(FEW, max_examples=200, derandomize=False), lora)
 
 
 @pytest.mark.slow
