@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onebase.serve.engine.filters import kept
 from onebase.serve.engine.greedy import greedy
 from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.upload import upload
@@ -75,14 +76,5 @@ def _draw_plain(probs: Tensor, params: Rows[SamplingParams], draws: Tensor) -> T
 
 
 def _draw_filtered(probs: Tensor, params: Rows[SamplingParams], draws: Tensor) -> Tensor:
-    ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)  # stable: equal ones keep one order everywhere
-    device, count = probs.device, ordered.shape[-1]
-    top_k = _column([p.top_k or count for p in params], device)
-    rank = torch.arange(count, device=device)
-    kept = ordered.masked_fill(rank >= top_k, 0.0)
-    kept = kept / kept.sum(dim=-1, keepdim=True)
-    before = kept.cumsum(dim=-1) - kept  # mass of the more likely tokens: the one that crosses top_p is kept
-    top_p = _column([p.top_p for p in params], device)
-    kept = kept.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), 0.0)
-    kept = kept.masked_fill(kept < _column([p.min_p for p in params], device) * kept[:, :1], 0.0)
-    return tokens.gather(-1, _invert(kept, draws).unsqueeze(1))[:, 0]
+    weights, tokens = kept(probs, params)
+    return tokens.gather(-1, _invert(weights, draws).unsqueeze(1))[:, 0]

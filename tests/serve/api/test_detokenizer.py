@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from onebase.serve.api.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher, TextOptions
 
@@ -121,3 +121,75 @@ def test_a_long_hostile_stop_list_costs_little(plain: Tokenizer) -> None:
     matcher: Any = StopMatcher(stops)
     kept = sum(len(matcher.push("aaaa")[0]) for _ in range(1000))
     assert kept == 4000 - 999
+
+
+SCRIPTS = "aZ 09é ß中文字あいうقلبहिन्दी한국어🦊👩‍👩‍👧🏳️‍🌈\n\t"
+
+
+@pytest.fixture(scope="module")
+def merged() -> Tokenizer:
+    """Byte-level BPE whose merges cut across characters."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([SCRIPTS, SCRIPTS[::-1], SCRIPTS[3:] + SCRIPTS], trainer)
+    return made
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Tokenizer:
+    """SentencePiece's kind, as Llama's: words, and a token for each byte of what is no word."""
+    words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "é", "中", "▁🦊", "文字"]
+    made = Tokenizer(models.BPE({word: at for at, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<s>"])
+    return made
+
+
+@pytest.mark.parametrize("name", ["plain", "merged"])
+@given(data=st.data(), skips=st.booleans())
+def test_random_tokens_read_as_they_do_at_once(
+    name: str, request: pytest.FixtureRequest, data: st.DataObject, skips: bool
+) -> None:
+    """But for bytes that are no characters, of which there may be more or fewer replacement characters."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=30))
+    text = _streamed(tokenizer, ids, skips)
+    whole = str(tokenizer.decode(ids, skip_special_tokens=skips))
+    assert text.replace("\ufffd", "") == whole.replace("\ufffd", "")
+
+
+def _streamed(tokenizer: Tokenizer, ids: list[int], skips_special: bool) -> str:
+    decoder = IncrementalDecoder(tokenizer, [], skips_special)
+    return "".join([*(decoder.push(token) for token in ids), decoder.flush()])
+
+
+@given(
+    parts=st.lists(st.one_of(st.integers(258, 264), st.just(1), st.sampled_from(SCRIPTS)), max_size=20),
+    skips=st.booleans(),
+)
+def test_characters_that_fall_back_to_bytes_read_as_they_do_at_once(
+    fallback: Tokenizer, parts: list[int | str], skips: bool
+) -> None:
+    """Words, special tokens, and the bytes of characters, one token each."""
+    spelt = [[part] if isinstance(part, int) else [2 + byte for byte in part.encode()] for part in parts]
+    ids = [token for tokens in spelt for token in tokens]
+    assert _streamed(fallback, ids, skips) == fallback.decode(ids, skip_special_tokens=skips)
+
+
+@pytest.mark.parametrize("name", ["plain", "merged"])
+@given(data=st.data(), text=st.text(alphabet=SCRIPTS, max_size=30))
+def test_no_piece_has_half_a_character(
+    name: str, request: pytest.FixtureRequest, data: st.DataObject, text: str
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    ids = tokenizer.encode(text).ids
+    made = pieces(tokenizer, [], ids[: data.draw(st.integers(0, len(ids)))])
+    assert "\ufffd" not in "".join(made)
+    assert text.startswith("".join(made))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from onebase.serve.engine import sampler
+from onebase.serve.engine import filters, sampler
 from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.sampler import NOT_FINITE, sample, uniform
 
@@ -94,3 +94,41 @@ def test_large_batches_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     whole = sample(logits, params, list(range(9)))
     monkeypatch.setattr(sampler, "_BLOCK", 2 * VOCAB)
     assert torch.equal(sample(logits, params, list(range(9))), whole)
+
+
+FILTERED: list[dict[str, Any]] = [
+    {"top_k": 3},
+    {"top_k": 40, "top_p": 0.9},
+    {"top_k": 900},
+    {"top_p": 0.5},
+    {"top_p": 0.999},
+    {"min_p": 0.2},
+    {"min_p": 1e-6},
+    {"top_k": 5, "top_p": 0.7, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 4.0])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_candidates_give_what_sorting_everything_gives(
+    monkeypatch: pytest.MonkeyPatch, spread: float, coarse: bool
+) -> None:
+    """coarse: logits with many ties; spread 0: all tokens are equal."""
+    logits = torch.randn(8 * len(FILTERED), 3000, generator=torch.Generator().manual_seed(5)) * spread
+    logits = logits.round() if coarse else logits
+    params = [SamplingParams(seed=row, **FILTERED[row % len(FILTERED)]) for row in range(len(logits))]
+    positions = list(range(len(logits)))
+    fast = sample(logits, params, positions)
+    alone = [int(sample(logits[row : row + 1], [params[row]], [row])) for row in range(0, len(logits), 7)]
+    assert fast[::7].tolist() == alone
+    monkeypatch.setattr(filters, "CANDIDATES", (64, 512))
+    assert torch.equal(sample(logits, params, positions), fast)
+    monkeypatch.setattr(filters, "CANDIDATES", ())
+    assert torch.equal(sample(logits, params, positions), fast)
+
+
+def test_short_prefixes_need_no_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "_sorted", None)
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(6)) * 4
+    params = [SamplingParams(seed=row, top_p=0.9) for row in range(4)]
+    assert sample(logits, params, [0] * 4).shape == (4,)
