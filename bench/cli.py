@@ -70,7 +70,7 @@ def step(
     """Decode steps of the base alone, of the base on an engine that holds adapters, and of a batch of adapters."""
     from onebase.bench.step import run
 
-    run(shape, device, batch or [1, 16], adapters, rank, steps, out)
+    run(shape, device, batch or [1, 16, 64], adapters, rank, steps, out)
 
 
 @app.command()

@@ -15,7 +15,6 @@ from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-from onebase.serve.engine import wire
 from onebase.serve.engine.engine import Engine
 
 PARTS = ("poll", "schedule", "plan", "stage", "sample", "deliver", "encode", "rest")
@@ -79,8 +78,10 @@ def clocked(engine: Engine) -> Iterator[Clock]:
 
 
 def measure(engine: Engine, steps: int) -> dict[str, float]:
-    """Median milliseconds of CPU time of each part of the engine's next steps, which must be alike, and of the whole
-    step beside the forward; wall time of the forward beside it."""
+    """Median milliseconds of the thread's CPU time: each part of the engine's next steps, which must be alike, all of
+    them together, and the forward."""
+    from onebase.serve.engine import wire  # needs the HTTP stack's packages; the bench's other parts do not
+
     found: dict[str, list[float]] = defaultdict(list)
     with clocked(engine) as clock:
         for _ in range(steps):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from onebase.adapters.base import BaseModel, SiteKind
+from onebase.bench import overhead
 from onebase.bench.ours import adapter_use, make_resident
 from onebase.bench.report import ratio, show, store
 from onebase.bench.workload import LINEARS, mixed_ranks, random_model
@@ -37,9 +38,12 @@ def run(
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as name:
         engine, folders = make_engine(shape, device, max(batches), ranks, Path(name))
         results = [measure(engine, rows, folders, steps) for rows in batches]
-    for result in results:
+        parts = [_overhead(engine, rows, folders, steps) for rows in batches]
+    for result, beside in zip(results, parts, strict=True):
         show(f"{shape} on {device}, {result['rows']} rows", {k: f"{v:.3f}" for k, v in result.items() if k != "rows"})
-    store(out, "step", {"shape": shape, "ranks": ranks, "results": results})
+        title = f"{result['rows']} rows of adapters: ms of the loop's CPU time a step"
+        show(title, {part: f"{value:.3f}" for part, value in beside.items()})
+    store(out, "step", {"shape": shape, "ranks": ranks, "results": results, "overhead": parts})
 
 
 def make_engine(shape: str, device: str, rows: int, ranks: Sequence[int], folder: Path) -> tuple[Engine, list[Path]]:
@@ -101,15 +105,7 @@ def _unload(engine: Engine, folders: Sequence[Path]) -> None:
 
 def _seconds(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> float:
     """Median seconds of a decode step of ``rows`` rows; each step ends with its tokens on the host."""
-    while engine.runner.has_spare_work:  # graphs that the last round missed
-        engine.step()
-    sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
-    prompt = tuple(range(10, 10 + _PROMPT))
-    for row in range(rows):
-        uses = (adapter_use(folders[row % len(folders)]),) if folders else ()
-        engine.add(Request(f"row-{row}", prompt, sampling, uses))
-    while any(s.num_uncomputed > 1 for s in engine.scheduler.running) or engine.scheduler.waiting:
-        engine.step()
+    _begin(engine, rows, folders, steps + 2)
     times = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -118,3 +114,25 @@ def _seconds(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> 
     while engine.has_work:
         engine.step()
     return statistics.median(times)
+
+
+def _begin(engine: Engine, rows: int, folders: Sequence[Path], num_tokens: int) -> None:
+    """Bring ``rows`` sequences to where each of their steps decodes a token, with at least num_tokens - 1 to come."""
+    while engine.runner.has_spare_work:  # graphs that the last round missed
+        engine.step()
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    prompt = tuple(range(10, 10 + _PROMPT))
+    for row in range(rows):
+        uses = (adapter_use(folders[row % len(folders)]),) if folders else ()
+        engine.add(Request(f"row-{row}", prompt, sampling, uses))
+    while any(s.num_uncomputed > 1 for s in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+
+
+def _overhead(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> dict[str, float]:
+    """See overhead.measure; every row is under an adapter."""
+    _begin(engine, rows, folders, steps + 2)
+    found = overhead.measure(engine, steps)
+    while engine.has_work:
+        engine.step()
+    return found
