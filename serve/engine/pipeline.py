@@ -171,8 +171,10 @@ class Pipeline:
         if len(going_on) < len(launched.sampling):  # overlapped, so that none has drafts
             rows = [row for row, one in enumerate(launched.sampling) if one.sequence.status is not Status.FINISHED]
             logits = logits[upload(np.asarray(rows), logits.device)]
-        draws = [(chunk.sequence, ahead) for chunk in going_on for ahead in range(chunk.num_draws)]
-        pending = self._begin(logits, [one for one, _ in draws], [ahead for _, ahead in draws])
+        sequences = [chunk.sequence for chunk in going_on for _ in range(chunk.num_draws)]
+        drafted = len(sequences) > len(going_on)
+        ahead = [number for chunk in going_on for number in range(chunk.num_draws)] if drafted else ()
+        pending = self._begin(logits, sequences, ahead)
         for chunk in going_on:
             chunk.sequence.num_unseen = 1
         return _Drawing(*told, pending, going_on)

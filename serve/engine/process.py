@@ -5,6 +5,7 @@ Standard input stays open as long as the parent lives: when it closes, this proc
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -67,9 +68,16 @@ def main(address: str) -> int:
         socket.close(linger=5000)
         return EXIT_REJECTED
     engine.grammars.warm_up()
+    _settle_memory()
     socket.send(encode([engine.info]))
     run(engine, SocketLink(socket))
     return 0
+
+
+def _settle_memory() -> None:
+    """What is there now stays: the collector need not look at it again. It took 60 to 115 ms of the loop each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _read_line() -> bytes:

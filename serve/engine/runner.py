@@ -57,8 +57,9 @@ class ModelRunner:
         ``chunks`` must be in adapter order. unseen: where their last tokens come from that the host has not seen.
         """
         self.scores, self.classes = {}, {}
-        scored, classified = any(map(wants_scores, chunks)), any(map(wants_classes, chunks))
-        pooled = any(map(wants_rows, chunks))
+        read = [chunk for chunk in chunks if chunk.sequence.is_read]
+        scored, classified = any(map(wants_scores, read)), any(map(wants_classes, read))
+        pooled = any(map(wants_rows, read))
         keep = sampled_rows(chunks)
         rows = keep if len(keep) else np.zeros(1, dtype=np.int64)  # transformers wants at least one
         runs = [run for c in chunks if c.samples for run in c.sequence.runs(c.stop - c.num_draws, c.stop)]

@@ -67,12 +67,14 @@ class Sequence:
     matcher: Matcher | None = None
     pool: Pool | None = None
     ends: frozenset[int] = field(init=False)  # tokens that end it
+    is_read: bool = field(init=False)  # whether anybody wants to know more of its prompt than the next token
     digests: tuple[str, ...] = field(init=False)  # of the request\'s adapters
     _blocks: list[Block] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.digests = tuple(use.digest for use in self.request.adapters)
         sampling = self.request.sampling
+        self.is_read = sampling.prompt_logprobs is not None or self.request.classifies or bool(self.request.embeds)
         self.ends = (
             frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self.eos.union(sampling.stop_token_ids)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -96,7 +96,7 @@ TOGETHER = [("lora", "soft"), ("alora", "stored"), ("gains", "lora", "alora"), (
 
 @dataclass(frozen=True)
 class Job:
-    """What a client asks for. abort: steps after which it goes away, None where it stays."""
+    """What a client asks for. abort: steps after which it goes away, None where it stays. hasty: it waits no time."""
 
     prompt: tuple[int, ...]
     adapters: tuple[str, ...]
@@ -105,6 +105,9 @@ class Job:
     temperature: float
     prompt_logprobs: int | None
     abort: int | None
+    tenant: str = ""
+    priority: int = 0
+    hasty: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Client:
         self.answers: dict[str, Answer] = {}
         self.left: dict[str, int] = {}  # request -> steps until it is aborted
         self.ended: set[str] = set()
+        self.late: set[str] = set()
         self._programs = Programs(driver)
         for name, (ops, rest) in KINDS.items():
             self._programs.add(name, ops, **rest)
@@ -134,7 +138,11 @@ class Client:
             job.max_tokens, job.temperature, seed=3, ignore_eos=True, prompt_logprobs=job.prompt_logprobs
         )
         self.answers[request_id] = Answer([], [])
-        assert not self.engine.add(Request(request_id, job.prompt, sampling, uses))
+        timeout = 1e-9 if job.hasty and not to_end else None
+        request = Request(
+            request_id, job.prompt, sampling, uses, tenant=job.tenant, priority=job.priority, timeout=timeout
+        )
+        assert not self.engine.add(request)
         if job.abort is not None and not to_end:
             self.left[request_id] = job.abort
         return request_id
@@ -146,6 +154,9 @@ class Client:
         self.left = {name: steps - 1 for name, steps in self.left.items()}
         for output in self.engine.step():
             if isinstance(output, AdapterGone):
+                continue
+            if isinstance(output, Failure) and output.kind == "RequestTimedOut":
+                self.late.add(output.id)
                 continue
             assert not isinstance(output, Failure), output.message
             assert isinstance(output, TokenOutput)
@@ -177,6 +188,7 @@ class Bench:
         self._known: dict[Job, Answer] = {}
 
     def expected(self, job: Job) -> Answer:
+        job = replace(job, tenant="", priority=0)  # who asks changes nothing
         if job not in self._known:
             request_id = self.alone.send(job, to_end=True)
             self.alone.drain()
@@ -246,6 +258,9 @@ JOBS = st.builds(
     temperature=st.sampled_from([0.0, 0.0, 1.0]),
     prompt_logprobs=st.sampled_from([None, None, 0]),
     abort=st.sampled_from([None, None, None, 0, 2, 7]),
+    tenant=st.sampled_from(["", "a", "b"]),
+    priority=st.sampled_from([0, 0, 0, -1, 3]),
+    hasty=st.sampled_from([False] * 9 + [True]),
 )
 # A job and the steps before the next event, or the name of an adapter that is unloaded.
 EVENTS = st.lists(
@@ -271,7 +286,7 @@ def _hold(bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: i
             assert answer.tokens == expected.tokens, job
             torch.testing.assert_close(answer.prompt, expected.prompt, atol=1e-4, rtol=0)
         else:
-            assert job.abort is not None
+            assert job.abort is not None or (job.hasty and request_id in client.late)
     assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
     assert engine.adapters.num_references == 0
 
@@ -376,17 +391,16 @@ def test_the_crowd_preempts_evicts_and_compacts(bench: Bench, monkeypatch: pytes
     assert len(answers) == len(KINDS), "each of them says something of its own"
 
 
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=_CHECKS)
-@_SCHEDULES
-def test_many_schedules(bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int) -> None:
-    _hold(bench, events, max_batch_tokens)
+@pytest.fixture(scope="module")
+def benches(bench: Bench, moving: Bench, overlapped: Bench, speculating: Bench, tiered: Bench) -> dict[str, Bench]:
+    return {"plain": bench, "moving": moving, "overlap": overlapped, "drafts": speculating, "tiers": tiered}
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=_CHECKS)
+@pytest.mark.parametrize("kind", ["plain", "moving", "overlap", "drafts", "tiers"])
+@settings(max_examples=2000, deadline=None, suppress_health_check=_CHECKS)
 @_SCHEDULES
-def test_many_schedules_while_the_border_moves(
-    moving: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int
+def test_ten_thousand_schedules(
+    benches: dict[str, Bench], kind: str, events: list[tuple[Job, int] | str], max_batch_tokens: int
 ) -> None:
-    _hold(moving, events, max_batch_tokens)
+    _hold(benches[kind], events, max_batch_tokens)
