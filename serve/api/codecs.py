@@ -14,6 +14,7 @@ from onebase.serve.api.rendering import Renderer
 from onebase.serve.api.tokenizer import TextCodec, Workers
 
 MAX_CODECS = 1024  # that are kept; all but a few share the base's tokenizer
+PATIENCE = 3  # times in a row that a template may take too long
 MAX_TOKENIZERS = 8  # of their own: 150,000 tokens take about 50 MB
 
 
@@ -25,7 +26,7 @@ class Codecs:
 
     def __init__(self, base: TextCodec, workers: Workers, vocab_size: int) -> None:
         self.base = base
-        self._workers = Workers(workers.encoders, Renderer())
+        self._workers = Workers(workers.encoders, Renderer(patience=PATIENCE))
         self._vocab_size = vocab_size
         self._kept: OrderedDict[str, TextCodec] = OrderedDict()
         self._loading: dict[str, asyncio.Task[TextCodec]] = {}

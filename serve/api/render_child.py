@@ -62,7 +62,8 @@ def environment() -> Environment:
 
 
 def render(compiled: Callable[[str], Template], template: str, context: Mapping[str, Any], max_chars: int) -> str:
-    """Raises TemplateError for a text of more than ``max_chars``, and whatever the template raises."""
+    """Raises TemplateError for a text of more than ``max_chars``, UnicodeEncodeError for one that holds half of a
+    surrogate pair, and whatever the template raises."""
     parts: list[str] = []
     left = max_chars
     for part in compiled(template).generate(**context):
@@ -70,7 +71,9 @@ def render(compiled: Callable[[str], Template], template: str, context: Mapping[
         if left < 0:
             raise TemplateError(f"it writes more than {max_chars} characters")
         parts.append(part)
-    return "".join(parts)
+    text = "".join(parts)
+    text.encode()
+    return text
 
 
 def answer(compiled: Callable[[str], Template], line: bytes) -> dict[str, str]:
@@ -86,6 +89,8 @@ def answer(compiled: Callable[[str], Template], line: bytes) -> dict[str, str]:
         return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
     except RecursionError:
         return {"error": "it nests too deeply"}
+    except UnicodeEncodeError:
+        return {"error": "it writes half of a surrogate pair, which is no character"}
     except Exception as error:  # templates raise whatever their expressions raise; all of it is about the messages
         return {"error": str(error)[:500] or type(error).__name__}
     finally:

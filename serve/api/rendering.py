@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import IO, Any, cast
 
+MAX_SLOW = 64  # templates that are remembered for it
 CPU_SECONDS = 2.0  # of processor time: a slow or busy machine does not change what is refused
 
 
@@ -23,11 +24,14 @@ class TemplateFailed(Exception):
 class Renderer:
     """One process, started at the first use and again after it was ended. Renderings take turns.
 
-    Thread-safe. ``close`` ends the process, whatever it does.
+    Thread-safe. ``close`` ends the process, whatever it does. patience: a template that took too long so many times in
+    a row is not tried again, so that others wait for it no more; None: it always is.
     """
 
-    def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
+    def __init__(self, cpu_seconds: float = CPU_SECONDS, patience: int | None = None) -> None:
         self._cpu_seconds = cpu_seconds
+        self._patience = patience
+        self._slow: dict[str, int] = {}  # template -> times in a row
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -43,10 +47,14 @@ class Renderer:
 
     def run(self, template: str, context: Mapping[str, Any] | None, max_chars: int) -> str:
         """Blocking; one call at a time. See ``render``; without a context the template is only compiled."""
+        if self._patience is not None and self._slow.get(template, 0) >= self._patience:
+            raise TemplateFailed(f"it took more than {self._cpu_seconds:g} s of processor time too often")
         job = {"template": template, "context": context, "max_chars": max_chars, "cpu": self._cpu_seconds}
         told = self._ask(json.dumps(job).encode() + b"\n")
         if not told:
+            self._note_slow(template)
             raise TemplateFailed(self._why())
+        self._slow.pop(template, None)
         answer: dict[str, str] = json.loads(told)
         if "error" in answer:
             raise TemplateFailed(answer["error"])
@@ -72,6 +80,11 @@ class Renderer:
             return stdout.readline()
         except BrokenPipeError:
             return b""
+
+    def _note_slow(self, template: str) -> None:
+        self._slow[template] = self._slow.pop(template, 0) + 1
+        if len(self._slow) > MAX_SLOW:
+            del self._slow[next(iter(self._slow))]
 
     def _why(self) -> str:
         code = self._reap()

@@ -226,6 +226,26 @@ def test_deeply_nested_schemas_are_refused(run: Any, open_site: Any) -> None:
     run(body())
 
 
+def test_half_a_surrogate_pair_in_arguments_is_400(
+    run: Any, open_site: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "native"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(NATIVE)
+    function = {"name": "weather", "arguments": '{"city": "\\ud800"}'}
+    asked = {**ASKED, "tool_calls": [{"id": "c1", "type": "function", "function": function}]}
+
+    async def body() -> None:
+        async with open_site(model=str(folder)) as site:
+            response = await site.chat(messages=[USER, asked, RESULT])
+            assert response.status_code == 400, response.text
+            assert response.json()["error"]["code"] == "chat_template"
+
+    run(body())
+
+
 def test_the_last_message_is_continued(run: Any, open_site: Any) -> None:
     async def body() -> None:
         async with open_site() as site:

@@ -66,6 +66,7 @@ def test_it_writes_what_transformers_writes(renderer: Renderer, tokenizer: Any, 
         ("{{ raise_exception('no roles') }}", "no roles"),
         ("{% if", "unexpected end of template"),
         ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ '\\ud800' }}", "surrogate"),
     ],
 )
 def test_what_a_template_may_not_do(renderer: Renderer, template: str, reason: str) -> None:
@@ -73,6 +74,21 @@ def test_what_a_template_may_not_do(renderer: Renderer, template: str, reason: s
         renderer.run(template, {"messages": []}, 10_000)
     assert reason.replace("'", "") in str(failed.value).replace("'", "")
     assert renderer.run("still {{ x }}", {"x": "here"}, 100) == "still here"
+
+
+def test_a_template_that_is_slow_again_and_again_is_not_tried_any_more() -> None:
+    renderer = Renderer(cpu_seconds=0.1, patience=2)
+    endless = "{% for i in range(x) %}{% for j in range(x) %}{% endfor %}{% endfor %}"
+    try:
+        for size, reason in ((99999, "takes"), (1, ""), (99999, "takes"), (99999, "takes"), (1, "too often")):
+            if reason:
+                with pytest.raises(TemplateFailed, match=reason):
+                    renderer.run(endless, {"x": size}, 100)
+            else:
+                assert renderer.run(endless, {"x": size}, 100) == ""
+        assert renderer.run("another", {}, 100) == "another"
+    finally:
+        renderer.close()
 
 
 def test_a_template_is_compiled_only_to_check_it(renderer: Renderer) -> None:

@@ -167,6 +167,22 @@ def test_a_conversation_goes_on_with_what_was_answered(run: Any, open_site: Any,
     run(body())
 
 
+def test_structured_text(run: Any, open_site: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+            form = {"type": "json_schema", "name": "place", "schema": schema, "strict": True}
+            response = whole(await ask(site, text={"format": form}, max_output_tokens=3))
+            assert response.text.format.schema_ == schema
+            grammar = site.engine.requests[-1].sampling.grammar
+            assert json.loads(grammar.source) == schema
+            bad = await ask(site, text={"format": {**form, "schema": {"type": "nope"}}})
+            assert bad.status_code == 400
+            assert bad.json()["error"]["param"].startswith("text.format")
+
+    run(body())
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
