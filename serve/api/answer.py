@@ -99,7 +99,6 @@ async def answer(
     usage: tell it at the end of a stream; running_usage: in every chunk, too.
     """
     headers = {"x-onebase-adapters": job.target.exact}
-    request.state.usage = job.usage
     if not stream:
         body = await until_disconnect(request.receive, _whole(request, job, shape))
         return Response(body, media_type="application/json", headers=headers)

@@ -121,6 +121,7 @@ async def prepare(request: Request, body: ChatRequest) -> Job:
     prompt = truncated(whole, body, loaded, None)
     job = plan(server, loaded, target, body, [prompt], None, grammar=grammar)
     admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "messages")
+    request.state.usage = job.usage
     return job if tools is None else await with_tools(job, tools)
 
 

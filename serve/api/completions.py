@@ -90,6 +90,7 @@ async def completions(request: Request) -> Response:
     echoes = await _echoes(server, target.codec, body, whole, prompts) if body.echo else []
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes, grammar)
     admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "prompt")
+    request.state.usage = job.usage
     shape = CompletionShape(body, target.codec.texts, prompts)
     return await answer(
         request, job, shape, stream=bool(body.stream), usage=body.wants_usage, running_usage=body.wants_running_usage

@@ -263,6 +263,8 @@ class Scheduler:
         if sequence.status is not Status.RUNNING:  # it has ended since
             return
         sequence.num_computed = chunk.stop - len(chunk.drafts)
+        if chunk.drafts:  # computed as a prompt's tokens are, right or wrong
+            self.fairness.charge(sequence, len(chunk.drafts), 0)
         self._bring_back(self._prefixes.computed(sequence))
 
     def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:

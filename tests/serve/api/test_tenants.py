@@ -60,20 +60,27 @@ def test_a_key_says_whose_a_request_is(run: Any, open_site: Any, keys: Path) -> 
     run(body())
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_every_generating_route_tells_the_engine(run: Any, open_site: Any, keys: Path, path: str) -> None:
-    async def body() -> None:
-        async with open_site(keys=keys, admin_key="root") as site:
-            said: dict[str, Any] = (
-                {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
-            )
-            answer = await site.http.post(
-                path, json={"model": "base", "max_tokens": 1, "n": 2, **said}, headers=_as(GREEN)
-            )
-            assert answer.status_code == 200, answer.text
-            assert [one.tenant for one in site.engine.requests] == ["green", "green"]
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 16}),
+    ],
+)
+def test_every_generating_route_knows_the_tenant(
+    run: Any, open_site: Any, keys: Path, path: str, body: dict[str, Any]
+) -> None:
+    """The engine is told whose the request is, and the tenant's usage counts it."""
 
-    run(body())
+    async def work() -> None:
+        async with open_site(keys=keys, admin_key="root") as site:
+            answer = await site.http.post(path, json={"model": "base", **body}, headers=_as(GREEN))
+            assert answer.status_code == 200, answer.text
+            assert [one.tenant for one in site.engine.requests] == ["green"]
+            assert 'onebase_tenant_requests_total{tenant="green"} 1.0' in (await site.http.get("/metrics")).text
+
+    run(work())
 
 
 def test_a_tenants_key_opens_no_admin_route(run: Any, open_site: Any, keys: Path) -> None:
