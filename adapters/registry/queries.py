@@ -45,9 +45,9 @@ class Queries:
             raise AdapterNotFound(f"There is no adapter {reference!r}.", param="name")
         return found[0]
 
-    def versions(self, name: str) -> list[AdapterEntry]:
-        """Oldest first; none for a name that is not there."""
-        return self.entries(" AND n.name = ? ORDER BY v.version", name)
+    def versions(self, name: str, after: int = 0, limit: int = -1) -> list[AdapterEntry]:
+        """Oldest first, behind version ``after``, ``limit`` at most (-1: all); none for a name that is not there."""
+        return self.entries(" AND n.name = ? AND v.version > ? ORDER BY v.version LIMIT ?", name, after, limit)
 
     def page(
         self, after: str | None, limit: int, prefix: str | None, labels: Mapping[str, str], pinned: bool | None

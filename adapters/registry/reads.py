@@ -63,6 +63,10 @@ class RegistryReads:
         """The current versions of all pinned names, by name."""
         return self._read.entries(" AND v.version = n.current AND n.pinned ORDER BY n.name")
 
+    def some_versions(self, name: str, after: int, limit: int) -> Entries:
+        """Of a name's versions, oldest first, ``limit`` behind version ``after``; none where there are none."""
+        return self._read.versions(check_name(name), after, limit)
+
     def versions(self, name: str) -> Entries:
         """Every version of a name, oldest first. Raises AdapterNotFound."""
         rows = self._read.versions(check_name(name))

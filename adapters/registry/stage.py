@@ -42,6 +42,7 @@ class Stage:
     """A folder being filled. ``open`` files, write, then ``finish`` once.
 
     ``put`` moves the folder, durable by then, to where its digest belongs, and returns that place and a hold on it.
+    guard: called with every piece that is written; what it raises ends the filling.
     """
 
     def __init__(self, folder: Path, max_bytes: int, put: Callable[[Path, str], tuple[Path, str]]) -> None:
@@ -50,6 +51,7 @@ class Stage:
         self._put = put
         self._left = max_bytes
         self._files = 0
+        self.guard: Callable[[], None] | None = None
 
     def open(self, name: str) -> StageFile:
         """A file to write. Raises AdapterRejected for a name that is not allowed, or twice the same."""
@@ -67,6 +69,8 @@ class Stage:
 
     def take(self, nbytes: int) -> None:
         """Count bytes against the limit. Raises AdapterTooLarge."""
+        if self.guard is not None:
+            self.guard()
         self._left -= nbytes
         if self._left < 0:
             raise AdapterTooLarge(f"The adapter is over {self._max_bytes} bytes.", param="files")

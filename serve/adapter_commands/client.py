@@ -56,7 +56,15 @@ class AdapterClient:
         return self._call("GET", _path(reference))
 
     def versions(self, name: str) -> list[Json]:
-        return list(self._call("GET", _path(name, "versions"))["data"])
+        """All, oldest first, as many pages as it takes."""
+        found: list[Json] = []
+        params = {"limit": PAGE}
+        while True:
+            page = self._call("GET", _path(name, "versions"), params=params)
+            found += page["data"]
+            if not page["has_more"]:
+                return found
+            params["after"] = page["next"]
 
     def upload(self, form: AdapterForm) -> Json:
         """Waits until the adapter is checked, compiled, resident and durable."""

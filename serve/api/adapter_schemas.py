@@ -59,6 +59,13 @@ class AdapterChange(Body):
         return frozenset(alias for alias, version in (self.aliases or {}).items() if version is None)
 
 
+class VersionRange(Query):
+    """GET /v1/adapters/{name}/versions. after: the last version of the page before."""
+
+    limit: int = Field(default=100, ge=1, le=MAX_PAGE)
+    after: int = Field(default=0, ge=0, le=MAX_VERSION)
+
+
 class Rollback(Body):
     """POST /v1/adapters/{name}/rollback. Without a version: the one that was current before."""
 

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from onebase.adapters.errors import AdapterNotFound
 from onebase.adapters.registry import AdapterState
 from onebase.serve.api.adapter_pages import adapter_page
-from onebase.serve.api.adapter_schemas import AdapterFilter, AdapterSource, Forcing, Waiting
+from onebase.serve.api.adapter_schemas import AdapterFilter, AdapterSource, Forcing, VersionRange, Waiting
 from onebase.serve.api.auth import caller, require_admin_key
 from onebase.serve.api.body import content_type, form_body, read_json
 from onebase.serve.api.cards import adapter_card, import_card
@@ -57,14 +57,15 @@ async def get_adapter(request: Request, name: str) -> dict[str, Any]:
         return import_card(job)
 
 
-@router.get("/v1/adapters/{name}/versions")
+@router.get("/v1/adapters/{name}/versions", openapi_extra=query_parameters(VersionRange))
 async def list_versions(request: Request, name: str) -> dict[str, Any]:
-    """All of a name, oldest first."""
-    server = server_of(request)
+    """Of a name, oldest first, in pages: ``next`` of one is ``after`` of the following."""
+    server, wanted = server_of(request), read_query(request, VersionRange)
     store = server.require_loaded().store
-    entries, current = await store.versions(name), await store.get(name)
+    found, current = await store.some_versions(name, wanted.after, wanted.limit + 1), await store.get(name)
+    entries, more = found[: wanted.limit], len(found) > wanted.limit
     cards = [adapter_card(server, entry) | {"current": entry.version == current.version} for entry in entries]
-    return {"object": "list", "data": cards}
+    return {"object": "list", "data": cards, "has_more": more, "next": entries[-1].version if more else None}
 
 
 @router.delete("/v1/adapters/{name}", openapi_extra=query_parameters(Forcing))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 
@@ -14,6 +17,7 @@ from onebase.serve.api.store import AdapterStore
 
 FETCHES = 4  # at once; the others wait
 _ENDING_SECONDS = 2.0
+_LOOK_SECONDS = 0.5  # between looks whether an import that is being fetched is still wanted
 
 Staged = tuple[Blob, Fetched]
 
@@ -64,7 +68,23 @@ class Fetcher:
         if job is not None:
             self._registry.check_import(job)  # its name may have been deleted while this waited
         with self._registry.stage() as stage:
+            if job is not None:
+                stage.guard = _NowAndThen(partial(self._registry.check_import, job))
             fetched = self._sources.fetch(source, revision, stage)
             if job is not None:
                 self._registry.set_import(job, AdapterState.CHECKING)
             return stage.finish(), fetched
+
+
+class _NowAndThen:
+    """Calls ``look`` at most every so many seconds, however often it is called itself."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look = look
+        self._last = -math.inf
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= _LOOK_SECONDS:
+            self._last = now
+            self._look()

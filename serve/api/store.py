@@ -98,6 +98,10 @@ class AdapterStore:
         is_name = ADAPTER_NAME.fullmatch(reference) is not None
         return await self._call(self.registry.last_import, reference) if is_name else None
 
+    async def some_versions(self, name: str, after: int, limit: int) -> list[AdapterEntry]:
+        """See Registry.some_versions."""
+        return await self._call(self.registry.some_versions, check_name(name), after, limit)
+
     async def versions(self, name: str) -> list[AdapterEntry]:
         return await self._call(self.registry.versions, check_name(name))
 

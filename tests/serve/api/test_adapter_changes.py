@@ -374,6 +374,14 @@ def test_gc_keeps_what_is_used_and_says_what_went(
             would = await gc(keep=0, dry_run=True)
             assert (would["versions"], would["dry_run"]) == (["a@2", "a@3"], True)
             assert len((await site.http.get("/v1/adapters/a/versions")).json()["data"]) == 5
+            seen, after = [], 0
+            while after is not None:
+                page = (await site.http.get(f"/v1/adapters/a/versions?limit=2&after={after}")).json()
+                assert page["has_more"] == (page["next"] is not None) == (len(seen) + len(page["data"]) < 5)
+                seen, after = [*seen, *(card["version"] for card in page["data"])], page["next"]
+            assert seen == [1, 2, 3, 4, 5]
+            assert (await site.http.get("/v1/adapters/a/versions?limit=0")).status_code == 400
+            assert (await site.http.get("/v1/adapters/none/versions?after=3")).status_code == 404
             done = await gc(keep=0)
             assert (done["versions"], sorted(done["blobs"])) == (["a@2", "a@3"], sorted(digests[1:3]))
             assert done["bytes"] > 0

@@ -234,6 +234,35 @@ def test_what_waits_for_its_turn_and_is_deleted_is_never_fetched(run: Any, bench
     run(body())
 
 
+def test_a_fetch_ends_when_its_import_is_deleted(
+    run: Any, bench: Open, sources: FakeSources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the next piece of a source that never comes to an end."""
+    written = threading.Event()
+
+    def endless(source: str, revision: str | None, stage: Any) -> Any:
+        with stage.open("adapter_config.json") as file:
+            while not sources.stopped.is_set():
+                file.write(b"")
+                written.set()
+                time.sleep(0.001)
+
+    monkeypatch.setattr(fetching, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(sources, "_fetch", endless)
+
+    async def body() -> None:
+        async with bench() as b:
+            job = await b.importer.start("a", "one", None, "")
+            ended = asyncio.create_task(b.importer.wait(job.id))
+            await until(written.is_set)
+            await b.store.delete("a")
+            with pytest.raises(AdapterConflict, match="deleted already"):
+                await ended
+            assert sources.at_once == 0
+
+    run(body())
+
+
 def test_a_fetch_that_hangs_does_not_hold_up_the_end(
     run: Any, bench: Open, sources: FakeSources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
