@@ -20,6 +20,7 @@ from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.engine import Engine
 from onebase.serve.engine.loop import Output, Stop, run
 from onebase.serve.engine.messages import Command, EngineStats, Failure, LoadAdapter, Request, SetPins, UnloadAdapter
+from onebase.serve.engine.threads import use_all_cores
 from onebase.serve.engine.wire import EXIT_REJECTED, Abort, Message, Shutdown, decode, encode
 
 
@@ -61,6 +62,7 @@ def main(address: str) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(address)
+    use_all_cores()
     try:
         engine = Engine(config)
     except ModelRejected as error:

@@ -19,6 +19,7 @@ from onebase.adapters.errors import ModelRejected
 from onebase.kernels.attention import select_attention
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
+from onebase.serve.model.dtypes import pick_dtype
 from onebase.serve.model.experts import ProbedExperts
 from onebase.serve.model.norms import fuse_norms
 from onebase.serve.model.packed import PackedLinear, pack_linears
@@ -26,7 +27,6 @@ from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
 from onebase.serve.model.quantised import dense_weight, is_quantised, plain_parts
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FP8_CUDA = (8, 9)  # the first compute capability that converts e4m3
 # Rotary tables that change with the longest sequence of a batch: exact only while no sequence passes this length.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -174,17 +174,6 @@ def _ties(probed: Sequence[ProbedSite]) -> dict[str, tuple[str, ...]]:
     return {
         path: tuple(p for p in paths if p != path) for paths in holders.values() for path in paths if len(paths) > 1
     }
-
-
-def pick_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """auto is the checkpoint's type, but float32 for float16 checkpoints on a CPU, which has no float16 units."""
-    if name != "auto":
-        return _DTYPES[name]
-    stored = config.get_text_config().dtype or config.dtype or torch.float32
-    if isinstance(stored, str):
-        stored = _DTYPES[stored]
-    assert isinstance(stored, torch.dtype)
-    return torch.float32 if device.type == "cpu" and stored is torch.float16 else stored
 
 
 def pick_fp8(kv_dtype: str, device: torch.device) -> bool:
