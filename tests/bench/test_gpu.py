@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,21 @@ def test_a_stage_runs_without_the_http_stack(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "prefill.json").read_text())
     assert stored["share of the GEMM rate"] > 0
     assert stored["tokens/s"] > 0
+
+
+def test_the_correctness_stage_finds_its_tests_without_the_http_stack() -> None:
+    """A test file that cannot be imported there would end the stage before its first test."""
+    options = ["-o", "addopts=", "-o", "filterwarnings=default", "--import-mode=importlib", "-q", "--collect-only"]
+    where = [str(ROOT / "tests/kernels"), str(ROOT / "tests/serve/engine/test_graphs.py")]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
+        f"import pytest; sys.exit(pytest.main({[*options, '-m', 'gpu', *where]!r}))"
+    )
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "test_cuda_graphs_say_what_eager_steps_say" in done.stdout
 
 
 def test_the_script_runs_every_stage() -> None:

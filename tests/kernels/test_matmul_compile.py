@@ -33,14 +33,14 @@ def build(kernel, pointers, aligned_integers, integers, **constants):
 
 common = dict(arena="*" + dtype, table="*i64", tiles="*i32")
 build(
-    kernels._shrink_kernel,
+    kernels.shrink_kernel,
     dict(x="*" + dtype, **common, sites="*i32", xa="*fp32"),
     ["x_stride", "in_features", "width"], ["n_sites", "packed_rows", "group_size"],
     BLOCK_M=block_m, BLOCK_R=128 // size, BLOCK_K=(128 if tall else 256) // size, SPLITS=splits, **fields,
 )
 for token in (False, True):
     build(
-        kernels._expand_kernel,
+        kernels.expand_kernel,
         dict(**{y: "*" + dtype for y in ("y0", "y1", "y2")}, **common, scales="*fp64", tile_scales="*fp32",
              source="*i64" if token else "*fp32"),
         [*(f"{name}{at}" for name in ("stride", "n") for at in range(3)), "member_stride", "split_stride", "width"],

@@ -114,4 +114,4 @@ def test_attention_compiles_one_kernel_per_role() -> None:
 def test_matmul_compiles_one_kernel_per_block_shape() -> None:
     """Tiles of 16, 32 and 64 rows by rank blocks of 16, 32 and 64; expand has a twin for embeddings."""
     warm, served = compiled(MATMUL)
-    assert warm == served == {"_shrink_kernel": 9, "_expand_kernel": 18}
+    assert warm == served == {"shrink_kernel": 9, "expand_kernel": 18}
