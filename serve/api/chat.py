@@ -146,9 +146,10 @@ def tool_use(body: ChatRequest, codec: TextCodec) -> ToolUse | None:
 
 async def with_tools(job: Job, tools: ToolUse) -> Job:
     """Its answers held to the grammar of calls, if there is one, and read. Raises ApiError 400."""
-    if any(request.sampling.grammar is not None for request in job.requests):
-        raise bad_request("A grammar for the answer is not allowed beside tools, but with tool_choice none.", "tools")
-    if (grammar := tools.grammar) is not None:
+    asked = job.requests[0].sampling.grammar
+    if asked is not None and asked.kind != "json_schema":
+        raise bad_request("structured_outputs: beside tools only JSON is served.", "structured_outputs")
+    if (grammar := tools.grammar(None if asked is None else asked.source)) is not None:
         grammar = await job.server.grammars.checked(grammar, "tools")
         sampled = (replace(request.sampling, grammar=grammar) for request in job.requests)
         requests = [replace(one, sampling=sampling) for one, sampling in zip(job.requests, sampled, strict=True)]

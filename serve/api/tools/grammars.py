@@ -38,14 +38,27 @@ class CallGrammars:
         """Text that may hold calls."""
         syntax = self._syntax
         if syntax.bare:  # text is what does not start like a call
-            return self._grammar(f"TEXT | {self._opening}? {self._calls(SEMICOLON)}", r"TEXT: /[^{](?s:.*)/")
-        if syntax.listed:
-            inner = f'{self._opening} " "? "[" {self._calls(COMMA)} "]"'
-        else:
-            inner = f'{self._opening} "\\n" call "\\n" {self._closing}'
+            return self._grammar(
+                f"TEXT | block | {self._calls(SEMICOLON)}", f"block: {self._block()}", r"TEXT: /[^{](?s:.*)/"
+            )
         times = "*" if self._many and not syntax.listed else "?"
         text = rf"TEXT: /(?s:.+)/ & ~/(?s:.*){_escaped(syntax.opening)}(?s:.*)/"
-        return self._grammar(f"TEXT? (block TEXT?){times}", f"block: {inner}", text)
+        return self._grammar(f"TEXT? (block TEXT?){times}", f"block: {self._block()}", text)
+
+    def or_json(self, schema: str) -> Grammar:
+        """Calls alone, or JSON that a schema describes. schema: an object, as JSON. Calls have their opening here: the
+        lexer could not tell a bare one from the answer."""
+        strict = {**json.loads(schema), "x-guidance": {"lenient": False, "whitespace_pattern": WHITESPACE}}
+        blocks = 'block ("\\n" block)*' if self._many and not self._syntax.listed and not self._syntax.bare else "block"
+        return self._grammar(f"answer | {blocks}", f"block: {self._block()}", f"answer: %json {json.dumps(strict)}")
+
+    def _block(self) -> str:
+        """Calls behind one opening."""
+        if self._syntax.bare:
+            return f"{self._opening} {self._calls(SEMICOLON)}"
+        if self._syntax.listed:
+            return f'{self._opening} " "? "[" {self._calls(COMMA)} "]"'
+        return f'{self._opening} "\\n" call "\\n" {self._closing}'
 
     def _calls(self, between: str) -> str:
         return f"call ({between} call)*" if self._many else "call"

@@ -31,13 +31,14 @@ class ToolUse:
     def callable(self) -> tuple[Function, ...]:
         return tuple(function for function in self.functions if self.named in (None, function.name))
 
-    @property
-    def grammar(self) -> Grammar | None:
-        """None where the model writes what it likes."""
+    def grammar(self, schema: str | None) -> Grammar | None:
+        """None where the model writes what it likes. schema: of the answer, where it calls no tool; as JSON."""
         many = self.parallel and self.named is None
         grammars = CallGrammars(self.syntax, self.callable, self.tokens, many=many)
         if self.forced:
             return grammars.forced()
+        if schema is not None:
+            return grammars.or_json(schema)
         return grammars.free() if any(function.strict for function in self.functions) else None
 
     def told(self, conversation: Conversation) -> Conversation:

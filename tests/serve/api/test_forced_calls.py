@@ -133,6 +133,31 @@ def test_free_text_may_hold_calls_that_fit(syntax: Syntax, before: str, behind: 
     assert not syntax.bare or not accepts(f"{good}; {good}", many=False)
 
 
+@pytest.mark.parametrize("syntax", [HERMES, MISTRAL, LLAMA])
+def test_json_or_calls(syntax: Syntax) -> None:
+    raw = make_tokenizer()
+    raw.add_tokens([AddedToken(mark) for mark in syntax.markers])
+    ids = {mark: raw.token_to_id(mark) for mark in syntax.markers}
+    functions = [Function(**tool["function"]) for tool in TOOLS]
+    vocabulary = Vocabulary(raw.to_str(), raw.get_vocab_size(), [1])
+    grammar = CallGrammars(syntax, functions, ids, many=True).or_json('{"type": "object", "required": ["x"]}')
+
+    def accepts(text: str) -> bool:
+        matcher = vocabulary.compile(grammar)
+        return all(map(matcher.accept, [*raw.encode(text).ids, 1]))
+
+    call = GOOD.replace("KEY", syntax.key)
+    written = {
+        "hermes": f"<tool_call>\n{call}\n</tool_call>",
+        "mistral": f"[TOOL_CALLS][{call}]",
+        "llama": f"<|python_tag|>{call}",
+    }
+    assert accepts(written[syntax.name])
+    assert accepts('{"x": 1}')
+    assert not accepts('{"y": 1}')
+    assert not accepts("Some text.")
+
+
 def whole(response: Any, stream: bool) -> list[dict[str, Any]]:
     """content, calls and finish_reason of each choice."""
     if not stream:
