@@ -96,7 +96,7 @@ class CompiledGrammars:
     def _read(self) -> Vocabulary | RequestRejected:
         try:
             return self._open_vocabulary()
-        except (ImportError, OSError, ValueError) as error:
+        except Exception as error:  # tokenizers of strangers fail in ways of their own; every request is told
             reason = str(error).strip().partition("\n")[0][:200]
             return RequestRejected(f"this model's tokenizer cannot be used with grammars: {reason}")
 

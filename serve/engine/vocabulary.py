@@ -10,7 +10,8 @@ from onebase.serve.engine.messages import EngineInfo
 
 
 def vocabulary_of(config: EngineConfig, info: EngineInfo) -> Vocabulary:
-    """Blocking. Raises ValueError or OSError where there is no fast tokenizer, or none that grammars can use."""
+    """End tokens that the tokenizer does not know are left out. Blocking. Raises ValueError or OSError where there is no
+    fast tokenizer, or none that grammars can use."""
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(
@@ -21,4 +22,5 @@ def vocabulary_of(config: EngineConfig, info: EngineInfo) -> Vocabulary:
         raise ValueError("it has no tokenizer.json")
     backend.no_truncation()
     backend.no_padding()
-    return Vocabulary(backend.to_str(), info.vocab_size, info.eos_token_ids)
+    known = [token for token in info.eos_token_ids if backend.id_to_token(token) is not None]
+    return Vocabulary(backend.to_str(), info.vocab_size, known)

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from onebase.serve.engine.grammar_room import CompiledGrammars
 from onebase.serve.engine.masks import apply_masks, packed_masks
 from onebase.serve.engine.messages import Grammar, Request, SamplingParams
 from onebase.serve.engine.sequence import Sequence
+from onebase.serve.engine.vocabulary import vocabulary_of
 from onebase.serve.model.loader import load_model
 
 from ...conftest import EngineDriver
@@ -189,6 +191,15 @@ def test_a_model_without_a_tokenizer_says_so_at_use(make_driver: Callable[..., E
     assert driver.failures[failed].kind == "RequestRejected"
     assert "tokenizer" in driver.failures[failed].message
     assert len(driver.generate([1])) == 8
+
+
+def test_end_tokens_that_the_tokenizer_does_not_know_are_left_out(
+    make_engine: Callable[..., EngineDriver], tiny_base: Path
+) -> None:
+    driver = make_engine()
+    info = replace(driver.engine.info, vocab_size=300, eos_token_ids=(EOS, 280))
+    vocabulary = vocabulary_of(EngineConfig(model=str(tiny_base)), info)
+    assert _allowed(packed_masks([_sequence(vocabulary.compile(Grammar("regex", "a?")))], 300)[0]) > {EOS}
 
 
 def test_a_stream_goes_on_while_a_grammar_compiles(
