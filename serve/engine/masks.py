@@ -14,7 +14,7 @@ from onebase.serve.engine.grammar import Matcher
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.upload import upload
 
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.bool_)
+_CLEAR = 1 - np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 
 
 def packed_masks(sequences: Rows[Sequence], vocab_size: int) -> NDArray[np.int32]:
@@ -42,13 +42,13 @@ def _leave_out(bits: NDArray[np.int32], tokens: Rows[int]) -> None:
 def apply_masks(logits: Tensor, rows: Rows[int], bits: NDArray[np.int32]) -> None:
     """Minus infinity for what is not allowed: logits [*, vocabulary], in place; bits: of these rows."""
     device, vocabulary = logits.device, logits.shape[-1]
-    places = upload(bits.view(np.uint8), device).int()
-    allowed = _table(device)[places].flatten(1)[:, :vocabulary]  # bool [rows, vocabulary]
-    index = upload(np.array(rows, dtype=np.int64), device)
-    logits[index] = logits[index].masked_fill(~allowed, float("-inf"))
+    places = upload(bits.view(np.uint8), device)
+    refused = _refused(device).take(places.long()).view(torch.bool)[:, :vocabulary]  # bool [rows, vocabulary]
+    for row, mask in zip(rows, refused, strict=True):
+        logits[row].masked_fill_(mask, float("-inf"))
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
-    """bool [256, 8]: the bits of each byte, lowest first."""
-    return torch.from_numpy(_BITS).to(device)
+def _refused(device: torch.device) -> Tensor:
+    """int64 [256]: of each byte its eight bits, lowest first, as eight booleans that say what is not set."""
+    return torch.from_numpy(_CLEAR.view(np.int64)[:, 0]).to(device)

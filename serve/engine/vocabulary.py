@@ -10,7 +10,7 @@ from onebase.serve.engine.messages import EngineInfo
 
 
 def vocabulary_of(config: EngineConfig, info: EngineInfo) -> Vocabulary:
-    """End tokens that the tokenizer does not know are left out. Blocking. Raises ValueError or OSError where there is no
+    """Without the end tokens that the tokenizer does not know. Blocking. Raises ValueError or OSError where there is no
     fast tokenizer, or none that grammars can use."""
     from transformers import AutoTokenizer
 
