@@ -68,7 +68,8 @@ class MemoryPlan:
             MemoryRow("adapters", adapters.start, f"{sizes[0]} to {sizes[1]} GiB"),
             MemoryRow("step", usage.step, "the largest step, measured"),
             MemoryRow("adapters_step", usage.adapted, "what adapters add to it"),
-            MemoryRow("libraries", usage.libraries, "kernels, graphs, the allocator's slack"),
+            MemoryRow("libraries", usage.libraries, "kernels, the allocator's slack"),
+            MemoryRow("graphs", usage.graphs, "captured decode steps, at most"),
             MemoryRow("left", max(left, 0), f"of {usage.free / GIB:.2f} GiB free beside the weights"),
             MemoryRow("total", usage.total, "the device, or the container"),
         )

@@ -15,6 +15,7 @@ import torch
 from onebase.adapters.base import SiteKind
 from onebase.kernels.attention import AttentionBatch
 from onebase.serve.engine.config import GIB, EngineConfig
+from onebase.serve.engine.graphs import MOST_BYTES
 from onebase.serve.engine.host_memory import HostMemory
 from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.sampler import sample
@@ -23,7 +24,7 @@ from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.quantised import plain_parts
 from onebase.serve.model.sites import ProbedSite
 
-# On CUDA, beside what torch's allocator gave in the step: libraries, kernels, graphs, and the allocator's slack.
+# On CUDA, beside what torch's allocator gave in the step: libraries, kernels, and the allocator's slack.
 _LIBRARIES_CUDA = GIB
 # What is run on a CPU: about so many operations, within these rows.
 _WORK_CPU = 2e10
@@ -38,7 +39,7 @@ class Usage:
     """Bytes of the device once the base is loaded. total: its size, or the container's; free: what nobody has.
 
     step: what the largest step takes at its peak and gives back; adapted: what adapters add to that; libraries: what
-    CUDA's own and its graphs take."""
+    CUDA's own take; graphs: the most that captured steps keep."""
 
     total: int
     free: int
@@ -46,11 +47,12 @@ class Usage:
     step: int
     adapted: int = 0
     libraries: int = 0
+    graphs: int = 0
 
     @property
     def working(self) -> int:
         """What must be left for steps."""
-        return self.step + self.adapted + self.libraries
+        return self.step + self.adapted + self.libraries + self.graphs
 
 
 NOTHING = Usage(0, 0, 0, 0)
@@ -63,7 +65,8 @@ def measure(config: EngineConfig, base: LoadedModel) -> Usage:
         rows = config.max_batch_tokens
         step = _peak_cuda(partial(_run_step, config, base, rows, min(rows, config.max_num_seqs)))
         free, total = torch.cuda.mem_get_info()
-        return Usage(total, free, weight_bytes(base), step, adapted, _LIBRARIES_CUDA)
+        graphs = MOST_BYTES if config.cuda_graphs else 0
+        return Usage(total, free, weight_bytes(base), step, adapted, _LIBRARIES_CUDA, graphs)
     step = _step_on_cpu(config, base)
     host = HostMemory.now()
     return Usage(host.total, host.free, weight_bytes(base), step, adapted)

@@ -116,7 +116,7 @@ def test_the_plan_says_where_all_bytes_are() -> None:
     rows = {row.what: row for row in plan.rows()}
     assert rows["kv_pages"] == MemoryRow("kv_pages", GIB, "65536 pages (65536 to 65536)")
     assert str(rows["adapters"]) == "adapters            0.50 GiB  0.50 to 0.50 GiB"
-    parts = ("kv_pages", "adapters", "step", "adapters_step", "libraries", "left")
+    parts = ("kv_pages", "adapters", "step", "adapters_step", "libraries", "graphs", "left")
     assert sum(rows[part].nbytes for part in parts) == plan.usage.free
     assert rows["total"].nbytes == 16 * GIB
 

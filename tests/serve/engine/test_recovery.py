@@ -132,10 +132,10 @@ def test_draws_that_find_no_memory_are_drawn_again(make_driver: Make, monkeypatc
         ids = [driver.submit(prompt, **options) for prompt in jobs]
         begin, rng = pipeline._begin, random.Random(1)
 
-        def flaky(logits: Any, rows: Any, begin: Any = begin, rng: Any = rng) -> Any:
+        def flaky(logits: Any, rows: Any, *rest: Any, begin: Any = begin, rng: Any = rng) -> Any:
             if len(rows) > 1 and rng.random() < 0.4:
                 raise _memory()
-            return begin(logits, rows)
+            return begin(logits, rows, *rest)
 
         monkeypatch.setattr(pipeline, "_begin", flaky)
         driver.run()
