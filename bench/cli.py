@@ -74,6 +74,20 @@ def step(
 
 
 @app.command()
+def speculate(
+    shape: Annotated[str, typer.Option(help="135m or 8b.")] = "135m",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rows: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 64,
+    out: Out = None,
+) -> None:
+    """Drafts by prompt lookup: their gain where text repeats, their cost where it does not."""
+    from onebase.bench.speculate import run
+
+    run(shape, device, rows, tokens, out)
+
+
+@app.command()
 def lifecycle(
     scenario: Annotated[
         list[str] | None, typer.Option(help="overcommit, beside-loads, turns, cold; all of them.")
