@@ -124,7 +124,7 @@ def fair(
     shape: Annotated[str, typer.Option(help="tiny, 135m or 8b.")] = "135m",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     times: Annotated[float, typer.Option(help="What the flood sends of each other tenant's load.", min=1)] = 20.0,
-    rate: Annotated[float, typer.Option(help="Requests a second of each other tenant.")] = 0.12,
+    rate: Annotated[float, typer.Option(help="Requests a second of each other tenant.")] = 0.3,
     seconds: Annotated[float, typer.Option(help="Of arrivals in a round.", min=1)] = 30.0,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     out: Out = None,

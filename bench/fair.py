@@ -32,7 +32,7 @@ class Plan:
     shape: str = "135m"
     others: int = 7
     times: float = 20.0
-    rate: float = 0.12
+    rate: float = 0.3
     seconds: float = 30.0
     tokens_in: tuple[int, int] = (96, 161)
     tokens_out: tuple[int, int] = (24, 41)
@@ -40,16 +40,17 @@ class Plan:
     rounds: int = 3
 
     def jobs(self, seed: int, *, flood: bool) -> list[Job]:
-        """The others' jobs are the same with the flood and without it."""
+        """The others' times and lengths are the same with the flood and without it, their tokens are not: no side finds
+        the other one's in the prefix cache."""
+        random = np.random.default_rng(2 * seed + flood)
         jobs = [
             job
             for tenant in range(self.others)
-            for job in self._of(f"tenant-{tenant}", self.rate, 100 * seed + tenant, watched=True)
+            for job in self._of(f"tenant-{tenant}", self.rate, 100 * seed + tenant, random, watched=True)
         ]
-        return jobs + (self._of(FLOOD, self.times * self.rate, 100 * seed + 99, watched=False) if flood else [])
+        return jobs + (self._of(FLOOD, self.times * self.rate, 100 * seed + 99, random, watched=False) if flood else [])
 
-    def _of(self, tenant: str, rate: float, seed: int, *, watched: bool) -> list[Job]:
-        random = np.random.default_rng(seed)
+    def _of(self, tenant: str, rate: float, seed: int, random: np.random.Generator, *, watched: bool) -> list[Job]:
         traffic = Traffic(1, 1.0, rate, self.seconds, 1.0, self.tokens_in, self.tokens_out, seed)
         vocab_size = SHAPES[self.shape].vocab_size
         return [

@@ -25,7 +25,7 @@ class Plan:
 
     shape: str = "135m"
     streams: int = 15
-    tokens_out: int = 96
+    tokens_out: int = 192
     prompt: int = 2000
     stretch: float = 2.0
     rounds: int = 3
@@ -34,7 +34,12 @@ class Plan:
 def run(plan: Plan, device: str, out: Path | None) -> None:
     """Print p99 / median between the streams' tokens, and when the prompt had its first token."""
     config = EngineConfig(
-        model=plan.shape, device=device, max_num_seqs=plan.streams + 1, kv_memory=1.0, adapter_memory=0.1
+        model=plan.shape,
+        device=device,
+        max_num_seqs=plan.streams + 1,
+        kv_memory=1.0,
+        adapter_memory=0.1,
+        prefix_caching=False,  # both sides compute the same prompts
     )
     engine = Engine(config, prepare(random_model(plan.shape, torch.bfloat16, device), config))
     sides = {f"stretch {plan.stretch:g}": plan.stretch, "no bound": 0.0}

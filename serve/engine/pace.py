@@ -7,7 +7,8 @@ first token than sequences for their next one, a step may take as many times lon
 nobody decodes the token budget alone holds.
 
 Two figures are measured: seconds of a step that only decodes, and seconds of a prompt token, which is what a step with
-a chunk took beyond that. Medians of the latest steps, so that one that was held up counts for nothing.
+a chunk took beyond that; until there was one, what prompts took alone, which is less. Of the latest steps the median,
+or for tokens the dearest third, as a prompt's later chunks attend to more: one that was held up counts for nothing.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ class Pace:
     def __init__(self, stretch: float) -> None:
         self._stretch = stretch
         self._decodes: deque[float] = deque(maxlen=_REMEMBERED)  # seconds of steps without a chunk
-        self._tokens: deque[float] = deque(maxlen=_REMEMBERED)  # seconds of a prompt token, step by step
+        self._tokens: deque[float] = deque(maxlen=_REMEMBERED)  # seconds of a prompt token beside decodes, by step
+        self._alone: deque[float] = deque(maxlen=_REMEMBERED)  # and where nobody decoded
 
     def allowance(self, num_decoding: int, num_prompts: int, budget: int) -> int:
         """Prompt tokens for a step that has ``budget`` tokens left beside so many decoding sequences. num_prompts: that
         could be computed in it."""
         if not self._stretch or not num_decoding:
             return budget
-        if not self._decodes or not self._tokens:
+        tokens = sorted(self._tokens or self._alone)
+        if not self._decodes or not tokens:
             return min(budget, FIRST_CHUNK)
         crowd = min(max(1.0, num_prompts / num_decoding), MOST_CROWDED)
         spare = crowd * (self._stretch - 1.0) * statistics.median(self._decodes)
-        return min(budget, max(LEAST_CHUNK, int(spare / statistics.median(self._tokens))))
+        return min(budget, max(LEAST_CHUNK, int(spare / tokens[2 * len(tokens) // 3])))
 
     def observe(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
         """What a step took."""
@@ -49,4 +52,4 @@ class Pace:
             beyond = seconds - statistics.median(self._decodes)
             self._tokens.append(max(beyond, 0.01 * seconds) / num_prompt_tokens)
         elif num_prompt_tokens >= _ENOUGH:
-            self._tokens.append(seconds / num_prompt_tokens)
+            self._alone.append(seconds / num_prompt_tokens)
