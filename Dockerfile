@@ -5,7 +5,8 @@
 # small "base" variant is enough; the host's driver has to be new enough for the CUDA version that torch brings.
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
 
-# Triton compiles a stub with gcc and Python's headers when a kernel first runs: they are needed at run time.
+# Triton compiles a stub with gcc and Python's headers when a kernel first runs, and the CPU's kernels are compiled for
+# the machine at the first start: they are needed at run time.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -23,7 +24,7 @@ COPY . ./
 RUN pip install --no-cache-dir --constraint constraints.txt .
 
 # The server needs no rights but to write its data. A named volume at /data takes this owner over; a bind mount has to
-# be writable for uid 10001. The home folder is for Triton's cache of compiled kernels.
+# be writable for uid 10001. The home folder is for caches of compiled kernels.
 RUN useradd --uid 10001 --create-home onebase && install --directory --owner=onebase /data
 USER onebase
 WORKDIR /data

@@ -81,7 +81,7 @@ def pack_linears(groups: Iterable[Sequence[nn.Module]]) -> dict[nn.Module, Packe
     """
     packed: dict[nn.Module, PackedLinear] = {}
     for modules in groups:
-        linears = [module for module in modules if isinstance(module, nn.Linear) and _is_packable(module)]
+        linears = _packable(modules)
         if not linears:
             continue
         group = PackedGroup(linears)
@@ -90,6 +90,12 @@ def pack_linears(groups: Iterable[Sequence[nn.Module]]) -> dict[nn.Module, Packe
             setattr(module, "forward", packed[module])  # noqa: B010  a method for the type checker
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
     return packed
+
+
+def _packable(modules: Sequence[nn.Module]) -> list[nn.Linear]:
+    """The plain linear modules among them, all of the first one's type."""
+    linears = [module for module in modules if isinstance(module, nn.Linear) and _is_packable(module)]
+    return [module for module in linears if module.weight.dtype is linears[0].weight.dtype]
 
 
 def _is_packable(module: nn.Linear) -> bool:
