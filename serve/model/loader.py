@@ -285,7 +285,8 @@ def _sum(flat: Tensor) -> int:
     total = 0
     for start in range(0, flat.numel(), _SUMMED_AT_ONCE):
         part = flat[start : start + _SUMMED_AT_ONCE]
-        raw = (part.bfloat16() if part.is_floating_point() else part).clone().view(torch.uint8)
+        raw = (part.bfloat16() if part.is_floating_point() else part).view(torch.uint8)
+        raw = raw.clone() if raw.storage_offset() % 8 else raw  # words are read at their own borders
         words = raw.numel() // 8 * 8
         total += int(raw[:words].view(torch.int64).sum()) + int(raw[words:].sum())
     return total
