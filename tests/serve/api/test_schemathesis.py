@@ -175,11 +175,13 @@ def test_operations_in_a_row(schema: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_operation_at_length(schema: Any, lora: Path) -> None:
     _try(schema, hypothesis.settings(FEW, max_examples=200, derandomize=False), lora)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_operations_in_a_row_at_length(schema: Any) -> None:
     long = hypothesis.settings(FEW, max_examples=20, stateful_step_count=20, derandomize=False)
     assert _walk(schema, long, walks=20) > 1000
