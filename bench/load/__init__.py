@@ -1,0 +1,1 @@
+"""Load on any server that speaks the OpenAI protocol: workloads, clients, measures."""
