@@ -35,10 +35,12 @@ class AdapterVersion(Adapter):
 
 
 class AdapterVersions(Answer):
-    """GET /v1/adapters/{name}/versions: oldest first."""
+    """GET /v1/adapters/{name}/versions: in pages; ``next`` is the following page's ``after``."""
 
     object: Literal["list"]
     data: list[AdapterVersion]
+    has_more: bool
+    next: int | None
 
 
 class Adapters(Answer):
