@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +26,28 @@ from .case import ALL_FIVE, NUM_GREEDY, Made, all_cases, made
 
 TOLERANCE = 1e-4
 BASE = "base-model"
+
+
+@dataclass(frozen=True)
+class Server:
+    http: httpx.Client
+    process: subprocess.Popen[bytes]
+
+    def total(self, counter: str) -> int:
+        """A counter's sum over its labels."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith(counter))
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The engine's process computes nothing; what is sent to it waits."""
+        children = psutil.Process(self.process.pid).children()
+        engine = next(c for c in children if "onebase.serve.engine.process" in " ".join(c.cmdline()))
+        engine.suspend()
+        try:
+            yield
+        finally:
+            engine.resume()
 
 
 def _with_tokenizer(base: Path, folder: Path) -> Path:
@@ -37,7 +61,7 @@ def _with_tokenizer(base: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def _serving(model: Path, data: Path) -> Iterator[httpx.Client]:
+def _serving(model: Path, data: Path) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,7 +74,7 @@ def _serving(model: Path, data: Path) -> Iterator[httpx.Client]:
         unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=unlimited) as http:
             _wait(http, process)
-            yield http
+            yield Server(http, process)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
@@ -79,17 +103,24 @@ def _upload(http: httpx.Client, name: str, folder: Path) -> None:
     assert answer.status_code == 201, (name, answer.text)
 
 
-def _steps(http: httpx.Client) -> int:
-    lines = http.get("/metrics").text.splitlines()
-    return int(float(next(line for line in lines if line.startswith("onebase_engine_steps_total")).rsplit(" ", 1)[1]))
-
-
 def _ask(http: httpx.Client, model: str, prompt: list[int]) -> dict[str, Any]:
     body = {"model": model, "prompt": prompt, "max_tokens": NUM_GREEDY, "temperature": 0, "ignore_eos": True}
     answer = http.post("/v1/completions", json=body | {"logprobs": 1, "prompt_logprobs": 20})
     assert answer.status_code == 200, (model, answer.text)
     choice: dict[str, Any] = answer.json()["choices"][0]
     return choice
+
+
+def _ask_all_at_once(server: Server, prompts: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+    """The engine gets them together: it goes on once the server knows of all, however slowly the clients come."""
+    before = server.total("onebase_requests_total")
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        with server.stopped():
+            answers = {name: pool.submit(_ask, server.http, name, prompt) for name, prompt in prompts.items()}
+            while server.total("onebase_requests_total") - before < len(prompts):
+                assert not any(answer.done() for answer in answers.values()), "one was answered by nobody"
+                time.sleep(0.1)
+        return {name: answer.result() for name, answer in answers.items()}
 
 
 def _compare(name: str, choice: dict[str, Any], expected: Made) -> float:
@@ -114,17 +145,14 @@ def test_all_families_in_one_batch(
     cases = [case for case in all_cases() if architecture in case.architectures]
     expected = {case.name: made(case, architecture, base, families_cache, case.prompt) for case in cases}
     expected[BASE] = made(None, architecture, base, families_cache, list(range(5, 40, 2)))
-    with _serving(_with_tokenizer(base, tmp_path / "model"), tmp_path / "data") as http:
+    with _serving(_with_tokenizer(base, tmp_path / "model"), tmp_path / "data") as server:
         for case in cases:
             folder = expected[case.name].adapter
             assert folder is not None
-            _upload(http, case.name, folder)
-        before = _steps(http)
-        with ThreadPoolExecutor(len(expected)) as pool:
-            answers = dict(
-                zip(expected, pool.map(lambda name: _ask(http, name, expected[name].prompt), expected), strict=True)
-            )
-        steps = _steps(http) - before
+            _upload(server.http, case.name, folder)
+        before = server.total("onebase_engine_steps_total")
+        answers = _ask_all_at_once(server, {name: made.prompt for name, made in expected.items()})
+        steps = server.total("onebase_engine_steps_total") - before
     alone = len(expected) * NUM_GREEDY  # forwards, if each request had its own
     assert steps < alone / 4, f"{steps} forwards, {alone} one by one: they hardly met in a batch"
     worst = {name: _compare(name, answers[name], expected[name]) for name in expected}
