@@ -1,0 +1,1 @@
+"""What becomes of stored figures: pages, summaries, comparisons, docs/benchmarks.md. Measures nothing itself."""
