@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from onebase.bench.load.command import client, load
 from onebase.bench.reports import commands as reports
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: ours beside what people use today.")
 app.command()(reports.report)
 app.command()(reports.compare)
+app.command()(load)
+app.command()(client)
 Out = Annotated[Path | None, typer.Option(help="Store the figures as JSON.")]
 
 

@@ -21,7 +21,7 @@ def machine() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
 

@@ -2,7 +2,7 @@
 
 All times are seconds since the start of the run, on the client's clock. Latencies follow the literature:
 
-    TTFT   first piece with text - sent. Opening a connection, where none is free, is part of it
+    TTFT   first piece with text - sent, which is when the request is written to its connection
     ITL    each gap between pieces with text
     TPOT   (E2E - TTFT) / (tokens out - 1), of requests with at least two tokens
     E2E    last piece - sent
@@ -31,7 +31,7 @@ class ResultError(ValueError):
 class RequestRecord:
     """One request that was offered.
 
-    at: when it was due; sent: when the client began it. adapter: the model named in the request. tenant: "" without
+    at: when it was due; sent: when it was written to a connection. adapter: the model that it named. tenant: "" without
     tenants. tokens_in, tokens_out: as the server counted them, else as planned and as pieces came. first, ends: the
     first and the last piece with text; none where none came. gaps: between those pieces, one fewer than they are.
     status: rejected is 429 or 503, failed any other error, cancelled what the client broke off on purpose.
@@ -123,7 +123,8 @@ class Summary(Measures):
 @dataclass(frozen=True, slots=True)
 class ClientReport:
     """The client's own part. lag: how late its event loops woke up; late: how long after they were due requests were
-    sent; cpu: share of a core that its busiest process took. warnings: why its latencies are not to be trusted."""
+    sent, opening a connection included; cpu: share of a core that its busiest process took. warnings: why its
+    latencies are not to be trusted."""
 
     lag_p99: float
     lag_max: float
