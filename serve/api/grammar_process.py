@@ -1,12 +1,14 @@
 """The process that tries grammars: ``python -m onebase.serve.api.grammar_process``. What kills it harms nobody else.
 
-A line in, a line out: ``[kind, source]``, and why the grammar is refused or null. Ends with its standard input.
+A line in, a line out: ``[kind, source, seconds]``, and why the grammar is refused or null. After so many seconds of
+processor time the kernel ends the process. It also ends with its standard input.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 
 from onebase.adapters.errors import RequestRejected
@@ -22,8 +24,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with deep_threads(1, "check") as threads:
         for line in sys.stdin.buffer:
-            grammar = Grammar(*json.loads(line))
-            sys.stdout.write(json.dumps(threads.submit(_refusal, grammar).result()) + "\n")
+            kind, source, seconds = json.loads(line)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            refusal = threads.submit(_refusal, Grammar(kind, source)).result()
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            sys.stdout.write(json.dumps(refusal) + "\n")
             sys.stdout.flush()
 
 

@@ -34,6 +34,7 @@ class Renderer:
         self._slow: dict[str, int] = {}  # template -> times in a row
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="render")
         self._child: subprocess.Popen[bytes] | None = None
+        self._is_closing = False
 
     async def render(self, template: str, context: Mapping[str, Any], max_chars: int) -> str:
         """Raises TemplateFailed."""
@@ -50,10 +51,12 @@ class Renderer:
         if self._patience is not None and self._slow.get(template, 0) >= self._patience:
             raise TemplateFailed(f"it took more than {self._cpu_seconds:g} s of processor time too often")
         job = {"template": template, "context": context, "max_chars": max_chars, "cpu": self._cpu_seconds}
-        told = self._ask(json.dumps(job).encode() + b"\n")
-        if not told:
+        told, code = self._told(json.dumps(job).encode() + b"\n")
+        if code == -signal.SIGPROF:
             self._note_slow(template)
-            raise TemplateFailed(self._why())
+            raise TemplateFailed(f"it takes more than {self._cpu_seconds:g} s of processor time")
+        if not told:
+            raise TemplateFailed(f"the process that rendered it ended ({code})")
         self._slow.pop(template, None)
         answer: dict[str, str] = json.loads(told)
         if "error" in answer:
@@ -62,11 +65,22 @@ class Renderer:
 
     def close(self) -> None:
         """What is being rendered fails."""
+        self._is_closing = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._child is not None:
             self._child.kill()
         self._thread.shutdown(wait=True)
         self._reap()
+
+    def _told(self, line: bytes) -> tuple[bytes, int | None]:
+        """The child's answer; or none, and how it ended. Where it was killed, which no template can do, one more try is
+        made."""
+        told = self._ask(line)
+        code = None if told else self._reap()
+        if code == -signal.SIGKILL and not self._is_closing:
+            told = self._ask(line)
+            code = None if told else self._reap()
+        return told, code
 
     def _ask(self, line: bytes) -> bytes:
         """The child's answer; empty where it ended."""
@@ -77,20 +91,15 @@ class Renderer:
         try:
             stdin.write(line)
             stdin.flush()
-            return stdout.readline()
+            told = stdout.readline()
         except BrokenPipeError:
             return b""
+        return told if told.endswith(b"\n") else b""  # it may end within its answer
 
     def _note_slow(self, template: str) -> None:
         self._slow[template] = self._slow.pop(template, 0) + 1
         if len(self._slow) > MAX_SLOW:
             del self._slow[next(iter(self._slow))]
-
-    def _why(self) -> str:
-        code = self._reap()
-        if code == -signal.SIGPROF:
-            return f"it takes more than {self._cpu_seconds:g} s of processor time"
-        return f"the process that rendered it ended ({code})"
 
     def _reap(self) -> int | None:
         child, self._child = self._child, None

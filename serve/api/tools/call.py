@@ -137,11 +137,14 @@ def _parsed(text: str, names: Collection[str]) -> tuple[str, str] | None:
         value = parse_strict(text)
     except JsonError:
         return None
-    if not isinstance(value, dict) or value.get("name") not in names:
+    if not isinstance(value, dict):
+        return None
+    name = value.get("name")
+    if not isinstance(name, str) or name not in names:
         return None
     arguments = value.get(ARGUMENTS, value.get(PARAMETERS))
     if isinstance(arguments, str):  # JSON within JSON
-        return str(value["name"]), arguments
+        return name, arguments
     if not isinstance(arguments, dict | None):
         return None
-    return str(value["name"]), json.dumps(arguments or {}, ensure_ascii=False)
+    return name, json.dumps(arguments or {}, ensure_ascii=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from onebase.serve.api import rendering
 from onebase.serve.api.rendering import Renderer, TemplateFailed
 
 HERMES = (
@@ -95,3 +98,34 @@ def test_a_template_is_compiled_only_to_check_it(renderer: Renderer) -> None:
     assert renderer.run("{{ raise_exception('x') }}", None, 0) == ""
     with pytest.raises(TemplateFailed, match="unknown tag"):
         renderer.run("{% nope %}", None, 0)
+
+
+DYING = """
+import os, signal, sys
+sys.stdin.readline()
+print('{"text": "half', end="", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_process_that_is_killed_within_its_answer_is_asked_again_once(
+    monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    start, left = rendering._start, [None] * deaths
+
+    def starting() -> subprocess.Popen[bytes]:
+        if not left:
+            return start()
+        left.pop()
+        return subprocess.Popen([sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    monkeypatch.setattr(rendering, "_start", starting)
+    renderer = Renderer(patience=1)
+    try:
+        if deaths > 1:
+            with pytest.raises(TemplateFailed, match="ended"):
+                renderer.run("whole", {}, 100)
+        assert renderer.run("whole", {}, 100) == "whole", "nor is it held against the template"
+    finally:
+        renderer.close()

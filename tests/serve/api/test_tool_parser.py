@@ -70,6 +70,8 @@ def test_formats(syntax: Syntax, text: str, expected: Told) -> None:
         (HERMES, "<tool_call>not JSON</tool_call>"),
         (HERMES, '<tool_call>{"name": "f", "arguments": [1]}</tool_call> and more'),
         (HERMES, '<tool_call>{"name": "f", "na'),
+        (HERMES, '<tool_call>{"name": ["f"], "arguments": {}}</tool_call>'),
+        (HERMES, '<tool_call>{"arguments": {}, "name": {"f": 1}}</tool_call>'),
         (HERMES, " a < b <tool"),
         (HERMES, '<tool_call>{"name": "f", "name": "g"}</tool_call>'),
         (MISTRAL, "[TOOL_CALLS] [] "),
