@@ -69,7 +69,7 @@ class Engine:
         """None under --deterministic: its forwards have one shape whatever is drafted, so that drafts gain nothing."""
         if config.speculate == "off" or config.deterministic:
             return None
-        return Speculation(config, self.scheduler.pages, self.counters)
+        return Speculation(config, self.scheduler, self.counters)
 
     # Requests and commands
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence as Rows
 from onebase.serve.engine.adjust import wants_penalties
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.ngram import Lookup
-from onebase.serve.engine.pages import PageAllocator
-from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.stats import Counters
 
@@ -23,16 +22,16 @@ from onebase.serve.engine.stats import Counters
 class Speculation:
     """Lengthens the decodes of a scheduled step by drafts, as far as tokens and pages are to spare."""
 
-    def __init__(self, config: EngineConfig, pages: PageAllocator, counters: Counters) -> None:
+    def __init__(self, config: EngineConfig, scheduler: Scheduler, counters: Counters) -> None:
         self._most = config.speculative_tokens
         self._matches = config.ngram_min, config.ngram_max
-        self._max_batch_tokens = config.max_batch_tokens
-        self._pages = pages
+        self._scheduler = scheduler
+        self._pages = scheduler.pages
         self._counters = counters
 
     def lengthened(self, chunks: Rows[Chunk]) -> list[Chunk]:
         """The chunks, some of them with drafts."""
-        left = self._max_batch_tokens - sum(chunk.num_tokens for chunk in chunks)
+        left = self._scheduler.limit.now - sum(chunk.num_tokens for chunk in chunks)
         found = []
         for chunk in chunks:
             spare = self._pages.num_free - len(chunks)  # each of them will soon need one

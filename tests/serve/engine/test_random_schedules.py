@@ -24,6 +24,7 @@ from onebase.serve.engine import assembly
 from onebase.serve.engine.config import GIB
 from onebase.serve.engine.logprobs import unpack
 from onebase.serve.engine.messages import AdapterGone, Failure, Request, SamplingParams, TokenOutput, UnloadAdapter
+from onebase.serve.engine.recovery import TokenLimit
 from onebase.serve.engine.usage import Usage
 
 from .programs import Programs
@@ -271,7 +272,7 @@ EVENTS = st.lists(
 def _hold(bench: Bench, events: list[tuple[Job, int] | str], max_batch_tokens: int) -> None:
     client, sent = bench.crowded, []
     engine = client.engine
-    engine.scheduler._max_batch_tokens = max_batch_tokens
+    engine.scheduler.limit = TokenLimit(max_batch_tokens)
     for event in events:
         if isinstance(event, str):
             engine.unload(UnloadAdapter("unload", event))

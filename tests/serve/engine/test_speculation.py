@@ -17,7 +17,7 @@ from onebase.serve.engine.logprobs import unpack
 from onebase.serve.engine.messages import Grammar, Request, SamplingParams, TokenOutput
 from onebase.serve.engine.ngram import Lookup
 from onebase.serve.engine.pages import PageAllocator
-from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.scheduler import Chunk, Scheduler
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.speculation import Speculation, may_be_drafted
 from onebase.serve.engine.stats import Counters
@@ -150,8 +150,10 @@ def test_drafts_take_only_tokens_and_pages_that_are_to_spare() -> None:
     for num_pages, budget, expected in ((1, 9, ()), (2, 9, ()), (3, 9, (5, 6, 5, 6)), (9, 3, (5, 6)), (9, 1, ())):
         pages = PageAllocator(num_pages, 8)
         sequence.pages = pages.allocate(1) or []
-        config = EngineConfig("m", speculate="ngram", max_batch_tokens=budget)
-        (chunk,) = Speculation(config, pages, Counters()).lengthened([Chunk(sequence, 1, samples=True)])
+        scheduler = Scheduler(pages, max_batch_tokens=64, max_num_seqs=4)
+        scheduler.limit.now = budget  # after a step that did not fit
+        speculation = Speculation(EngineConfig("m", speculate="ngram"), scheduler, Counters())
+        (chunk,) = speculation.lengthened([Chunk(sequence, 1, samples=True)])
         assert (chunk.drafts, chunk.num_tokens, chunk.num_draws) == (expected, 1 + len(expected), 1 + len(expected))
         assert len(sequence.pages) == 1 + bool(expected)
 
