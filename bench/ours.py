@@ -43,12 +43,14 @@ def adapter_use(folder: Path) -> AdapterUse:
 
 def make_resident(engine: Engine, folders: Sequence[Path]) -> None:
     """Load adapters and wait until all are on the device."""
-    for folder in folders:
-        use = adapter_use(folder)
-        engine.adapters.fetch(use.digest, use.path)
+    uses = [adapter_use(folder) for folder in folders]
+    entries = [engine.adapters.fetch(use.digest, use.path) for use in uses]
     while engine.adapters.busy:
         raise_failures(engine.step())
         time.sleep(0.001)
+    for entry in entries:
+        if entry.error is not None:
+            raise entry.error
     if len(engine.adapters.resident()) < len(folders):
         raise RuntimeError(f"the {len(folders)} adapters do not fit the device budget together")
 

@@ -55,6 +55,7 @@ def make_engine(shape: str, device: str, rows: int, ranks: Sequence[int], folder
         max_model_len=2048,
         kv_memory=4.0 if device == "cpu" else 16.0,
         prefix_caching=False,  # every row has the same prompt
+        max_step_stretch=0.0,  # prompts first
     )
     base = prepare(random_model(shape, torch.bfloat16, device), config)
     folders = [save_adapter(base, folder / f"adapter-{i}", rank, i) for i, rank in enumerate(ranks)]
@@ -105,22 +106,21 @@ def _unload(engine: Engine, folders: Sequence[Path]) -> None:
 
 def _seconds(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> float:
     """Median seconds of a decode step of ``rows`` rows; each step ends with its tokens on the host."""
-    _begin(engine, rows, folders, steps + 2)
+    _begin(engine, rows, folders, steps)
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - start)
-    while engine.has_work:
-        engine.step()
+    _end(engine, rows)
     return statistics.median(times)
 
 
-def _begin(engine: Engine, rows: int, folders: Sequence[Path], num_tokens: int) -> None:
-    """Bring ``rows`` sequences to where each of their steps decodes a token, with at least num_tokens - 1 to come."""
+def _begin(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> None:
+    """Bring ``rows`` sequences to where each of their next ``steps`` steps decodes a token."""
     while engine.runner.has_spare_work:  # graphs that the last round missed
         engine.step()
-    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=steps + rows + 2, temperature=0.0, ignore_eos=True)
     prompt = tuple(range(10, 10 + _PROMPT))
     for row in range(rows):
         uses = (adapter_use(folders[row % len(folders)]),) if folders else ()
@@ -131,8 +131,19 @@ def _begin(engine: Engine, rows: int, folders: Sequence[Path], num_tokens: int) 
 
 def _overhead(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> dict[str, float]:
     """See overhead.measure; every row is under an adapter."""
-    _begin(engine, rows, folders, steps + 2)
+    _begin(engine, rows, folders, steps)
     found = overhead.measure(engine, steps)
+    _end(engine, rows)
+    return found
+
+
+def _end(engine: Engine, rows: int) -> None:
+    """Raises RuntimeError where the steps did not have as many rows to the end: early ones decode beside the prompts of
+    others."""
+    running = len(engine.scheduler.running)
+    for row in range(rows):
+        engine.abort(f"row-{row}")
     while engine.has_work:
         engine.step()
-    return found
+    if running != rows:
+        raise RuntimeError(f"{running} of {rows} rows were left after the steps")
