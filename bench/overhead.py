@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
+from onebase.serve.engine.decode_rows import DecodeRows
 from onebase.serve.engine.engine import Engine
 
 PARTS = ("poll", "schedule", "plan", "stage", "sample", "deliver", "encode", "rest")
@@ -33,8 +34,13 @@ class Clock:
 
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.counting(part):
+            self._turn()
+            self._open.append(part)
+            try:
                 return function(*args, **kwargs)
+            finally:
+                self._turn()
+                self._open.pop()
 
         return timed
 
@@ -66,6 +72,8 @@ def clocked(engine: Engine) -> Iterator[Clock]:
         (engine.scheduler, "computed", "schedule"),
         (engine.runner, "in_adapter_order", "schedule"),
         (engine.runner, "_inputs", "stage"),
+        (engine.runner, "_following", "stage"),
+        (DecodeRows, "inputs", "stage"),
         (engine.runner, "_plan", "plan"),
         (engine.runner, "_forward", "forward"),
         (pipeline, "_begin", "sample"),

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onebase.serve.engine.asked import wants_penalties
 from onebase.serve.engine.masks import apply_masks, packed_masks
-from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.token_counts import TokenCounts
 from onebase.serve.engine.upload import upload
@@ -37,10 +37,6 @@ def adjusted(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     if matched:
         apply_masks(changed, matched, packed_masks([sequences[row] for row in matched], logits.shape[-1]))
     return changed
-
-
-def wants_penalties(sampling: SamplingParams) -> bool:
-    return bool(sampling.presence_penalty or sampling.frequency_penalty) or sampling.repetition_penalty != 1.0
 
 
 def _biases(sequences: Rows[Sequence]) -> list[Entry]:
@@ -72,7 +68,7 @@ def _penalise(logits: Tensor, sequence: Sequence) -> None:
     OpenAI defines them, over the answer."""
     sampling = sequence.request.sampling
     counts = sequence.counts = sequence.counts or TokenCounts(len(logits), logits.device)
-    counts.catch_up(sequence.tokens, sequence.num_virtual, sequence.num_virtual + len(sequence.request.prompt))
+    counts.catch_up(sequence.tokens, sequence.num_virtual, sequence.start_len)
     if sampling.repetition_penalty != 1.0:
         repeated = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         torch.where(counts.seen, repeated, logits, out=logits)

@@ -63,9 +63,13 @@ class Delivery:
         told: list[Told] = []
         rows = iter(drawn)
         for chunk in chunks:
-            mine = list(islice(rows, chunk.num_draws))
-            if chunk.sequence.status is not Status.FINISHED:
-                told += self._verified(chunk, mine) if chunk.drafts else [self._token(chunk.sequence, *mine[0])]
+            mine = list(islice(rows, chunk.num_draws)) if chunk.drafts else [next(rows)]
+            if chunk.sequence.status is Status.FINISHED:
+                continue
+            if chunk.drafts:
+                told += self._verified(chunk, mine)
+            else:
+                told.append(self._token(chunk.sequence, *mine[0]))
         return told
 
     def _verified(self, chunk: Chunk, drawn: list[Drawn]) -> list[Told]:
@@ -83,7 +87,7 @@ class Delivery:
         sequence.num_unseen = 0
         if token == NOT_FINITE:
             return self._overflowed(sequence)
-        cached = 0 if sequence.num_generated else sequence.num_given
+        cached = 0 if len(sequence.tokens) > sequence.start_len else sequence.num_given
         if sequence.request.sampling.max_tokens == 0:
             return self._nothing_generated(sequence, cached)
         if sequence.matcher is not None and not sequence.matcher.accept(token):
@@ -93,7 +97,7 @@ class Delivery:
         reason = sequence.finish_reason()
         if reason is not None:
             self._end(sequence)
-        return TokenOutput(sequence.id, (token,), reason, logprobs, cached_tokens=cached)
+        return TokenOutput(sequence.request.id, (token,), reason, logprobs, None, cached)
 
     def _nothing_generated(self, sequence: Sequence, cached: int) -> Told:
         embedding = None if sequence.pool is None else sequence.pool.vector()

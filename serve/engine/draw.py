@@ -18,7 +18,7 @@ from torch import Tensor
 from onebase.serve.engine.adjust import adjusted
 from onebase.serve.engine.logprobs import BLOCK, pack, score_table
 from onebase.serve.engine.messages import Logprobs
-from onebase.serve.engine.sampler import sample
+from onebase.serve.engine.sampler import most_likely, sample
 from onebase.serve.engine.sequence import Sequence
 
 Drawn = tuple[int, Logprobs | None]
@@ -78,6 +78,13 @@ class _Launched:
 
 
 def _launched(logits: Tensor, sequences: Rows[Sequence], ahead: Rows[int]) -> _Launched:
+    if all(sequence.is_greedy for sequence in sequences):
+        return _Launched(most_likely(logits), [])
+    return _drawn(logits, sequences, ahead)
+
+
+def _drawn(logits: Tensor, sequences: Rows[Sequence], ahead: Rows[int]) -> _Launched:
+    """Whatever they ask for."""
     params = [sequence.request.sampling for sequence in sequences]
     positions = [len(sequence.tokens) + drafts for sequence, drafts in zip(sequences, ahead, strict=True)]
     tokens = sample(adjusted(logits, sequences), params, positions)
@@ -102,10 +109,11 @@ class _Draw:
 
     def __init__(self, launches: Rows[_Launched]) -> None:
         self._launches = launches
-        whole = torch.cat([launched.tokens for launched in launches])
+        whole = launches[0].tokens if len(launches) == 1 else torch.cat([launched.tokens for launched in launches])
         self.tokens = whole.clamp(min=0)
         tables = [scored.table.flatten() for launched in launches for scored in launched.scored]
-        self._copy = HostCopy(torch.cat([whole.double(), *tables]))  # token ids are exact in float64
+        told = whole.double()  # token ids are exact in float64
+        self._copy = HostCopy(torch.cat([told, *tables]) if tables else told)
 
     def result(self) -> list[Drawn]:
         flat = self._copy.wait()

@@ -36,6 +36,7 @@ class Fairness:
         self._weights = dict(weights or {})
         self._accounts: dict[str, Account] = {}
         self._active: dict[str, Account] = {}
+        self._books: dict[Sequence, tuple[Account, Account, float]] = {}  # tenant's, its adapters', weight
         self._left_at = 0.0  # the counter of the tenant that was last to leave
 
     @property
@@ -67,12 +68,12 @@ class Fairness:
             part = account.parts[sequence.digests] = Account(_least(account.parts.values(), 0.0))
         account.sequences += 1
         part.sequences += 1
+        self._books[sequence] = account, part, self.weight(tenant)
 
     def leave(self, sequence: Sequence) -> None:
         """It has ended. A tenant's debt is kept while it is away; between its own adapters there is none to keep."""
         tenant = sequence.request.tenant
-        account = self._active[tenant]
-        part = account.parts[sequence.digests]
+        account, part, _ = self._books.pop(sequence)
         account.sequences -= 1
         part.sequences -= 1
         if not part.sequences:
@@ -83,10 +84,10 @@ class Fairness:
 
     def charge(self, sequence: Sequence, inputs: int, outputs: int) -> None:
         """It is served so many tokens of its prompt, and new ones; negative where they are taken back."""
-        cost = (INPUT_WEIGHT * inputs + OUTPUT_WEIGHT * outputs) / self.weight(sequence.request.tenant)
-        account = self._active[sequence.request.tenant]
+        account, part, weight = self._books[sequence]
+        cost = (INPUT_WEIGHT * inputs + OUTPUT_WEIGHT * outputs) / weight
         account.served += cost
-        account.parts[sequence.digests].served += cost
+        part.served += cost
 
     def check(self, sequences: Collection[Sequence]) -> None:
         """Prove that the accounts count these sequences. Raises RuntimeError where they do not."""
@@ -96,7 +97,7 @@ class Fairness:
             counted[key] = counted.get(key, 0) + 1
         known = {(name, use): part.sequences for name, one in self._active.items() for use, part in one.parts.items()}
         totals = sum(account.sequences for account in self._active.values())
-        if known != counted or totals != len(sequences):
+        if known != counted or not totals == len(sequences) == len(self._books):
             raise RuntimeError(f"fairness: {len(sequences)} sequences wait or run, accounts count {totals}")
 
 

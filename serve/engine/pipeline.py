@@ -116,9 +116,9 @@ class Pipeline:
         self._under_way = drawing
         self._counters.steps += 1
         self._scheduler.limit.grow()
-        for chunk in chunks:
-            self._counters.prompt_tokens += chunk.sequence.prompt_tokens(chunk.start, chunk.stop)
-            self._scheduler.computed(chunk)
+        begun = [chunk for chunk in chunks if chunk.start < chunk.sequence.start_len]
+        self._counters.prompt_tokens += sum(one.sequence.prompt_tokens(one.start, one.stop) for one in begun)
+        self._scheduler.computed(chunks)
         return None
 
     def _tried(self, work: Callable[[], T]) -> T | Trouble:
@@ -171,9 +171,7 @@ class Pipeline:
         if len(going_on) < len(launched.sampling):  # overlapped, so that none has drafts
             rows = [row for row, one in enumerate(launched.sampling) if one.sequence.status is not Status.FINISHED]
             logits = logits[upload(np.asarray(rows), logits.device)]
-        sequences = [chunk.sequence for chunk in going_on for _ in range(chunk.num_draws)]
-        drafted = len(sequences) > len(going_on)
-        ahead = [number for chunk in going_on for number in range(chunk.num_draws)] if drafted else ()
+        sequences, ahead = _rows(going_on)
         pending = self._begin(logits, sequences, ahead)
         for chunk in going_on:
             chunk.sequence.num_unseen = 1
@@ -194,6 +192,14 @@ class Pipeline:
         now = time.perf_counter()
         self._scheduler.observe(drawing.chunks, now - max(drawing.started, self._delivered))
         self._delivered = now
+
+
+def _rows(chunks: Rows[Chunk]) -> tuple[list[Sequence], Rows[int]]:
+    """The sequence of each row that is drawn for, and how many drafts stand before it; empty: none anywhere."""
+    if not any(chunk.drafts for chunk in chunks):
+        return [chunk.sequence for chunk in chunks], ()
+    sequences = [chunk.sequence for chunk in chunks for _ in range(chunk.num_draws)]
+    return sequences, [number for chunk in chunks for number in range(chunk.num_draws)]
 
 
 def _goes_on(chunk: Chunk) -> bool:

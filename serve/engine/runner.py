@@ -16,6 +16,7 @@ from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine.classes import Classes, classify, wants_classes
+from onebase.serve.engine.decode_rows import DecodeRows
 from onebase.serve.engine.graphs import DecodeGraphs, Forward
 from onebase.serve.engine.inputs import StepInputs, Unseen, adapter_order, pack, sampled_rows
 from onebase.serve.engine.pooling import pool_rows, wants_rows
@@ -44,6 +45,7 @@ class ModelRunner:
         self._cache = PlanCache()
         self._trunk = Trunk(base.model)
         self.graphs: DecodeGraphs | None = None
+        self._decodes: DecodeRows | None = None  # of the latest step, where it was one of decodes alone
 
     @staticmethod
     def in_adapter_order(chunks: Rows[Chunk]) -> list[Chunk]:
@@ -57,6 +59,10 @@ class ModelRunner:
         ``chunks`` must be in adapter order. unseen: where their last tokens come from that the host has not seen.
         """
         self.scores, self.classes = {}, {}
+        self._decodes = self._following(chunks)
+        if self._decodes is not None:
+            plan = self._plan(self._decodes.runs)
+            return self._compute(self._decodes.inputs(plan, unseen, chunks, self._base.device), plain=True)
         read = [chunk for chunk in chunks if chunk.sequence.is_read]
         scored, classified = any(map(wants_scores, read)), any(map(wants_classes, read))
         pooled = any(map(wants_rows, read))
@@ -75,9 +81,16 @@ class ModelRunner:
                 pool_rows(chunks, hidden[0][0])
         return logits if len(keep) else None
 
+    def _following(self, chunks: Rows[Chunk]) -> DecodeRows | None:
+        """The latest step's rows one step later, or new ones; None where others than decodes are among them."""
+        if self._decodes is not None and self._decodes.follow(chunks):
+            return self._decodes
+        return DecodeRows.of(chunks, self._base.context.page_size)
+
     def recover(self) -> None:
         """After a forward that raised: let go of what it left behind. Raises where the device itself is lost, which
         ends the process: the supervisor starts another one."""
+        self._decodes = None
         context = self._base.context
         context.batch = None
         if context.sites is not None:
@@ -99,6 +112,10 @@ class ModelRunner:
         asked of it."""
         inputs = self._inputs(chunks, rows, runs, unseen)
         store_prefixes(chunks, inputs.rows, self._instructions, self._base)
+        return self._compute(inputs, plain=plain)
+
+    def _compute(self, inputs: StepInputs, *, plain: bool) -> Tensor:
+        """See _run; in a replayed graph where there is one."""
         logits = self.graphs.run(inputs) if self.graphs is not None and plain else None
         return self._forward(inputs) if logits is None else logits
 

@@ -30,6 +30,12 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) / (1 << 53)
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """As ``sample`` for rows of temperature 0."""
+    tokens, finite = greedy(logits)
+    return tokens.masked_fill(~finite, NOT_FINITE)
+
+
 def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -> Tensor:
     """Next token of each row. logits: [rows, vocabulary], any float dtype; returns int64 [rows] on the same device.
 

@@ -48,24 +48,24 @@ def _no_more(count: int) -> Room:
     return Room.NONE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Chunk:
     """What one sequence computes in a step. samples: its last token is reached, so a new one is drawn. start: its first
-    slot, the first that was not computed when the chunk was made. drafts: its last tokens where they are guesses; a
-    token is then drawn before each of them, too."""
+    slot, the first that was not computed when the chunk was made; stop: the slot after its last one. drafts: its last
+    tokens where they are guesses; a token is then drawn before each of them, too.
+
+    Nobody changes one. It is not frozen because every step makes one for each row, and that would double its price."""
 
     sequence: Sequence
     num_tokens: int
     samples: bool
     drafts: tuple[int, ...] = ()
     start: int = field(init=False)
+    stop: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", self.sequence.num_computed)
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.num_tokens
+        self.start = self.sequence.num_computed
+        self.stop = self.start + self.num_tokens
 
     def without_drafts(self) -> Chunk:
         """What is known of it; its sequence must stand where it stood."""
@@ -134,16 +134,30 @@ class Scheduler:
     def schedule(self, may_start: MayStart, take: Take, release: Release) -> list[Chunk]:
         """The chunks of the next step. Sequences are admitted with ``take``, and preempted with ``release``."""
         step = _Step(may_start, take, release, self.limit.now)
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
-        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
-        for sequence in decoding:
-            if step.budget and sequence.status is Status.RUNNING:
-                self._continue(sequence, step)
-        seats = max(0, self._max_num_seqs - len(self.running))
-        num_prompts = len(prefilling) + min(len(self.waiting), seats)
-        step.budget = self.pace.allowance(len(step.chunks), num_prompts, step.budget)
-        self._prefill(prefilling, step)
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            count = sequence.num_uncomputed
+            if count:
+                (decoding if count == 1 else prefilling).append(sequence)
+        self._decode(decoding, step)
+        if prefilling or self.waiting:
+            seats = max(0, self._max_num_seqs - len(self.running))
+            num_prompts = len(prefilling) + min(len(self.waiting), seats)
+            step.budget = self.pace.allowance(len(step.chunks), num_prompts, step.budget)
+            self._prefill(prefilling, step)
         return list(step.chunks.values())
+
+    def _decode(self, decoding: list[Sequence], step: _Step) -> None:
+        """One token for each, as far as tokens and pages go."""
+        size = self.pages.page_size
+        for sequence in decoding:
+            if not step.budget or sequence.status is not Status.RUNNING:
+                continue
+            if sequence.num_computed < size * len(sequence.pages):  # what _continue would find, at a third of its price
+                self._give(sequence, 1, step)
+            else:
+                self._continue(sequence, step)
 
     def _prefill(self, prefilling: list[Sequence], step: _Step) -> None:
         """Chunks of prompts, those that are begun and those that wait, as far as the step has room for them."""
@@ -178,7 +192,7 @@ class Scheduler:
 
     def _give(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
         chunk = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
-        step.chunks[sequence.id] = chunk
+        step.chunks[sequence.request.id] = chunk
         step.budget -= num_tokens
         self.fairness.charge(sequence, sequence.charge(chunk.stop), int(chunk.samples))
 
@@ -256,16 +270,19 @@ class Scheduler:
             self.cached_tokens += sequence.num_given
         self._grow(sequence, len(sequence.tokens))
 
-    def computed(self, chunk: Chunk) -> None:
-        """A chunk's K and V are in its pages before the device does anything that it is told from now on, and its
-        tokens are known: the pages that are full can be found by others."""
-        sequence = chunk.sequence
-        if sequence.status is not Status.RUNNING:  # it has ended since
-            return
-        sequence.num_computed = chunk.stop - len(chunk.drafts)
-        if chunk.drafts:  # computed as a prompt's tokens are, right or wrong
-            self.fairness.charge(sequence, len(chunk.drafts), 0)
-        self._bring_back(self._prefixes.computed(sequence))
+    def computed(self, chunks: Iterable[Chunk]) -> None:
+        """These chunks' K and V are in their pages before the device does anything that it is told from now on, and
+        their tokens are known: the pages that are full can be found by others."""
+        size, caching = self.pages.page_size, self.pages.cache is not None
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.status is not Status.RUNNING:  # it has ended since
+                continue
+            sequence.num_computed = chunk.stop - len(chunk.drafts)
+            if chunk.drafts:  # computed as a prompt's tokens are, right or wrong
+                self.fairness.charge(sequence, len(chunk.drafts), 0)
+            if caching and sequence.num_computed >= (sequence.num_filed + 1) * size:
+                self._bring_back(self._prefixes.computed(sequence))
 
     def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
         """What a step over these chunks took, from its launch to its tokens."""
@@ -284,9 +301,9 @@ class Scheduler:
     # Pages, and who gives them back
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> Room:
-        missing = self.pages.pages_for(num_tokens) - len(sequence.pages)
-        if missing <= 0:
+        if num_tokens <= len(sequence.pages) * self.pages.page_size:
             return Room.NOW
+        missing = self.pages.pages_for(num_tokens) - len(sequence.pages)
         pages = self.pages.allocate(missing)
         if pages is None:
             room = self.more_pages(missing - self.pages.num_free)

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from onebase.adapters.tiers.entry import Entry
 from onebase.kernels.plan import Run, Uses
+from onebase.serve.engine.asked import draws_the_largest
 from onebase.serve.engine.grammar import Matcher
 from onebase.serve.engine.layout import Layout, span_at
 from onebase.serve.engine.messages import AdapterUse, FinishReason, Request
@@ -67,6 +68,9 @@ class Sequence:
     matcher: Matcher | None = None
     pool: Pool | None = None
     ends: frozenset[int] = field(init=False)  # tokens that end it
+    start_len: int = field(init=False)  # tokens before the first generated one, once its adapters are known
+    end_len: int = field(init=False)  # and those with the last one, if none ends it before
+    is_greedy: bool = field(init=False)  # whether the largest logit is all that it asks for
     is_read: bool = field(init=False)  # whether anybody wants to know more of its prompt than the next token
     digests: tuple[str, ...] = field(init=False)  # of the request\'s adapters
     _blocks: list[Block] = field(default_factory=list)
@@ -74,6 +78,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.digests = tuple(use.digest for use in self.request.adapters)
         sampling = self.request.sampling
+        self.is_greedy = draws_the_largest(sampling)
+        self._measure()
         self.is_read = sampling.prompt_logprobs is not None or self.request.classifies or bool(self.request.embeds)
         self.ends = (
             frozenset(sampling.stop_token_ids) if sampling.ignore_eos else self.eos.union(sampling.stop_token_ids)
@@ -93,8 +99,13 @@ class Sequence:
         """Its adapters are known: put their virtual tokens before the prompt."""
         self.layout = layout
         self.tokens[:0] = range(-1, -1 - layout.num_virtual, -1)
+        self._measure()
         self.pool = Pool.of(self.request, layout)
         self.restart()
+
+    def _measure(self) -> None:
+        self.start_len = self.num_virtual + len(self.request.prompt)
+        self.end_len = min(self.start_len + self.request.sampling.max_tokens, self.max_len)
 
     def restart(self) -> None:
         """Forget what was computed. The K and V that an adapter stores count as computed: they are copied."""
@@ -130,18 +141,19 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """What is to be computed next. Nothing where the token that the host has not seen is the last in any case."""
-        if self.num_unseen and self.num_left <= self.num_unseen:
-            return 0
-        return self.num_tokens - self.num_computed
+        known = len(self.tokens)
+        if not self.num_unseen:
+            return known - self.num_computed
+        return 0 if self.end_len - known <= self.num_unseen else known + self.num_unseen - self.num_computed
 
     @property
     def num_left(self) -> int:
         """How many tokens may follow those that the host has seen."""
-        return min(self.request.sampling.max_tokens - self.num_generated, self.max_len - len(self.tokens))
+        return self.end_len - len(self.tokens)
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_virtual - len(self.request.prompt)
+        return len(self.tokens) - self.start_len
 
     @property
     def num_reusable(self) -> int:
@@ -166,9 +178,8 @@ class Sequence:
 
     def prompt_tokens(self, start: int, stop: int) -> int:
         """How many of the slots [start, stop) hold tokens of the prompt."""
-        first = self.num_virtual
-        end = first + len(self.request.prompt)
-        return 0 if start >= end else max(min(stop, end) - max(start, first), 0)
+        end = self.start_len
+        return 0 if start >= end else max(min(stop, end) - max(start, self.num_virtual), 0)
 
     def uses_at(self, slot: int) -> Uses:
         """(handle, scale) of the adapters that act on a slot, in the present step."""
@@ -202,7 +213,9 @@ class Sequence:
     def charge(self, stop: int) -> int:
         """It is computed up to this slot: how many slots up to the prompt's end are new to its tenant's account. What
         is computed again after a preemption is not."""
-        end = min(stop, self.num_virtual + len(self.request.prompt))
+        end = min(stop, self.start_len)
+        if self.num_charged >= end:
+            return 0
         new = end - max(self.num_charged, self.num_computed)
         self.num_charged = max(self.num_charged, end)
         return max(new, 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
-from onebase.serve.engine.adjust import wants_penalties
+from onebase.serve.engine.asked import wants_penalties
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.ngram import Lookup
 from onebase.serve.engine.scheduler import Chunk, Scheduler

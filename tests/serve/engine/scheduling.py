@@ -56,7 +56,7 @@ class Steps:
         chunks = self.scheduler.schedule(lambda s: self.absent.isdisjoint(s.digests), lambda _: None, lambda _: None)
         told = [(chunk.sequence, chunk.num_tokens, chunk.start, chunk.stop) for chunk in chunks]
         for chunk in chunks:
-            self.scheduler.computed(chunk)
+            self.scheduler.computed([chunk])
         for chunk, (sequence, _, start, stop) in zip(chunks, told, strict=True):
             tenant = sequence.request.tenant
             self.prompt_tokens += sequence.prompt_tokens(start, stop)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from onebase.serve.engine.adjust import adjusted
-from onebase.serve.engine.draw import begin, begin_apart, draw
+from onebase.serve.engine.draw import _drawn, begin, begin_apart, draw
 from onebase.serve.engine.logprobs import unpack
 from onebase.serve.engine.messages import Request, SamplingParams
 from onebase.serve.engine.sampler import NOT_FINITE
@@ -159,3 +159,19 @@ def test_rows_drawn_apart_are_those_drawn_together() -> None:
         assert ours is not None
         assert theirs is not None
         assert unpack(ours)[0].logprob == pytest.approx(unpack(theirs)[0].logprob, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_ask_for_nothing_are_drawn_as_by_the_long_way(dtype: torch.dtype) -> None:
+    logits = _logits(6).to(dtype)
+    logits[2, 5] = torch.nan
+    plain = [_sequence(temperature=0.0) for _ in range(6)]
+    assert all(sequence.is_greedy for sequence in plain)
+    expected = _drawn(logits, plain, [0] * 6).tokens.tolist()
+    assert [token for token, _ in draw(logits, plain)] == expected
+    assert expected[2] == NOT_FINITE
+
+
+@pytest.mark.parametrize("asked", [one for one in ASKED if one] + [{"logprobs": 0}, {"temperature": 0.5}], ids=str)
+def test_who_asks_for_something_goes_the_long_way(asked: dict[str, Any]) -> None:
+    assert not _sequence(**{"temperature": 0.0, **asked}).is_greedy

@@ -269,7 +269,7 @@ def test_a_step_asks_only_those_that_could_start() -> None:
 
     for _ in range(10):
         for chunk in steps.scheduler.schedule(may_start, lambda _: None, lambda _: None):
-            steps.scheduler.computed(chunk)
+            steps.scheduler.computed([chunk])
             chunk.sequence.tokens.append(1)
     assert asked == [f"s{order}" for order in range(2000, 2005)], "the last one found no seat"
 

@@ -165,11 +165,11 @@ def test_a_sequence_is_not_preempted_where_there_are_more_pages() -> None:
     scheduler.add(Sequence.of(Request("a", tuple(range(8)), SamplingParams(9)), 0))
     (chunk,) = scheduler.schedule(lambda _: True, lambda _: None, lambda _: None)
     assert asked == [1], "the prompt and the next token need three pages"
-    scheduler.computed(chunk)
+    scheduler.computed([chunk])
     for token in range(5):
         chunk.sequence.tokens.append(token)
         (chunk,) = scheduler.schedule(lambda _: True, lambda _: None, lambda _: None)
-        scheduler.computed(chunk)
+        scheduler.computed([chunk])
     assert asked == [1, 1]
     assert scheduler.preemptions == 0
     assert len(chunk.sequence.pages) == 4

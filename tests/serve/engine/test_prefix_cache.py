@@ -91,7 +91,7 @@ def test_pages_hold_what_their_sequences_need(
             assert chunk.num_tokens > 0
             pages.run(chunk)
         for chunk in chunks:
-            scheduler.computed(chunk)
+            scheduler.computed([chunk])
             if chunk.samples:
                 chunk.sequence.tokens.append(step % 2)
         scheduler.check()
@@ -118,7 +118,7 @@ def _run(scheduler: Scheduler, sequence: Sequence) -> int:
     while sequence.num_uncomputed:
         for chunk in scheduler.schedule(lambda _: True, lambda _: None, lambda _: None):
             cached = cached or sequence.num_cached
-            scheduler.computed(chunk)
+            scheduler.computed([chunk])
     scheduler.check()
     scheduler.finish(sequence)
     return cached

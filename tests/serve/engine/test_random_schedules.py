@@ -28,6 +28,7 @@ from onebase.serve.engine.recovery import TokenLimit
 from onebase.serve.engine.usage import Usage
 
 from .programs import Programs
+from .twins import hold_twins
 
 HIDDEN, INNER, HEADS, HEAD = 64, 96, 2, 16
 INVOCATION = (7, 8)
@@ -126,6 +127,7 @@ class Client:
         self.left: dict[str, int] = {}  # request -> steps until it is aborted
         self.ended: set[str] = set()
         self.late: set[str] = set()
+        self.held = hold_twins(self.engine.runner)
         self._programs = Programs(driver)
         for name, (ops, rest) in KINDS.items():
             self._programs.add(name, ops, **rest)
@@ -392,12 +394,28 @@ def test_the_crowd_preempts_evicts_and_compacts(bench: Bench, monkeypatch: pytes
     assert len(answers) == len(KINDS), "each of them says something of its own"
 
 
+def test_rows_follow_each_other_in_every_kind(benches: dict[str, Bench]) -> None:
+    """Else the schedules above prove little of what is kept between steps."""
+    for kind, bench in benches.items():
+        before = len(bench.crowded.held)
+        jobs = [
+            Job((30, 31, 20, 21, 22, 20 + turn), (name,), 1.0, 14, 0.0, None, None)
+            for turn in range(2)
+            for name in KINDS
+        ]
+        _hold(bench, [(job, 1) for job in jobs], 64)
+        held = bench.crowded.held[before:]
+        assert any(held), kind
+        assert not all(held), kind
+
+
 @pytest.fixture(scope="module")
 def benches(bench: Bench, moving: Bench, overlapped: Bench, speculating: Bench, tiered: Bench) -> dict[str, Bench]:
     return {"plain": bench, "moving": moving, "overlap": overlapped, "drafts": speculating, "tiers": tiered}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("kind", ["plain", "moving", "overlap", "drafts", "tiers"])
 @settings(max_examples=2000, deadline=None, suppress_health_check=_CHECKS)
 @_SCHEDULES
