@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from onebase.bench.report import ratio, show, store
 from onebase.bench.workload import SHAPES, mixed_ranks
-from onebase.kernels import prepack
+from onebase.kernels import huge_pages, prepack
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.cpu import CpuKernels
 from onebase.kernels.cpu_tuning import CpuTuning
@@ -43,7 +43,9 @@ class Decoding:
         groups = (((h, h), (h, kv), (h, kv)), ((h, h),), ((h, mid), (h, mid)), ((mid, h),))
         sites = [SiteShape(*site) for _ in range(config.num_hidden_layers) for group in groups for site in group]
         self._slot = max(_RANKS) * sum(site.in_features + site.out_features for site in sites)
-        buffer = torch.empty(self._slot * slots, dtype=torch.bfloat16).normal_(std=0.02)
+        buffer = torch.empty(self._slot * slots, dtype=torch.bfloat16)
+        huge_pages.advise(buffer)  # as a server's arena: before anything is written
+        buffer.normal_(std=0.02)
         self.tables = ProgramTables(buffer, sites)
         self.groups = list(_numbered(groups, config.num_hidden_layers))
         self.live: list[int] = []

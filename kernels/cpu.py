@@ -1,7 +1,8 @@
 """The fast CPU body: each segment goes by gathers, by masked products, or by itself, as is estimated to be fastest.
 
-A decode step of many adapters is then bound by reading weights, not by calls. Its parts: bags.py and cpu_bags.py for
-gathers, packs.py and cpu_steps.py for masked products, cpu_split.py and cpu_tuning.py for the choice.
+A decode step of many adapters is then bound by reading weights, not by calls. Its parts: low_rank_native.py for
+gathers in C, bags.py and cpu_bags.py for the same in torch where there is no compiler, packs.py and cpu_steps.py for
+masked products, cpu_split.py and cpu_tuning.py for the choice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onebase.kernels.cpu_bags import BagStep, Rows
 from onebase.kernels.cpu_split import CpuSplit
 from onebase.kernels.cpu_steps import PackedStep, Schedule, SiteStep, SoloStep, make_schedule, make_step
 from onebase.kernels.cpu_tuning import CpuTuning
+from onebase.kernels.low_rank_native import NativeRows, RowPairs
 from onebase.kernels.packs import Panels
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables, Use
@@ -37,11 +39,16 @@ class SiteShrunk:
 
 @dataclass(frozen=True, slots=True)
 class CpuShrunk(Shrunk):
-    """samples: xa of the gathers, scaled, of all sites of the group. None where no segment goes that way."""
+    """samples: xa of the gathers, scaled, of all sites of the group. None where no segment goes that way.
+
+    direct: the rows that are shrunk and expanded in one call, when they are expanded; they read x then.
+    """
 
     sites: dict[int, SiteShrunk]
     step: BagStep | None
     samples: Tensor | None
+    x: Tensor
+    direct: RowPairs | None
 
 
 class CpuKernels:
@@ -49,9 +56,18 @@ class CpuKernels:
 
     name = "cpu"
 
-    def __init__(self, tables: ProgramTables, tuning: CpuTuning = CpuTuning()) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        tables: ProgramTables,
+        tuning: CpuTuning = CpuTuning(),  # noqa: B008 (frozen)
+        *,
+        compiled: bool = True,
+    ) -> None:
+        """compiled: gathers in C where there is a library; False: in torch."""
         self._tables = tables
-        self._split = CpuSplit(tables, tuning if bags.supported() else replace(tuning, gather=math.inf))
+        self._native = NativeRows.of(tables) if compiled else None
+        gathers = self._native is not None or bags.supported()
+        self._split = CpuSplit(tables, tuning if gathers else replace(tuning, gather=math.inf))
         self._columns = Columns(tables)
         self._panels = Panels(tables, tuning.prepack_after if prepack.supported(tables.buffer.dtype) else None)
         self._schedules: WeakKeyDictionary[BatchPlan, Schedule] = WeakKeyDictionary()
@@ -64,26 +80,27 @@ class CpuKernels:
         schedule, taken, sites = self._schedule(plan), dict[int, Tensor](), dict[int, SiteShrunk]()
         if schedule.others:
             sites = {site: _shrink(x, self._step(site, schedule), taken) for site in group}
+        if schedule.direct is not None:
+            schedule.direct.check(group)
         if schedule.gathers is None:
-            return CpuShrunk(sites, None, None)
+            return CpuShrunk(sites, None, None, x, schedule.direct)
         step = schedule.gathers.step(group)
-        return CpuShrunk(sites, step, self._gather(x, step))
+        return CpuShrunk(sites, step, self._gather(x, step), x, None)
 
     def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
-        whole = own(shrunk, CpuShrunk)
-        if whole.step is not None:
-            self._add_sums(y, whole.step, whole.samples, site)
-        mine = whole.sites.get(site)
-        if mine is None:
-            return
-        for solo, xa in zip(mine.step.solo, mine.solo, strict=True):
-            _expand_solo(y, solo, xa)
-        for packed, xa in zip(mine.step.packed, mine.packed, strict=True):
-            _expand_packed(y, packed, xa)
+        self.expand_group((y,), shrunk, (site,), plan)
 
     def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
+        whole = own(shrunk, CpuShrunk)
+        if whole.direct is not None and self._native is not None:
+            self._native.add(ys, whole.x, sites, whole.direct)
+        if whole.step is None and not whole.sites:
+            return
         for y, site in zip(ys, sites, strict=True):
-            self.expand(y, shrunk, site, plan)
+            if whole.step is not None:
+                self._add_sums(y, whole.step, whole.samples, site)
+            if site in whole.sites:
+                _expand_site(y, whole.sites[site])
 
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         for use in self._tables.uses(site, plan, token=True):
@@ -113,7 +130,7 @@ class CpuKernels:
         schedule = self._schedules.get(plan)
         if schedule is None or not schedule.placed(self._columns):
             schedule = self._schedules[plan] = make_schedule(
-                plan, self._split, self._tables, self._columns, self._panels
+                plan, self._split, self._tables, self._native or self._columns, self._panels
             )
             self._keep_schedules(lambda _, kept: kept.stands)
         return schedule
@@ -161,6 +178,13 @@ def _take(x: Tensor, rows: Rows, gathered: dict[int, Tensor]) -> Tensor:
     if id(rows) not in gathered:
         gathered[id(rows)] = x.index_select(0, rows)
     return gathered[id(rows)]
+
+
+def _expand_site(y: Tensor, shrunk: SiteShrunk) -> None:
+    for solo, xa in zip(shrunk.step.solo, shrunk.solo, strict=True):
+        _expand_solo(y, solo, xa)
+    for packed, xa in zip(shrunk.step.packed, shrunk.packed, strict=True):
+        _expand_packed(y, packed, xa)
 
 
 def _expand_solo(y: Tensor, step: SoloStep, xa: Tensor | None) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from onebase.kernels.columns import Columns
 from onebase.kernels.cpu_bags import Gathers, Rows, run_of
-from onebase.kernels.cpu_split import CpuSplit
+from onebase.kernels.cpu_split import CpuSplit, Ways
+from onebase.kernels.low_rank_native import NativeRows, RowPairs
 from onebase.kernels.packs import Panel, Panels, SitePack
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.tables import ProgramTables, Use
@@ -77,13 +78,14 @@ class Schedule:
     """A plan's split into gathers, panels and lone segments, and the steps by site made so far.
 
     others: the segments of panels, and those on their own. homes: the panel's number of the first, by (start, handle).
-    generation: of the columns, when the gathers' programs were last seen to have theirs.
+    direct: gathers in C. generation: of the columns, when the gathers' programs were last seen to have theirs.
     """
 
     panels: tuple[PanelRows, ...]
     homes: dict[tuple[int, int], int]
     others: tuple[Segment, ...]
     gathers: Gathers | None
+    direct: RowPairs | None
     generation: int
     steps: dict[int, SiteStep] = field(default_factory=dict)
     masks: dict[Hashable, Mask] = field(default_factory=dict)
@@ -103,16 +105,30 @@ class Schedule:
 
 
 def make_schedule(
-    plan: BatchPlan, split: CpuSplit, tables: ProgramTables, columns: Columns, panels: Panels
+    plan: BatchPlan, split: CpuSplit, tables: ProgramTables, gatherer: NativeRows | Columns, panels: Panels
 ) -> Schedule:
+    """gatherer: what gathers are made by, in C, or where torch's find their columns."""
     ways = split.ways(plan)
+    homes, parts = _panel_homes(ways.masked, panels)
+    if isinstance(gatherer, NativeRows):
+        chosen = frozenset(ways.gathered)
+        gathers, direct, generation = None, gatherer.pairs(ways.gathered) if chosen else None, 0
+    else:
+        chosen, gathers = _placed(plan, split, tables, gatherer, ways)
+        direct, generation = None, gatherer.generation
+    others = tuple(segment for segment in plan.segments if segment not in chosen)
+    return Schedule(parts, homes, others, gathers, direct, generation)
+
+
+def _placed(
+    plan: BatchPlan, split: CpuSplit, tables: ProgramTables, columns: Columns, ways: Ways
+) -> tuple[frozenset[Segment], Gathers | None]:
+    """The segments whose programs have found columns."""
     placed = columns.place({segment.handle: split.rank(segment.handle) for segment in ways.gathered})
     chosen = frozenset(segment for segment in ways.gathered if segment.handle in placed)
     gathered = [segment for segment in plan.segments if segment in chosen]
-    gathers = Gathers(gathered, {handle: columns.starts[handle] for handle in placed}, tables) if gathered else None
-    homes, parts = _panel_homes(ways.masked, panels)
-    others = tuple(segment for segment in plan.segments if segment not in chosen)
-    return Schedule(parts, homes, others, gathers, columns.generation)
+    starts = {handle: columns.starts[handle] for handle in placed}
+    return chosen, Gathers(gathered, starts, tables) if gathered else None
 
 
 def _panel_homes(masked: Sequence[Segment], panels: Panels) -> tuple[dict[tuple[int, int], int], tuple[PanelRows, ...]]:

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from onebase.kernels import bags, prepack
+from onebase.kernels.low_rank_native import NativeRows
+from onebase.kernels.plan import Segment
+from onebase.kernels.tables import Operands, ProgramTables, SiteShape
 
 _WIDTH, _RANKS, _RANK, _ROWS = 768, 512, 32, 16  # a site's width; columns of a pack; of a program; rows of a step
 _MATRICES = 8  # weights that take turns, so that they are as cold as in a step over many layers
@@ -84,6 +87,9 @@ def _masking(matrix: Tensor) -> None:
 
 def _gathers(matrices: list[Tensor], ranks: int) -> float:
     """Of one gather, where each of the rows has so many ranks: the mean of both kinds."""
+    native = _native(matrices, ranks)
+    if native is not None:
+        return native / 2
     if not bags.supported():
         return math.inf
     index = torch.arange(_ROWS * ranks)
@@ -91,6 +97,22 @@ def _gathers(matrices: list[Tensor], ranks: int) -> float:
     rows = matrices[0][:_ROWS]
     shrink = _microseconds(lambda matrix: bags.dots(rows, matrix, index, owners), matrices)
     return (shrink + _microseconds(lambda matrix: bags.sums(samples, matrix, index, offsets), matrices)) / 2
+
+
+def _native(matrices: list[Tensor], ranks: int) -> float | None:
+    """Of both gathers in one call of C; None where there is no library."""
+    tables = ProgramTables(torch.cat(matrices).flatten(), [SiteShape(_WIDTH, _WIDTH)] * len(matrices))
+    body = NativeRows.of(tables)
+    if body is None:
+        return None
+    block, half = matrices[0].numel(), len(matrices) // 2
+    for handle in range(_ROWS):
+        starts = [site * block + handle * ranks * _WIDTH for site in range(len(matrices))]
+        operands = {site: Operands(ranks, 1.0, at, starts[site - half]) for site, at in enumerate(starts)}
+        tables.install(handle, operands)
+    pairs, x = body.pairs([Segment(row, 1, row) for row in range(_ROWS)]), matrices[0][:_ROWS]
+    sites, y = iter(range(_REPEATS * len(matrices))), torch.zeros_like(x)
+    return _microseconds(lambda _: body.add((y,), x, (next(sites) % len(matrices),), pairs), matrices)
 
 
 def _prepack_after(rows: Tensor, matrices: list[Tensor], plain: float) -> int | None:

@@ -4,6 +4,7 @@
  * callers pass shapes that fit. Threads are OpenMP's, the very pool that torch uses.
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -11,6 +12,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #define SOME 4          /* query heads that share one pass over keys */
 #define MOST_VECTORS 16 /* of sixteen elements in a head */
+#define RANKS 64        /* of a program that are shrunk before they are expanded */
 #define PARALLEL_ITEMS 32768 /* elements below which one thread is faster than waking the others */
 
 static inline float as_float(uint32_t bits) {
@@ -67,6 +69,13 @@ static inline vec16 sums_of(vec16 *vectors) {
     return neighbours(vectors[0], vectors[1]);
 }
 
+/* Always in one order. */
+static inline float sum_of(vec16 values) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) values[i] += values[i + half];
+    return values[0];
+}
+
 /* exp to 2 units in the last place on [-87, 88], clamped outside; NaN stays NaN. Cephes' expf. */
 static inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;
@@ -84,6 +93,14 @@ static inline float fast_exp(float x) {
     return p * as_float((uint32_t)(power + 127) << 23);
 }
 
+/* What a program does at a site: kernels/tables.py. Offsets in elements; add_out -1 for none. */
+struct operands {
+    int64_t a, b, add_out, rank;
+    double scale;
+};
+
+static inline int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
 #define PASTE_(name, type) name##_##type
 #define PASTE(name, type) PASTE_(name, type)
 #define NAMED(name) PASTE(name, TYPE)
@@ -94,6 +111,7 @@ static inline float fast_exp(float x) {
 #define TYPE bf16
 #define ELEMENT uint16_t
 #include "attention.h"
+#include "low_rank.h"
 #include "rows.h"
 #undef TYPE
 #undef ELEMENT
@@ -101,4 +119,5 @@ static inline float fast_exp(float x) {
 #define TYPE f32
 #define ELEMENT float
 #include "attention.h"
+#include "low_rank.h"
 #include "rows.h"

@@ -35,10 +35,20 @@ class Queries(Structure):
     ]  # fmt: skip
 
 
+class Updates(Structure):
+    """``struct updates``. rows, firsts, programs int64, scales float64; sums and xa: float32 scratch."""
+
+    _fields_: ClassVar[Any] = [
+        ("arena", _P), ("table", _P), ("program", _N), ("rows", _P), ("firsts", _P), ("programs", _P), ("scales", _P),
+        ("count", _N), ("threads", _N), ("sums", _P), ("most", _N), ("xa", _P), ("ranks", _N),
+    ]  # fmt: skip
+
+
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "rms_norm": (_P, _P, _P, _N, _N, _F, _F, c_int),
     "write_pages": (POINTER(Pages), _P, _N, _N, _P, _N, _N, _P, _N),
     "attend": (POINTER(Pages), POINTER(Queries), _P),
+    "low_rank": (POINTER(Updates), POINTER(_N)),
 }
 
 
@@ -48,6 +58,7 @@ class Native:
     rms_norm: Any
     write_pages: Any
     attend: Any
+    low_rank: Any
 
     def __init__(self, loaded: ctypes.CDLL, suffix: str) -> None:
         for name, arguments in _ARGUMENTS.items():

@@ -27,6 +27,7 @@ TUNINGS = {
     "cpu-masked": CpuTuning(call=1e9, mask=0, gather=1e12),
     "cpu-prepacked": CpuTuning(call=1e9, mask=0, gather=1e12, prepack_after=1),
     "cpu-gathered": CpuTuning(call=1e9, gather=0),
+    "cpu-native": CpuTuning(call=1e9, gather=0),
 }
 CPU_BODIES = ["reference", "cpu", *TUNINGS]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,7 +105,7 @@ class World:
 
 def make_body(name: str, tables: ProgramTables) -> LowRankKernels:
     if name in TUNINGS:
-        return CpuKernels(tables, TUNINGS[name])
+        return CpuKernels(tables, TUNINGS[name], compiled=name == "cpu-native")
     return select_kernels(tables, name)  # type: ignore[arg-type]
 
 

@@ -26,6 +26,7 @@ GATHERED = CpuTuning(call=1e9, gather=0)
 TUNINGS = {
     "masked": MASKED,
     "gathered": GATHERED,
+    "native": GATHERED,
     "auto": CpuTuning(),
     "solo": CpuTuning(call=0, mask=1e9, gather=1e9),
 }
@@ -34,10 +35,12 @@ TUNINGS = {
 class Server:
     """Slots of an arena that programs come to and leave; blocks are overwritten as soon as they are free."""
 
-    def __init__(self, slots: int, tuning: CpuTuning = MASKED, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, slots: int, tuning: CpuTuning = MASKED, dtype: torch.dtype = torch.float32, *, compiled: bool = False
+    ) -> None:
         self.buffer = torch.full((slots * len(SITES) * BLOCK,), float("nan"), dtype=dtype)
         self.tables = ProgramTables(self.buffer, SITES)
-        self.body = CpuKernels(self.tables, tuning)
+        self.body = CpuKernels(self.tables, tuning, compiled=compiled)
         self.reference = ReferenceKernels(self.tables)
         self.slot: dict[int, int] = {}
         self.free = list(range(slots))
@@ -97,7 +100,7 @@ def random_plan(rng: random.Random, handles: list[int]) -> BatchPlan:
 
 @pytest.mark.parametrize("name", TUNINGS)
 def test_churn_never_serves_stale_data(name: str) -> None:
-    rng, server, plans = random.Random(3), Server(40, TUNINGS[name]), list[BatchPlan]()
+    rng, server, plans = random.Random(3), Server(40, TUNINGS[name], compiled=name == "native"), list[BatchPlan]()
     torch.manual_seed(0)
     for _ in range(300):
         if server.free and (not server.slot or rng.random() < 0.5):
@@ -113,9 +116,9 @@ def test_churn_never_serves_stale_data(name: str) -> None:
             server.check(plan)
 
 
-@pytest.mark.parametrize("name", ["masked", "gathered"])
+@pytest.mark.parametrize("name", ["masked", "gathered", "native"])
 def test_two_plans_in_turn_share_packs_without_mixing(name: str) -> None:
-    server = Server(8, TUNINGS[name])
+    server = Server(8, TUNINGS[name], compiled=name == "native")
     handles = [server.load(rank) for rank in (8, 16, 24, 3, 8, 1)]
     first = BatchPlan.from_rows([((handle, 1.0),) for handle in handles[:4]])
     second = BatchPlan.from_rows([((handle, 1.0),) for handle in handles[2:]])
@@ -175,9 +178,9 @@ def test_plans_that_are_kept_do_not_keep_dissolved_packs() -> None:
         assert pack_bytes(server.tables) == one
 
 
-@pytest.mark.parametrize("name", ["masked", "gathered"])
+@pytest.mark.parametrize("name", ["masked", "gathered", "native"])
 def test_sites_that_differ_only_in_a_scale_do_not_share_it(name: str) -> None:
-    server = Server(2, TUNINGS[name])
+    server = Server(2, TUNINGS[name], compiled=name == "native")
     server.buffer.normal_()
     for handle, scales in enumerate(((1.0, 3.0), (0.5, 0.5))):
         ops = {site: Operands(3, scale, site * BLOCK, site * BLOCK + 96) for site, scale in enumerate(scales)}
@@ -191,7 +194,7 @@ def test_groups_of_equal_kind_and_unequal_width_do_not_share_addresses() -> None
     tables = ProgramTables(buffer, (SiteShape(32, 24), SiteShape(48, 24)))
     for handle in range(3):
         tables.install(handle, {site: Operands(5, 1.0, 640 * handle + 64 * site, 4096) for site in range(2)})
-    body, reference = CpuKernels(tables, GATHERED), ReferenceKernels(tables)
+    body, reference = CpuKernels(tables, GATHERED, compiled=False), ReferenceKernels(tables)
     plan = BatchPlan.from_rows([((handle, 1.0),) for handle in range(3)])
     for site, shape in enumerate(tables.sites):
         x, y, want = torch.randn(3, shape.in_features), torch.zeros(3, 24), torch.zeros(3, 24)
@@ -200,27 +203,27 @@ def test_groups_of_equal_kind_and_unequal_width_do_not_share_addresses() -> None
         torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["masked", "gathered"])
+@pytest.mark.parametrize("name", ["masked", "gathered", "native"])
 def test_sites_that_differ_only_in_a_rank_do_not_share_a_mask(name: str) -> None:
-    server = Server(1, TUNINGS[name])
+    server = Server(1, TUNINGS[name], compiled=name == "native")
     server.buffer.normal_()
     server.tables.install(0, {0: Operands(3, 1.0, 0, 96), 1: Operands(8, 1.0, BLOCK, BLOCK + 256)})
     server.tables.install(1, {})
     server.check(BatchPlan.from_rows([((0, 1.0),), ((1, 1.0),)]))
 
 
-@pytest.mark.parametrize("name", ["masked", "gathered"])
+@pytest.mark.parametrize("name", ["masked", "gathered", "native"])
 def test_sites_that_differ_only_in_the_program_do_not_share_a_mask(name: str) -> None:
-    server = Server(2, TUNINGS[name])
+    server = Server(2, TUNINGS[name], compiled=name == "native")
     first, second = server.load(3, sites=(0,)), server.next_handle + 2
     server.tables.install(second, {1: Operands(3, 1.0, 0, 96)})
     server.buffer[:BLOCK].normal_()
     server.check(BatchPlan.from_rows([((first, 1.0), (second, 0.5))]))
 
 
-@pytest.mark.parametrize("name", ["masked", "gathered"])
+@pytest.mark.parametrize("name", ["masked", "gathered", "native"])
 def test_more_programs_than_a_panel_holds(name: str) -> None:
-    server = Server(3 * PANEL_PROGRAMS, TUNINGS[name])
+    server = Server(3 * PANEL_PROGRAMS, TUNINGS[name], compiled=name == "native")
     handles = [server.load(4) for _ in range(3 * PANEL_PROGRAMS)]
     random.Random(0).shuffle(handles)
     server.check(BatchPlan.from_rows([((handle, 1.0),) for handle in handles]))
@@ -230,9 +233,9 @@ def test_more_programs_than_a_panel_holds(name: str) -> None:
 
 @pytest.mark.parametrize("part", ["a", "b"])
 @pytest.mark.parametrize("value", [3e38, float("inf"), float("nan")])
-@pytest.mark.parametrize("name", ["masked", "gathered"])
+@pytest.mark.parametrize("name", ["masked", "gathered", "native"])
 def test_a_neighbour_that_overflows_does_not_reach_other_rows(name: str, part: str, value: float) -> None:
-    server = Server(3, TUNINGS[name])
+    server = Server(3, TUNINGS[name], compiled=name == "native")
     bad, good, other = (server.load(8) for _ in range(3))
     for site, op in server.tables.operands(bad).items():
         server.tables.factors(site, op)[part == "b"].fill_(value)

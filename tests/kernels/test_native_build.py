@@ -75,3 +75,14 @@ def test_everything_goes_the_plain_way_without_it(monkeypatch: pytest.MonkeyPatc
     assert select_attention(torch.device("cpu")).name == "cpu"
     with pytest.raises(ValueError, match="native"):
         select_attention(torch.device("cpu"), "native")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("capability", "body"), [("DEFAULT", "cpu"), ("AVX2", "native"), ("AVX512", "native")])
+def test_attention_in_c_is_chosen_where_vectors_are_wide(
+    monkeypatch: pytest.MonkeyPatch, capability: str, body: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert select_attention(torch.device("cpu")).name == body
