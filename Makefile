@@ -7,7 +7,7 @@ LINKS := build/types/onebase
 SOURCES := adapters bench kernels serve tests
 PYTEST_ARGS ?= -n 2
 
-.PHONY: serve test clients-test gpu-test gpu-bench slow-test fmt lint type bench clean
+.PHONY: serve test clients-test gpu-test gpu-bench slow-test fmt lint type bench bench-smoke clean
 
 serve: $(STAMP)
 	$(BIN)/onebase demo
@@ -52,6 +52,10 @@ type: $(STAMP) $(LINKS)
 
 bench: $(STAMP)
 	$(BIN)/onebase bench step
+
+# Five minutes on two cores; `onebase bench compare` takes the files of two commits.
+bench-smoke: $(STAMP)
+	$(BIN)/onebase bench smoke --out build/bench-smoke.json
 
 # The import name onebase.serve lives in the folder serve/: static checkers follow it through links.
 $(LINKS): Makefile

@@ -8,13 +8,19 @@ from typing import Annotated
 import typer
 
 from onebase.bench.load.command import client, load
+from onebase.bench.peers.command import peers
 from onebase.bench.reports import commands as reports
+from onebase.bench.sweep_command import sweep
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: ours beside what people use today.")
 app.command()(reports.report)
 app.command()(reports.compare)
 app.command()(load)
 app.command()(client)
+app.command()(reports.docs)
+app.command()(reports.smoke)
+app.command()(sweep)
+app.command()(peers)
 Out = Annotated[Path | None, typer.Option(help="Store the figures as JSON.")]
 
 

@@ -1,4 +1,4 @@
-"""`onebase bench report`, `compare` and `docs`."""
+"""`onebase bench report`, `compare`, `docs` and `smoke`."""
 
 from __future__ import annotations
 
@@ -48,3 +48,33 @@ def compare(
     out.write_text(document)
     out.with_suffix(".md").write_text(markdown.comparison(found))
     print(out)
+
+
+def docs(
+    results: Annotated[Path, typer.Option(help="Stored results.", exists=True, file_okay=False)] = Path(
+        "bench/results"
+    ),
+    out: Annotated[Path, typer.Option(help="The document.")] = Path("docs/benchmarks.md"),
+) -> None:
+    """docs/benchmarks.md, from the stored results."""
+    from onebase.bench.reports.docs import document
+    from onebase.bench.reports.stored import NotStored
+
+    try:
+        out.write_text(document(results))
+    except NotStored as error:
+        raise typer.BadParameter(str(error), param_hint="--results") from None
+    print(out)
+
+
+def smoke(
+    out: Annotated[Path, typer.Option(help="The figures; a report beside them.")] = Path("build/bench-smoke.json"),
+    seconds: Annotated[float, typer.Option(help="Of the load.", min=1)] = 45.0,
+    repeats: Annotated[int, typer.Option(help="Of the decode steps.", min=1)] = 5,
+) -> None:
+    """Load, step and lifecycle in small: a file that two commits can be compared by."""
+    from onebase.bench.reports.write import write_report
+    from onebase.bench.smoke import run
+
+    run(out, seconds, repeats)
+    print(out, *write_report(out), sep="\n")
