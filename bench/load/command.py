@@ -104,8 +104,10 @@ def load(
     result = _run(options)
     show(result)
     if out is not None:
+        from onebase.bench.reports.write import write_report
+
         result.write(out)
-        print(out)
+        print(out, *write_report(out), sep="\n")
 
 
 def client(
