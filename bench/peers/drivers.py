@@ -75,11 +75,11 @@ class Process:
 
     @contextmanager
     def serving(self, stage: Stage) -> Iterator[str]:
-        command = self._filled(stage, _free_port())
+        port = _free_port()
+        command = self._filled(stage, port)
         if shutil.which(command[0]) is None:
             raise NotStarted(f"{self.name}: {command[0]} is not installed")
         log = stage.logs / f"{self.name}.log"
-        port = command[command.index("--port") + 1]
         with log.open("w") as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(self.environment or {})}

@@ -119,8 +119,8 @@ def probe(client: httpx.Client, model: str) -> str | None:
     if answer.status_code != 200:
         return f"{answer.status_code}: {answer.text[:500]}"
     if '"error"' in answer.text:
-        return f"a stream with an error: {answer.text[:500]}"
-    return None if '"text"' in answer.text else f"a stream without a token: {answer.text[:500]}"
+        return f"in the stream: {answer.text.strip()[:500]}"
+    return None if '"text"' in answer.text else f"a stream without a token: {answer.text.strip()[:500]}"
 
 
 def _version(client: httpx.Client) -> str:
