@@ -9,9 +9,10 @@ import numpy as np
 from onebase.bench.load.result import LoadResult, Measures, RequestRecord, Stats
 from onebase.bench.reports import page
 from onebase.bench.reports.chart import Line, Mark, line_chart
+from onebase.bench.reports.gauges import gauge_charts
 from onebase.bench.reports.heat import HeatRow, groups, heat
-from onebase.bench.reports.scale import number, unit_of_bytes, unit_of_seconds
-from onebase.bench.reports.series import Bins, by_popularity, cdf, in_flight, token_times
+from onebase.bench.reports.scale import number, unit_of_seconds
+from onebase.bench.reports.series import Bins, by_popularity, cdf, token_times
 
 _LATENCIES = (
     ("TTFT", "time to first token"),
@@ -137,42 +138,7 @@ def _over_time(result: LoadResult) -> Iterable[str]:
         ends = [r.sent if r.ends is None else r.ends for r in result.requests if r.status == status]
         states += [Line(word, bins.rate(ends))] if ends else []
     yield line_chart("Requests", "time, s", "requests / s", states)
-    yield _queue(result)
-    yield from _tiers(result)
-
-
-def _queue(result: LoadResult) -> str:
-    lines = [Line("in flight, seen by the client", in_flight(result.requests, result.seconds), stepped=True)]
-    for key in _keys(result):
-        if key in ("running", "waiting") or key.endswith(("_running", "_waiting")):
-            lines.append(Line(f"{key.replace('_', ' ')}, told by the server", _told(result, key), stepped=True))
-    return line_chart("Running and waiting", "time, s", "requests", lines)
-
-
-def _tiers(result: LoadResult) -> Iterable[str]:
-    """Gauges of adapter tiers, bytes and others apart; then whatever else the server told."""
-    keys = [key for key in _keys(result) if "tier" in key or "adapter" in key or "cache" in key]
-    sizes = [key for key in keys if "bytes" in key]
-    if sizes:
-        factor, unit = unit_of_bytes([y for key in sizes for _, y in _told(result, key)])
-        lines = [Line(key, [(x, factor * y) for x, y in _told(result, key)], stepped=True) for key in sizes]
-        yield line_chart("Cache tiers: adapters' memory", "time, s", unit, lines)
-    shares = [key for key in keys if "perc" in key or "usage" in key or "share" in key]
-    if shares:
-        lines = [Line(key, [(x, 100 * y) for x, y in _told(result, key)], stepped=True) for key in shares]
-        yield line_chart("Pages of keys and values in use", "time, s", "%", lines, y_range=(0, 105))
-    counts = [key for key in keys if key not in sizes and key not in shares]
-    if counts:
-        lines = [Line(key, _told(result, key), stepped=True) for key in counts]
-        yield line_chart("Cache tiers: adapters and events", "time, s", "count", lines)
-
-
-def _keys(result: LoadResult) -> list[str]:
-    return list(dict.fromkeys(key for row in result.timeline for key in row if key != "t"))
-
-
-def _told(result: LoadResult, key: str) -> list[tuple[float, float]]:
-    return [(row["t"], row[key]) for row in result.timeline if key in row]
+    yield from gauge_charts(result)
 
 
 def _heats(result: LoadResult) -> Iterable[str]:

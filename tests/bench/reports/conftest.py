@@ -33,7 +33,11 @@ def drawn_run(
             "waiting": float(t % 3),
             "tier_device_bytes": 1e6 * t,
             "tier_device_adapters": float(min(adapters, t)),
-            "kv_cache_usage_perc": 0.3,
+            "tier_device_misses": float(2 * t),
+            "adapter_loads": float(3 * t),
+            "kv_cache_usage": 0.3,
+            "prefix_cache_queries": 100.0 * t,
+            "prefix_cache_hits": 25.0 * t,
         }
         for t in range(int(end))
     )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from onebase.bench.cli import app
 from onebase.bench.load.result import LoadResult
+from onebase.bench.reports.gauges import _rate, _share
 from onebase.bench.reports.heat import ROWS, groups
 from onebase.bench.reports.load_page import load_page
 from onebase.bench.reports.stored import read
@@ -70,7 +71,7 @@ def test_a_load_runs_page_holds_its_figures_and_plots(make_run: MakeRun, adapter
         "share of all, %",
         "tokens / s",
         "Running and waiting",
-        "tier_device_bytes",
+        "Cache tiers: events",
     ):
         assert expected in text
     assert f"{run.summary.attainment:.1%}" in text
@@ -95,6 +96,15 @@ def test_names_are_shown_and_never_run(make_run: MakeRun) -> None:
     requests = tuple(replace(request, adapter=hostile) for request in run.requests)
     summary = replace(run.summary, per_adapter={hostile: next(iter(run.summary.per_adapter.values()))})
     assert hostile in checked(load_page(hostile, replace(run, requests=requests, summary=summary)))
+
+
+def test_counters_are_drawn_as_rates(make_run: MakeRun) -> None:
+    """Also across a restart of the server, which counts from zero again."""
+    run = make_run()
+    assert {rate for _, rate in _rate(run, "adapter_loads")} == {3.0}
+    assert {share for _, share in _share(run, "prefix_cache_hits", "prefix_cache_queries")} == {25.0}
+    restarted = replace(run, timeline=({"t": 0.0, "adapter_loads": 9.0}, {"t": 1.0, "adapter_loads": 2.0}))
+    assert _rate(restarted, "adapter_loads") == [(1.0, 0.0)]
 
 
 def test_heat_has_a_row_for_each_adapter_while_they_fit() -> None:
