@@ -129,10 +129,15 @@ def refused(registry: Registry, config: bytes, tensors: bytes, message: str) -> 
         return time.process_time() - started
 
 
+BLOW_UP = (
+    5  # seconds of processor time: each takes less than one on a quiet machine, and minutes where a check is not linear
+)
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_files_cost_little(case: str, registry: Registry, root: Path) -> None:
     config, tensors, message = HOSTILE[case][0](), HOSTILE[case][1](), HOSTILE[case][2]
-    assert min(refused(registry, config, tensors, message) for _ in range(2)) < 1
+    assert min(refused(registry, config, tensors, message) for _ in range(2)) < BLOW_UP
     assert on_disk(root) == set()
     if case not in SLOW_TO_TRACE:
         with flat(2 * min(len(config) + len(tensors), 32 << 20) + HEADROOM):

@@ -82,8 +82,8 @@ def test_openai_client_errors(client: openai.OpenAI, live: Live) -> None:
         client.completions.create(model="nope", prompt="x")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="base", prompt="x", best_of=2)
-    assert refused.value.param == "best_of"
+        client.completions.create(model="base", prompt="x", suffix="y")
+    assert refused.value.param == "suffix"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     live.engine.die_after = 2
