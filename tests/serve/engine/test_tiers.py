@@ -364,7 +364,8 @@ def test_pins_are_loaded_without_a_request_and_stay(crowd_of: Callable[..., Crow
 def test_pins_beyond_their_share_wait_and_hold_nobody_up(crowd_of: Callable[..., Crowd]) -> None:
     crowd = crowd_of(10, room=4, host=0)
     crowd.engine.set_pins(SetPins(tuple(map(crowd.use, crowd.names[:6]))))
-    crowd.wait(lambda: len(crowd.engine.stats().pinned) == 3)
+    # A fourth may have come before the sizes of the others were known: it goes as soon as somebody wants its room.
+    crowd.wait(lambda: len(crowd.engine.stats().pinned) >= 3)
     for name in crowd.names[6:]:
         assert crowd.say(name)
     for _ in range(50):
