@@ -223,6 +223,9 @@ class Scheduler:
             return step.followers < MOST_FOLLOWERS
         if not self._has_place(sequence, step):
             return False
+        if not step.may_start(sequence):  # its adapter left with whoever gave way
+            offer.skip()
+            return True
         step.take(sequence)
         self._start(sequence)
         offer.started()

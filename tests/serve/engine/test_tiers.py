@@ -21,6 +21,8 @@ from onebase.serve.engine.messages import (
     AdapterUse,
     Failure,
     LoadAdapter,
+    Request,
+    SamplingParams,
     SetPins,
     UnloadAdapter,
 )
@@ -472,6 +474,24 @@ def test_what_is_to_leave_serves_until_nobody_holds_it(crowd_of: Callable[..., C
     assert crowd.driver.failures["u"] == AdapterGone("u", "a0", True, 0)
     assert crowd.cache.arena.used == 0
     assert crowd.compiled == ["a0"]
+
+
+def test_what_is_to_leave_may_leave_with_who_gives_way_to_its_next_request(crowd_of: Callable[..., Crowd]) -> None:
+    """The urgent one could start until its seat was made free: then its adapter has to come back."""
+    crowd = crowd_of(2, room=2, max_num_seqs=1)
+    first = crowd.ask("a0", max_tokens=20)
+    crowd.wait(lambda: len(crowd.driver.outputs.get(first, [])) == 5)
+    crowd.engine.adapters.fetch("a1", crowd.use("a1").path)
+    crowd.wait(lambda: crowd.cache.is_ready("a1"))
+    assert crowd.engine.unload(UnloadAdapter("u", "a0")) == []
+    uses = (crowd.use("a1"), crowd.use("a0"))
+    urgent = Request("urgent", tuple(PROMPT), SamplingParams(3, 0.0, ignore_eos=True), uses, priority=-1)
+    crowd.engine.add(urgent)
+    crowd.driver.run()
+    assert crowd.engine.scheduler.preemptions == 1
+    assert (len(crowd.driver.outputs["urgent"]), len(crowd.driver.outputs[first])) == (3, 20)
+    assert crowd.compiled == ["a0", "a1", "a0"]
+    assert crowd.driver.failures["u"] == AdapterGone("u", "a0", True, 0)
 
 
 @pytest.mark.parametrize("copied", [True, False])
