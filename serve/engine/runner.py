@@ -139,10 +139,11 @@ class ModelRunner:
     ) -> StepInputs:
         device = self._base.device
         ids, positions = pack(chunks)
-        on_device = upload(np.maximum(ids, 0), device)
+        tokens, has_virtual = upload(ids, device), bool((ids < 0).any())
+        tokens = tokens if unseen is None else unseen.put(tokens, chunks)
         return StepInputs(
-            ids=on_device if unseen is None else unseen.put(on_device, chunks),
-            virtual=upload(ids, device) if (ids < 0).any() else None,
+            ids=tokens.clamp(min=0) if has_virtual else tokens,
+            virtual=tokens if has_virtual else None,
             positions=upload(positions, device),
             logits_rows=upload(rows, device),
             attention=self._attention_batch(chunks),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onebase.adapters.program import LowRank, SiteOps
+from onebase.kernels.ops.tokens import SoftPrompt, TokenRows
 from onebase.serve.engine.config import EngineConfig, overlaps
 from onebase.serve.engine.messages import Failure
 
@@ -121,3 +122,27 @@ def test_logits_that_overflow_end_their_request_alone(make_driver: Callable[...,
 )
 def test_where_steps_overlap(device: str, options: dict[str, bool], expected: bool) -> None:
     assert overlaps(EngineConfig("m", **options), device) is expected
+
+
+def test_rows_of_tokens_are_those_of_unseen_tokens_beside_virtual_ones(plain: Any, overlapped: Any) -> None:
+    """Embeddings read other ids where a soft prompt is in the batch: the tokens that the host has not seen as well."""
+    draw = torch.Generator().manual_seed(3)
+    rows = TokenRows(torch.arange(1, 128, dtype=torch.int32), torch.randn(127, 64, generator=draw))
+    soft = SoftPrompt(torch.randn(5, 64, generator=draw))
+    said = []
+    for driver in (plain, overlapped):
+        programs = Programs(driver)
+        programs.add("every-row", {"model.embed_tokens": SiteOps(extra=(rows,))})
+        programs.add("soft", {"model.embed_tokens": SiteOps(extra=(soft,))}, num_virtual_tokens=5, first_position=5)
+        alone = driver.generate(PROMPT, programs.use("every-row"), max_tokens=12)
+        driver.generate([4], programs.use("soft"), max_tokens=1)
+        request = driver.submit(PROMPT, programs.use("every-row"), max_tokens=12)
+        while len(driver.outputs.get(request, [])) < 2:
+            driver.step()
+        for token in (5, 6, 7):
+            driver.submit([token], programs.use("soft"), max_tokens=1)
+            driver.step()
+        driver.run()
+        assert driver.outputs[request] == alone
+        said.append(alone)
+    assert said[0] == said[1]
