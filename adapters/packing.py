@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -116,8 +116,9 @@ class PackedProgram:
 
 def shifted(op: Operands, block: int) -> Operands:
     """Operands relative to a block's start -> offsets into the arena's buffer."""
-    add_out = op.add_out + block if op.add_out >= 0 else -1
-    return Operands(op.rank, op.scale, op.a + block, op.b + block, add_out, op.token)
+    vectors = {name: getattr(op, name) for name in ("add_out", "gain", "sine", "gain_in")}
+    there = {name: start + block for name, start in vectors.items() if start >= 0}
+    return replace(op, a=op.a + block, b=op.b + block, **there)
 
 
 def pack(program: AdapterProgram, dtype: torch.dtype, *, pinned: bool = False) -> PackedProgram:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from onebase.kernels.plan import BatchPlan
+
+NOTHING: Mapping[int, Tensor] = MappingProxyType({})
 
 
 class Shrunk:
@@ -25,7 +28,7 @@ def own(shrunk: Shrunk, kind: type[S]) -> S:
 
 
 class LowRankKernels(Protocol):
-    """Low-rank updates of the rows of a batch, each row by its own programs.
+    """Low-rank updates and vectors of the rows of a batch, each row by its own programs.
 
     x, y and the arena buffer share one floating dtype and device. Rows outside every segment of the plan are never
     written. A plan may only name installed programs: KeyError otherwise. Where a site reads its operands by the wrong
@@ -43,13 +46,29 @@ class LowRankKernels(Protocol):
         """
 
     def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
-        """y[row] += segment.scale * (op.scale * xa[row] @ B + add_out), in place; shrunk's group includes the site.
+        """y[row] += segment.scale * (op.scale * xa[row] @ B + add_out + map(y[row])), in place; shrunk's group includes
+        the site.
 
+        map: gain * y, or a rotation of pairs, of what y is before any program of the row; see Operands.
         y: [plan.num_rows, out_features], last stride 1, any row stride (a slice of a fused output).
         """
 
-    def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
-        """``expand`` at several sites of the shrunk's group, each into its own y; in one launch where bodies can."""
+    def expand_group(
+        self,
+        ys: Sequence[Tensor],
+        shrunk: Shrunk,
+        sites: tuple[int, ...],
+        plan: BatchPlan,
+        origins: Mapping[int, Tensor] = NOTHING,
+    ) -> None:
+        """``expand`` at several sites of the shrunk's group, each into its own y; in one launch where bodies can.
+
+        origins: by site, what maps read instead of y, where something has been added to that already.
+        """
+
+    def scale_in(self, target: Tensor, x: Tensor, site: int, plan: BatchPlan) -> None:
+        """target[row] += segment.scale * gain_in * x[row], in place. Both [plan.num_rows, in_features], not the same
+        memory, last stride 1."""
 
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         """y[row] += segment.scale * (op.scale * A[tokens[row]] @ B + add_out), in place.

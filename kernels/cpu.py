@@ -8,7 +8,7 @@ masked products, cpu_split.py and cpu_tuning.py for the choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from onebase.kernels import bags, prepack
-from onebase.kernels.base import Shrunk, own
+from onebase.kernels.base import NOTHING, Shrunk, own
 from onebase.kernels.columns import Columns
 from onebase.kernels.cpu_bags import BagStep, Rows
 from onebase.kernels.cpu_split import CpuSplit
@@ -26,6 +26,7 @@ from onebase.kernels.low_rank_native import NativeRows, RowPairs
 from onebase.kernels.packs import Panels
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables, Use
+from onebase.kernels.vectors import Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class CpuKernels:
     ) -> None:
         """compiled: gathers in C where there is a library; False: in torch."""
         self._tables = tables
+        self._vectors = Vectors(tables)
         self._native = NativeRows.of(tables) if compiled else None
         gathers = self._native is not None or bags.supported()
         self._split = CpuSplit(tables, tuning if gathers else replace(tuning, gather=math.inf))
@@ -90,8 +92,16 @@ class CpuKernels:
     def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
         self.expand_group((y,), shrunk, (site,), plan)
 
-    def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
+    def expand_group(
+        self,
+        ys: Sequence[Tensor],
+        shrunk: Shrunk,
+        sites: tuple[int, ...],
+        plan: BatchPlan,
+        origins: Mapping[int, Tensor] = NOTHING,
+    ) -> None:
         whole = own(shrunk, CpuShrunk)
+        self._vectors.map_outputs(ys, sites, plan, origins)
         if whole.direct is not None and self._native is not None:
             self._native.add(ys, whole.x, sites, whole.direct)
         if whole.step is None and not whole.sites:
@@ -101,6 +111,9 @@ class CpuKernels:
                 self._add_sums(y, whole.step, whole.samples, site)
             if site in whole.sites:
                 _expand_site(y, whole.sites[site])
+
+    def scale_in(self, target: Tensor, x: Tensor, site: int, plan: BatchPlan) -> None:
+        self._vectors.scale_in(target, x, site, plan)
 
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         for use in self._tables.uses(site, plan, token=True):

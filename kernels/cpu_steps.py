@@ -145,6 +145,8 @@ def make_step(site: int, schedule: Schedule, tables: ProgramTables, panels: Pane
     solo: list[SoloStep] = []
     together: list[list[Use]] = [[] for _ in schedule.panels]
     for use in tables.uses_of(site, schedule.others):
+        if not use.op.rank and use.op.add_out < 0:
+            continue
         home = schedule.homes.get((use.segment.start, use.segment.handle))
         if home is None or (use.op.rank and not panels.packable(site, use.segment.handle, use.op)):
             solo.append(_solo(site, use, tables))

@@ -12,6 +12,7 @@ import torch
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables
 from onebase.kernels.tiles import TILE_FIELDS, Bounds, TileRow, Tiles, blocks, encode
+from onebase.kernels.touched import Touched
 
 BLOCK_M = 16  # decode: what is captured
 
@@ -31,15 +32,15 @@ class FixedPlan:
         max_tiles: int,
         max_rank: int,
         num_layers: int = 1,
-        sites: frozenset[int] | None = None,
+        sites: Touched | None = None,
     ) -> None:
         """max_tiles: per layer, for segments of up to 16 rows one each; num_layers: adapters that a row may have;
-        sites: those that kernels are launched for, None for all."""
+        sites: those that kernels are launched for, None for expands at all."""
         self.plan = BatchPlan(num_rows)
         self._tables = tables
         self._bounds = Bounds(max_tiles, max_rank)
         self._num_layers = num_layers
-        self._sites = frozenset(range(len(tables.sites))) if sites is None else sites
+        self._sites = Touched(frozenset(range(len(tables.sites)))) if sites is None else sites
         self._table, self._alignment = tables.device_table, tables.alignment
         self._filled: BatchPlan | None = None
         device = tables.buffer.device
@@ -68,7 +69,11 @@ class FixedPlan:
         self._fits("rows", plan.num_rows, self.plan.num_rows)
         self._fits("adapters on one row", len(plan.layers), self._num_layers)
         self._fits("the largest rank", self._tables.largest_rank(plan), self._bounds.max_rank)
-        self._fits("sites beyond those captured", len(self._tables.touched(plan) - self._sites), 0)
+        touched = self._tables.touched(plan)
+        self._fits("sites beyond those captured", len(touched.outputs - self._sites.outputs), 0)
+        self._fits("scaled inputs beyond those captured", len(touched.inputs - self._sites.inputs), 0)
+        if len(plan.layers) > 1:  # the second would read what the first has written
+            self._fits("maps beside other adapters on a row", len(touched.maps), 0)
         rows = self._cut(plan)
         host = encode(rows, len(self._data))
         pinned = host.pin_memory() if self._data.is_cuda else host

@@ -44,13 +44,17 @@ class SiteWork:
     maps: tuple[Work, ...]
     adds: tuple[Work, ...]
 
+    @property
+    def changes_output(self) -> bool:
+        return bool(self.maps or self.adds)
+
     def change_input(self, x: Tensor) -> Tensor:
         """x [rows, in_features] as the base is to read it; x itself where nothing changes it."""
-        return x if not self.inputs else _added(x.clone(), self.inputs, x)
+        return x if not self.inputs else added(x.clone(), self.inputs, x)
 
     def change_output(self, y: Tensor, x: Tensor) -> None:
         """Add the map and add deltas to y [rows, out_features], in place. x: as the site was called with it."""
-        _added(y, self.maps, y)
+        added(y, self.maps, y)
         for work in self.adds:
             _add(y, work, work.delta(x))
 
@@ -103,12 +107,12 @@ class InstructionTable:
         found = [item for item in self.placed(site, plan) if isinstance(item.op, RowInstruction)]
         if not found:
             return None
-        phases = {phase: _works(phase, found, plan, device) for phase in Phase}
+        phases = {phase: works_of(phase, found, plan, device) for phase in Phase}
         return SiteWork(phases[Phase.INPUT], phases[Phase.MAP], phases[Phase.ADD])
 
 
-def _works(phase: Phase, found: Iterable[Placed], plan: BatchPlan, device: torch.device) -> tuple[Work, ...]:
-    """One Work for each kind, more where rows are in several segments."""
+def works_of(phase: Phase, found: Iterable[Placed], plan: BatchPlan, device: torch.device) -> tuple[Work, ...]:
+    """The row instructions of a phase: one Work for each kind, more where rows are in several segments."""
     layers: list[tuple[type[RowInstruction], list[Placed]]] = []
     for item in found:
         kind = type(item.op)
@@ -159,8 +163,9 @@ def _take(source: Tensor, rows: slice | Tensor) -> Tensor:
     return source[rows] if isinstance(rows, slice) else source.index_select(0, rows)
 
 
-def _added(target: Tensor, works: Sequence[Work], source: Tensor) -> Tensor:
-    """All deltas are taken before the first is added: source may be the target."""
+def added(target: Tensor, works: Sequence[Work], source: Tensor) -> Tensor:
+    """The target with what the works make of the source, in place. All deltas are taken before the first is added:
+    source may be the target."""
     deltas = [work.delta(source) for work in works]
     for work, delta in zip(works, deltas, strict=True):
         _add(target, work, delta)

@@ -1,4 +1,6 @@
-"""The Triton kernels of segmented shrink and expand, over an arena addressed by tables. matmul_triton.py launches them.
+"""The Triton kernels of segmented shrink and expand, and of vectors, over an arena addressed by tables.
+
+matmul_triton.py launches them. An expand's epilogue adds a program's bias, gain and rotation to what it stores anyway.
 
 Triton compiles anew for each class of an argument (one, a multiple of 16, aligned or not), which would stall a step.
 So what changes with the batch is exempt, or always a multiple of 16: xa's rows are padded to that.
@@ -78,7 +80,69 @@ def shrink_kernel(
     tl.store(out, acc, mask=here[:, None] & (r < _whole(rank))[None, :])
 
 
-@triton.jit(do_not_specialize=["site0", "site1", "site2", "member0", "member1", "member2"])
+@triton.jit
+def _mapped(y, out, arena, entry, n, mask, inside, ALIGN: tl.constexpr):
+    """What a program's map adds to y [BLOCK_M, BLOCK_N] fp32, which lies at ``out``. n: the columns."""
+    gain, sine = tl.load(entry + 5), tl.load(entry + 6)
+    factor = tl.load(arena + tl.multiple_of(gain, ALIGN) + n, mask=inside, other=0.0)
+    delta = y * factor.to(tl.float32)[None, :]
+    if sine >= 0:
+        turn = tl.load(arena + tl.multiple_of(sine, ALIGN) + n, mask=inside, other=0.0).to(tl.float32)
+        delta += _turned(out, turn, tl.load(entry + 7).to(tl.int32), n, mask)
+    return delta
+
+
+@triton.jit
+def _turned(out, turn, group, n, mask):
+    """A pair (a, b), half a group apart, becomes (-b s, a s'). turn: s and s', by column."""
+    half = group // 2
+    is_first = (n % group) < half
+    partner = out + tl.where(is_first, half, -half)[None, :]
+    other = tl.load(partner, mask=mask, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # before another thread of the program stores there
+    return other * tl.where(is_first, -turn, turn)[None, :]
+
+
+@triton.jit(do_not_specialize=["site"])
+def scale_in_kernel(
+    target,  # [rows, in_features], row stride target_stride
+    x,  # [rows, in_features], row stride x_stride
+    arena,
+    table,  # [programs, n_sites, FIELDS] int64
+    tiles,  # [n_tiles, TILE_FIELDS] int32, of one layer
+    tile_scales,  # the tiles read as float32
+    target_stride,
+    x_stride,
+    in_features,
+    site,
+    n_sites,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FIELDS: tl.constexpr,
+    TILE_FIELDS: tl.constexpr,
+):
+    """target += scale * gain * x. Grid: (tiles of the layer, column blocks)."""
+    tile = tiles + tl.program_id(0) * TILE_FIELDS
+    count = tl.load(tile + 2)
+    if count == 0:
+        return
+    gain = tl.load(table + (tl.load(tile + 3).to(tl.int64) * n_sites + site) * FIELDS + 8)
+    if gain < 0:
+        return
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (tl.load(tile) + m).to(tl.int64)[:, None]
+    mask = (m < count)[:, None] & (n < in_features)[None, :]
+    factor = tl.load(arena + tl.multiple_of(gain, ALIGN) + n, mask=n < in_features, other=0.0).to(tl.float32)
+    factor *= tl.load(tile_scales + tl.program_id(0) * TILE_FIELDS + 4)
+    source = tl.load(x + rows * x_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    out = target + rows * target_stride + n[None, :]
+    new = tl.load(out, mask=mask, other=0.0).to(tl.float32) + source * factor[None, :]
+    tl.store(out, new.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["site0", "site1", "site2", "member0", "member1", "member2", "maps"])
 def expand_kernel(
     y0,  # three slices: outputs of sites of one group, [rows, n0], row stride stride0; those that are not there: n 0
     y1,
@@ -105,6 +169,7 @@ def expand_kernel(
     member_stride,  # elements of xa between members
     split_stride,  # and between the parts of K
     width,
+    maps,  # 1: y is what the base gave, and gains and rotations read it; 0: they are done already
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -126,7 +191,8 @@ def expand_kernel(
     at = (tl.load(tile + 3).to(tl.int64) * n_sites + site) * FIELDS
     rank = tl.load(table + at + 3)
     add_out = tl.load(table + at + 2)
-    if (rank == 0) & (add_out < 0):
+    gain = tl.where(maps != 0, tl.load(table + at + 5), -1)
+    if (rank == 0) & (add_out < 0) & (gain < 0):
         return
     y = tl.where(block >= third, y2, tl.where(block >= second, y1, y0))
     y_stride = tl.where(block >= third, stride2, tl.where(block >= second, stride1, stride0))
@@ -161,5 +227,7 @@ def expand_kernel(
     out = y + rows.to(tl.int64)[:, None] * y_stride + n[None, :]
     mask = here[:, None] & (n < out_features)[None, :]
     new = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    if gain >= 0:
+        acc += _mapped(new, out, arena, table + at, n, mask, n < out_features, ALIGN)
     new += acc * tl.load(tile_scales + tl.program_id(0) * TILE_FIELDS + 4)
     tl.store(out, new.to(y0.dtype.element_ty), mask=mask)

@@ -21,15 +21,17 @@ import torch
 import triton
 from torch import Tensor
 
-from onebase.kernels.base import Shrunk, own
+from onebase.kernels.base import NOTHING, Shrunk, own
 from onebase.kernels.config import Config, Configs, Op, Shape
-from onebase.kernels.matmul_kernels import expand_kernel, shrink_kernel
+from onebase.kernels.matmul_kernels import expand_kernel, scale_in_kernel, shrink_kernel
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.tables import FIELDS, ProgramTables, SiteShape
 from onebase.kernels.tiles import ROWS_BY_BLOCK, TILE_FIELDS, tiles_of
+from onebase.kernels.vectors import Vectors
 from onebase.kernels.warm_up import warm_plan, zero_programs
 
 SLICES = 3  # outputs of one expand: q, k and v
+_TILE_ELEMENTS = 4096  # of a scale_in
 
 
 class Slice(NamedTuple):
@@ -57,6 +59,7 @@ class TritonKernels:
         """configs: the device's where not given."""
         self._tables = tables
         self._configs = Configs.of_device(tables.buffer.device) if configs is None else configs
+        self._vectors = Vectors(tables)
         self._groups: dict[tuple[int, ...], Tensor] = {}
 
     def shrink(self, x: Tensor, group: tuple[int, ...], plan: BatchPlan) -> TritonShrunk:
@@ -65,6 +68,8 @@ class TritonKernels:
         width, config = self._choose("shrink", group, plan)
         splits = config.splits
         xa = torch.empty((splits, len(group), tiles.packed_rows, width), dtype=torch.float32, device=x.device)
+        if not self._rank(group, plan):
+            return TritonShrunk(group, xa)  # vectors alone: nothing reads it
         shrink_kernel[(tiles.count, triton.cdiv(width, config.block_r), len(group) * splits)](
             x, tables.buffer, tables.device_table, tiles.data, self._group(group), xa,
             x.stride(0), x.shape[1], len(tables.sites), tiles.packed_rows, width, len(group),
@@ -77,19 +82,44 @@ class TritonKernels:
     def expand(self, y: Tensor, shrunk: Shrunk, site: int, plan: BatchPlan) -> None:
         self.expand_group((y,), shrunk, (site,), plan)
 
-    def expand_group(self, ys: Sequence[Tensor], shrunk: Shrunk, sites: tuple[int, ...], plan: BatchPlan) -> None:
+    def expand_group(
+        self,
+        ys: Sequence[Tensor],
+        shrunk: Shrunk,
+        sites: tuple[int, ...],
+        plan: BatchPlan,
+        origins: Mapping[int, Tensor] = NOTHING,
+    ) -> None:
         mine = own(shrunk, TritonShrunk)
-        if not (tiles_of(plan, self._tables).fixed or any(self._tables.uses(site, plan) for site in sites)):
+        if not self._acts(sites, plan):
             return
+        maps = not origins and self._reads_base(plan)
+        if not maps:
+            self._vectors.map_outputs(ys, sites, plan, origins)
         _, config = self._choose("expand", sites, plan)
         slices = [Slice(y, site, mine.group.index(site)) for y, site in zip(ys, sites, strict=True)]
         for at in range(0, len(slices), SLICES):
-            self._expand(slices[at : at + SLICES], mine.xa, plan, config, token=False)
+            self._expand(slices[at : at + SLICES], mine.xa, plan, config, maps=maps)
+
+    def scale_in(self, target: Tensor, x: Tensor, site: int, plan: BatchPlan) -> None:
+        tables, tiles = self._tables, tiles_of(plan, self._tables)
+        if site not in tables.touched(plan).inputs:
+            return
+        _require_rows("x", x)
+        _require_rows("target", target)
+        width, block = x.shape[1], _TILE_ELEMENTS // tiles.block_m
+        for start, stop in tiles.layers:
+            layer = tiles.data[start:stop]
+            scale_in_kernel[(stop - start, triton.cdiv(width, block))](
+                target, x, tables.buffer, tables.device_table, layer, layer.view(torch.float32),
+                target.stride(0), x.stride(0), width, site, len(tables.sites),
+                BLOCK_M=tiles.block_m, BLOCK_N=block, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
+            )  # fmt: skip
 
     def token_low_rank(self, y: Tensor, tokens: Tensor, site: int, plan: BatchPlan) -> None:
         if tiles_of(plan, self._tables).fixed or self._tables.uses(site, plan, token=True):
             _, config = self._choose("token", (site,), plan)
-            self._expand([Slice(y, site, 0)], tokens.contiguous(), plan, config, token=True)
+            self._expand([Slice(y, site, 0)], tokens.contiguous(), plan, config, token=True, maps=False)
 
     def forget(self, handle: int) -> None:
         """Nothing is cached of a program."""
@@ -134,9 +164,22 @@ class TritonKernels:
                 self.token_low_rank(y, tokens, site, plan)
         else:
             x = buffer.new_zeros(plan.num_rows, sites[group[0]].in_features)
+            self.scale_in(torch.zeros_like(x), x, group[0], plan)
             self.expand_group(ys, self.shrink(x, group, plan), group, plan)
 
-    def _expand(self, slices: list[Slice], source: Tensor, plan: BatchPlan, config: Config, *, token: bool) -> None:
+    def _acts(self, sites: tuple[int, ...], plan: BatchPlan) -> bool:
+        """Whether an expand has anything to do. Raises ValueError where a site has an embedding's operands."""
+        for site in () if tiles_of(plan, self._tables).fixed else sites:
+            self._tables.uses(site, plan)
+        return any(self._tables.active(site, plan) for site in sites)
+
+    def _reads_base(self, plan: BatchPlan) -> bool:
+        """Whether each row has one expand, which finds what the base gave. A fixed plan takes no others with maps."""
+        return tiles_of(plan, self._tables).fixed is not None or len(plan.layers) < 2
+
+    def _expand(
+        self, slices: list[Slice], source: Tensor, plan: BatchPlan, config: Config, *, maps: bool, token: bool = False
+    ) -> None:
         """One launch for each layer of the plan. source: xa, or the token ids."""
         tables, tiles = self._tables, tiles_of(plan, self._tables)
         for one in slices:
@@ -154,7 +197,7 @@ class TritonKernels:
                 layer, layer.view(torch.float32), source,
                 *(one.y.stride(0) for one in padded), *widths,
                 *(one.site for one in padded), *(one.member for one in padded), len(tables.sites),
-                *strides,
+                *strides, int(maps),
                 BLOCK_M=tiles.block_m, BLOCK_N=config.block, BLOCK_R=config.block_r, SPLITS=splits, TOKEN=token,
                 WIDE=not source.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
                 num_warps=config.num_warps, num_stages=config.num_stages,

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from onebase.kernels.plan import BatchPlan, Segment
+from onebase.kernels.touched import Touched
 
-FIELDS = 5  # a, b, add_out, rank, scale (the bits of a float64)
+FIELDS = 9  # a, b, add_out, rank, scale (the bits of a float64), gain, sine, group, gain_in
+PAIR_BLOCK = 64  # a rotation's group divides it: both of a pair lie in one block of an expand
 _FIRST_CAPACITY = 16
+_VECTORS = {"add_out": "out_features", "gain": "out_features", "sine": "out_features", "gain_in": "in_features"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,10 @@ class Operands:
     Linear site: a -> A [rank, in_features], b -> B [rank, out_features].
     Embedding (token=True): a -> A [vocabulary, rank], b -> B [rank, width].
     add_out -> [out_features], or -1 for none. rank 0: no low-rank part, a and b are not read.
+
+    Vectors of linear sites, -1 for none. gain -> [out_features]: the base's output times 1 + gain. sine ->
+    [out_features], beside a gain: a rotation of pairs (ops/rotate.py), whose cosine less one is the gain; a pair lies
+    half a group apart, and the group divides PAIR_BLOCK. gain_in -> [in_features]: the base's input times 1 + gain_in.
     """
 
     rank: int
@@ -35,6 +42,21 @@ class Operands:
     b: int
     add_out: int = -1
     token: bool = False
+    gain: int = -1
+    sine: int = -1
+    group: int = 0
+    gain_in: int = -1
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether an expand has anything to do."""
+        return self.rank > 0 or self.add_out >= 0 or self.gain >= 0
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Every offset that there is."""
+        vectors = (self.add_out, self.gain, self.sine, self.gain_in)
+        return (self.a, self.b, *(start for start in vectors if start >= 0))
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,7 @@ class ProgramRow(NamedTuple):
     table: Tensor
     is_aligned: bool
     rank: int
+    touched: Touched
 
 
 class ProgramTables:
@@ -80,6 +103,7 @@ class ProgramTables:
         self._tokens: dict[int, frozenset[int]] = {}
         self._rows: dict[int, int] = {}
         self._ranks: dict[int, int] = {}  # of each program, the largest
+        self._touches: dict[int, Touched] = {}
         self._last_handle = -1
         self._removals = 0
         self.alignment = 16 // buffer.element_size()
@@ -98,10 +122,9 @@ class ProgramTables:
         for site, op in operands.items():
             self._check(site, op, within)
         whole = 16 // self.buffer.element_size()
-        starts = (start for op in operands.values() for start in (op.a, op.b, max(op.add_out, 0)))
-        is_aligned = not any(start % whole for start in starts)
+        is_aligned = not any(start % whole for op in operands.values() for start in op.starts)
         rank = max((op.rank for op in operands.values()), default=0)
-        return ProgramRow(dict(operands), self._encode(operands), is_aligned, rank)
+        return ProgramRow(dict(operands), self._encode(operands), is_aligned, rank, Touched.of(operands))
 
     def install(self, handle: int, program: Mapping[int, Operands] | ProgramRow) -> None:
         """Make a program usable by plans. Raises ValueError for a reused handle or an operand outside the buffer."""
@@ -113,13 +136,13 @@ class ProgramTables:
         self._last_handle = handle
         self._programs[handle] = ready.operands
         self._tokens[handle] = frozenset(site for site, op in ready.operands.items() if op.token)
-        self._ranks[handle] = ready.rank
+        self._ranks[handle], self._touches[handle] = ready.rank, ready.touched
         self._rows[handle] = row = self._take_row()
         self._device_table[row].copy_(ready.table, non_blocking=True)
 
     def remove(self, handle: int) -> None:
         """Forget a program. Raises KeyError where it is not installed."""
-        del self._programs[handle], self._tokens[handle], self._ranks[handle]
+        del self._programs[handle], self._tokens[handle], self._ranks[handle], self._touches[handle]
         self._free_rows.append(self._rows.pop(handle))
         self._removals += 1
 
@@ -136,18 +159,17 @@ class ProgramTables:
         plan.memo((self, "installed", self._removals), lambda: self._require(plan))
 
     def active(self, site: int, plan: BatchPlan) -> bool:
-        """Whether any program of the plan touches the site."""
-        self.check(plan)
-        return site in self.touched(plan)
+        """Whether any program of the plan changes the site's output."""
+        return site in self.touched(plan).outputs
 
-    def touched(self, plan: BatchPlan) -> frozenset[int]:
+    def touched(self, plan: BatchPlan) -> Touched:
         """The sites that any program of the plan touches."""
         self.check(plan)
-        return plan.memo((self, "active"), lambda: self._touched(plan))
+        return plan.memo((self, "touched"), lambda: Touched.any_of([self._touches[handle] for handle in plan.handles]))
 
-    def touch(self, plan: BatchPlan, sites: frozenset[int]) -> None:
-        """Count these sites as active in a plan without segments, before anything asks: others are written over it."""
-        plan.memo((self, "active"), lambda: sites)
+    def touch(self, plan: BatchPlan, sites: Touched) -> None:
+        """Count these sites as touched by a plan without segments, before anything asks: others are written over it."""
+        plan.memo((self, "touched"), lambda: sites)
 
     def largest_rank(self, plan: BatchPlan) -> int:
         """The largest rank that the plan's programs have at any site."""
@@ -187,16 +209,17 @@ class ProgramTables:
 
     def add_out(self, site: int, op: Operands) -> Tensor:
         """View of the buffer: [out_features]. The operand has one: op.add_out >= 0."""
-        return self.buffer[op.add_out : op.add_out + self.sites[site].out_features]
+        return self.vector(op.add_out, self.sites[site].out_features)
+
+    def vector(self, start: int, width: int) -> Tensor:
+        """View of the buffer: [width]."""
+        return self.buffer[start : start + width]
 
     def _require(self, plan: BatchPlan) -> bool:
         missing = sorted(plan.handles - self._programs.keys())
         if missing:
             raise KeyError(f"plan: programs {missing} are not installed")
         return True
-
-    def _touched(self, plan: BatchPlan) -> frozenset[int]:
-        return frozenset().union(*(self._programs[handle] for handle in plan.handles))
 
     def _uses(self, site: int, plan: BatchPlan, token: bool | None = None) -> tuple[Use, ...]:
         found = ((segment, self._programs[segment.handle].get(site)) for segment in plan.segments)
@@ -214,8 +237,13 @@ class ProgramTables:
         if op.rank:
             self._check_block(site, "a", op.a, op.rank * shape.in_features, within)
             self._check_block(site, "b", op.b, op.rank * shape.out_features, within)
-        if op.add_out != -1:
-            self._check_block(site, "add_out", op.add_out, shape.out_features, within)
+        for field, width in _VECTORS.items():
+            if getattr(op, field) != -1:
+                self._check_block(site, field, getattr(op, field), getattr(shape, width), within)
+        if op.sine != -1 and (op.gain == -1 or not _divides(op.group, math.gcd(PAIR_BLOCK, shape.out_features))):
+            raise ValueError(
+                f"site {site}: group {op.group} must be even, divide {PAIR_BLOCK} and the width, with a gain"
+            )
 
     def _check_block(self, site: int, field: str, offset: int, size: int, within: range) -> None:
         if offset < within.start or offset + size > within.stop:
@@ -226,11 +254,15 @@ class ProgramTables:
         """[n_sites, FIELDS] int64 on the host, pinned for CUDA."""
         pinned = self.buffer.is_cuda
         table = torch.zeros((len(self.sites), FIELDS), dtype=torch.int64, pin_memory=pinned)
-        table[:, 2] = -1
+        table[:, [2, 5, 6, 8]] = -1
         if operands:
             where = list(operands)
-            table[where, :4] = torch.tensor(
-                [(op.a, op.b, op.add_out, op.rank) for op in operands.values()], dtype=torch.int64
+            table[where] = torch.tensor(
+                [
+                    (op.a, op.b, op.add_out, op.rank, 0, op.gain, op.sine, op.group, op.gain_in)
+                    for op in operands.values()
+                ],
+                dtype=torch.int64,
             )
             table.view(torch.float64)[where, 4] = torch.tensor(
                 [op.scale for op in operands.values()], dtype=torch.float64
@@ -253,3 +285,7 @@ class ProgramTables:
 def wrong_operands(site: int) -> ValueError:
     """What is raised where a site reads its operands by the wrong one of expand and token_low_rank."""
     return ValueError(f"site {site}: token operands are read by token_low_rank, the others by expand")
+
+
+def _divides(group: int, width: int) -> bool:
+    return group > 0 and group % 2 == 0 and width % group == 0

@@ -15,7 +15,9 @@ def zero_programs(zeros: Tensor, sites: Sequence[SiteShape], rank: int, count: i
     """``count`` programs of one rank at every site whose factors fit into ``zeros``, which they all share."""
     tables = ProgramTables(zeros, sites)
     fits = [rank * max(site.in_features, site.out_features) <= zeros.numel() for site in sites]
-    operands = {site: Operands(rank, 1.0, 0, 0, token=token) for site, here in enumerate(fits) if here}
+    vector = -1 if token else 0
+    zero = Operands(rank, 1.0, 0, 0, token=token, gain=vector, gain_in=vector)
+    operands = {site: zero for site, here in enumerate(fits) if here}
     for handle in range(count):
         tables.install(handle, operands)
     return tables

@@ -49,10 +49,12 @@ class AdapterCache:
         site_index: Mapping[str, int],
         compile: Compile,
         *,
+        linears: frozenset[str],
         forms: CompiledForms | None = None,
         host_bytes: int = 0,
     ) -> None:
-        """forms: of the disk tier, None for none. host_bytes: the host tier's budget."""
+        """linears: the paths of linear modules among the sites. forms: of the disk tier, None for none. host_bytes: the
+        host tier's budget."""
         self.arena = arena
         self.shared = SharedBlocks(arena)
         self.policy = Lrfu()
@@ -61,7 +63,7 @@ class AdapterCache:
         self.pins = Pins()
         self.blocked = False
         self.hits = self.misses = self.num_references = 0
-        installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index)
+        installer = Installer(arena.buffer, self.shared, tables, kernels, instructions, site_index, linears)
         self.device = DeviceTier(arena, self.shared, installer, self.policy, evicted=self._evicted)
         fetcher = Fetcher(compile, forms, arena.buffer.dtype, pinned=arena.buffer.is_cuda)
         self.transit = Transit(fetcher, self.device, self.host, self.shared, installer, left=self._forget)

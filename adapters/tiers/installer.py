@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from onebase.adapters.packing import shifted
+from onebase.adapters.packing import PackedInstruction, shifted
 from onebase.adapters.program import Head
 from onebase.adapters.tiers.entry import Entry
 from onebase.adapters.tiers.shared_blocks import SharedBlocks
+from onebase.adapters.tiers.vectors import with_vectors
 from onebase.kernels.base import LowRankKernels
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.ops.instruction import Instruction
 from onebase.kernels.ops.reft import Intervention, Part
-from onebase.kernels.tables import ProgramRow, ProgramTables
+from onebase.kernels.tables import Operands, ProgramRow, ProgramTables
 
 Extra = Mapping[str, tuple[Instruction, ...]]  # by site
 
@@ -48,26 +49,37 @@ class Installer:
         kernels: LowRankKernels,
         instructions: InstructionTable,
         site_index: Mapping[str, int],
+        linears: frozenset[str],
     ) -> None:
+        """site_index: of the tables, by path; linears: the paths of linear modules among them."""
         self._buffer = buffer
         self._shared = shared
         self._tables = tables
         self._kernels = kernels
         self._instructions = instructions
         self._site_index = site_index
+        self._linears = linears
         self._next_handle = 0
 
     def prepare(self, entry: Entry, block: int, starts: Mapping[str, int]) -> Installable:
         """What the tables take of an entry whose block and shared blocks lie there. May be called by any thread."""
-        operands = {self._site_index[path]: shifted(op, block) for path, op in entry.operands.items()}
-        extra = {
-            path: tuple(item.bind(self._buffer, block, starts) for item in items) for path, items in entry.extra.items()
-        }
+        packed, left = self._split(entry)
+        operands = {self._site_index[path]: shifted(op, block) for path, op in packed.items()}
+        extra = {path: tuple(item.bind(self._buffer, block, starts) for item in items) for path, items in left.items()}
         head = None if entry.packed_head is None else entry.packed_head.bind(self._buffer, block)
         windowed = entry.traits.window is not None
         parts = (_acting_at(extra, "first"), _acting_at(extra, "last")) if windowed else (extra,)
         row = self._tables.row_of(operands, range(block, block + entry.num_elements))
         return Installable(block, starts, row, parts, head)
+
+    def _split(self, entry: Entry) -> tuple[dict[str, Operands], dict[str, tuple[PackedInstruction, ...]]]:
+        """What the kernels' tables take, the vectors of linear sites included, and the instructions that are left."""
+        operands, extra = dict(entry.operands), dict(entry.extra)
+        for path in self._linears & extra.keys():
+            op, left = with_vectors(operands.get(path), extra.pop(path))
+            operands |= {} if op is None else {path: op}
+            extra |= {path: left} if left else {}
+        return operands, extra
 
     def install(self, entry: Entry) -> None:
         """Give a placed entry its handle, and one more for the tail of the prompt where it acts on both ends."""

@@ -93,10 +93,12 @@ static inline float fast_exp(float x) {
     return p * as_float((uint32_t)(power + 127) << 23);
 }
 
-/* What a program does at a site: kernels/tables.py. Offsets in elements; add_out -1 for none. */
+/* What a program does at a site: kernels/tables.py. Offsets in elements; add_out -1 for none. Of
+   vectors, which are done before, only the room is known here. */
 struct operands {
     int64_t a, b, add_out, rank;
     double scale;
+    int64_t gain, sine, group, gain_in;
 };
 
 static inline int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }

@@ -23,7 +23,7 @@ from onebase.serve.engine.tier import adapter_tier
 from onebase.serve.engine.usage import measure
 from onebase.serve.engine.waiting import WaitingRoom
 from onebase.serve.model.loader import LoadedModel
-from onebase.serve.model.sites import StepPlans
+from onebase.serve.model.site_context import StepPlans
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -33,7 +33,7 @@ from onebase.serve.engine.runner import ModelRunner
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.model.loader import LoadedModel
-from onebase.serve.model.sites import StepPlans
+from onebase.serve.model.site_context import StepPlans
 
 MOST_ROWS = 16  # of a forward: a decode step reads the weights once for as many sequences
 SCRATCH_PAGES = MOST_ROWS  # beyond the allocator's pages, for rows of no importance

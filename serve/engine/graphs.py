@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from onebase.kernels.config import rank_class
 from onebase.kernels.fixed_plan import DoesNotFit, FixedPlan
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables
+from onebase.kernels.touched import NOWHERE, Touched
 from onebase.serve.engine.graph_inputs import StaticInputs
 from onebase.serve.engine.graph_recorder import Recorder, Recording
 from onebase.serve.engine.inputs import StepInputs
@@ -42,12 +43,12 @@ class Needs:
     sites: where they act; rank: the class of the largest; layers: how many act on one row at most.
     """
 
-    sites: frozenset[int] = frozenset()
+    sites: Touched = NOWHERE
     rank: int = 0
     layers: int = 0
 
     def covers(self, other: Needs) -> bool:
-        return self.sites >= other.sites and self.rank >= other.rank and self.layers >= other.layers
+        return self.sites.covers(other.sites) and self.rank >= other.rank and self.layers >= other.layers
 
 
 Key = tuple[int, Needs]  # rows, and what for
@@ -140,16 +141,18 @@ class DecodeGraphs:
             return None
         if plan is None:
             return Needs()
-        if self._instructions.touched(plan):
+        touched, layers = self._tables.touched(plan), len(plan.layers)
+        if self._instructions.touched(plan) or (touched.maps and layers > 1):
             return None
-        return Needs(self._tables.touched(plan), rank_class(self._tables.largest_rank(plan)), len(plan.layers))
+        rank = self._tables.largest_rank(plan)
+        return Needs(replace(touched, maps=frozenset()), rank and rank_class(rank), layers)
 
     def _find(self, rows: int, needs: Needs) -> Key | None:
         """The graph that does least beside what is needed."""
         for key in [key for key, graph in self._graphs.items() if graph.static.is_stale]:
             del self._graphs[key]
         found = [key for key in self._graphs if key[0] == rows and key[1].covers(needs)]
-        return min(found, key=lambda key: (len(key[1].sites), key[1].rank, key[1].layers), default=None)
+        return min(found, key=lambda key: (key[1].sites.count, key[1].rank, key[1].layers), default=None)
 
     def _miss(self, key: Key) -> Key | None:
         """Remember that a graph was missed; capture it now if that has become frequent."""

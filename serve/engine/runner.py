@@ -25,7 +25,7 @@ from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
 from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.upload import upload
 from onebase.serve.model.loader import LoadedModel
-from onebase.serve.model.sites import StepPlans
+from onebase.serve.model.site_context import StepPlans
 from onebase.serve.model.trunk import Trunk
 
 

@@ -17,7 +17,8 @@ from onebase.kernels.tables import ProgramTables, SiteShape
 from onebase.serve.engine.config import GIB, EngineConfig
 from onebase.serve.engine.host_memory import HostMemory
 from onebase.serve.model.loader import LoadedModel
-from onebase.serve.model.sites import SiteContext, StepPlans, wrap_sites
+from onebase.serve.model.site_context import SiteContext, StepPlans
+from onebase.serve.model.sites import wrap_sites
 
 _HOST_SHARE_CUDA, _MOST_CUDA = 0.25, 64 * GIB
 _HOST_SHARE_CPU, _MOST_CPU = 0.05, 2 * GIB
@@ -42,6 +43,7 @@ def adapter_tier(
         instructions,
         index,
         partial(_compile, base),
+        linears=frozenset(site.path for site in sites if site.kind is SiteKind.LINEAR),
         forms=compiled_forms(config, base),
         host_bytes=host_budget(config, base.device.type),
     )

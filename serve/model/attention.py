@@ -20,7 +20,7 @@ from onebase.kernels.attention import AttentionBatch, AttentionBody, AttentionOp
 from onebase.kernels.ops.instruction import wide
 from onebase.kernels.ops.prefix import GatedPrefix
 from onebase.kernels.pages import LayerShape, SlotLayout
-from onebase.serve.model.sites import SiteContext
+from onebase.serve.model.site_context import SiteContext
 
 ATTENTION_NAME = "onebase_paged"
 _CONTEXT = "onebase_attention"

@@ -19,7 +19,8 @@ from onebase.adapters.base import ExpertParameter, Experts
 from onebase.kernels.instructions import Placed
 from onebase.kernels.ops.experts import ExpertLowRank
 from onebase.kernels.ops.instruction import wide
-from onebase.serve.model.sites import Forward, ProbedBlock, SiteContext
+from onebase.serve.model.site_context import SiteContext
+from onebase.serve.model.sites import Forward, ProbedBlock
 
 _GATE_OF = {"gate_up_proj": "_apply_gate", "up_proj": "act_fn"}  # the module's own function between the two products
 _DOWN_NAME = "down_proj"

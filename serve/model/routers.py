@@ -19,7 +19,8 @@ from onebase.kernels.ops.experts import RouterLowRank
 from onebase.kernels.ops.instruction import wide
 from onebase.serve.model.experts import Run, split_runs
 from onebase.serve.model.hooks import CallRecorder
-from onebase.serve.model.sites import Forward, ProbedBlock, SiteContext, forward_with
+from onebase.serve.model.site_context import SiteContext
+from onebase.serve.model.sites import Forward, ProbedBlock, forward_with
 
 
 @dataclass(frozen=True, slots=True)

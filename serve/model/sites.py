@@ -15,62 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from onebase.adapters.base import Site, SiteKind
-from onebase.kernels.base import LowRankKernels
-from onebase.kernels.instructions import InstructionTable, Placed
+from onebase.kernels.instructions import Placed, SiteWork
 from onebase.kernels.ops.bottleneck import BlockBottleneck
 from onebase.kernels.ops.instruction import wide
 from onebase.kernels.ops.norm import NormOverride
 from onebase.kernels.ops.tokens import SoftPrompt, TokenInstruction
 from onebase.kernels.plan import BatchPlan
-from onebase.kernels.tables import ProgramTables
+from onebase.serve.model.site_context import SiteContext
 
 Forward = Callable[..., Any]
-
-
-@dataclass(slots=True, eq=False)
-class StepPlans:
-    """The plans of the present step. None where the whole batch is base: sites then return at once.
-
-    rows: over the packed tokens; logits: over the rows that reach the output head. tokens: [T] int64, the packed ids;
-    virtual ones are negative here, and 0 where the model reads them.
-    """
-
-    rows: BatchPlan | None = None
-    logits: BatchPlan | None = None
-    tokens: Tensor | None = None
-
-
-@dataclass(slots=True, eq=False)
-class SiteContext:
-    """What every wrapper reads. residuals: path of a block -> what its norm read in this forward, [1, T, width].
-    beside: path of an attention module -> rows and what is added to its output there. touched: sites with instructions
-    in the plan ``of``, the latest that was asked about."""
-
-    kernels: LowRankKernels
-    tables: ProgramTables
-    instructions: InstructionTable
-    plans: StepPlans
-    residuals: dict[str, Tensor] = field(default_factory=dict)
-    beside: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
-    touched: frozenset[str] = frozenset()
-    of: BatchPlan | None = None
-
-    def touches(self, path: str) -> bool:
-        """Whether the step's packed rows have instructions at a site: all that most sites of most steps ask."""
-        plan = self.plans.rows
-        if plan is not self.of:
-            self.of, self.touched = plan, frozenset() if plan is None else self.instructions.touched(plan)
-        return path in self.touched
-
-    def forget(self) -> None:
-        """What a forward that raised has left for its later modules."""
-        self.residuals.clear()
-        self.beside.clear()
-
-    def placed(self, path: str) -> tuple[Placed, ...]:
-        """The instructions of the step's packed rows at a site."""
-        plan = self.plans.rows
-        return self.instructions.placed(path, plan) if plan is not None and self.touches(path) else ()
 
 
 @dataclass(slots=True, eq=False)
@@ -96,10 +49,12 @@ class SiteGroup:
         return y
 
     def _compute(self, x: Tensor, plan: BatchPlan, context: SiteContext) -> dict[int, Tensor]:
-        ys = [linear.without_low_rank(x, plan) for linear in self.linears]
-        if any(context.tables.active(site, plan) for site in self.members):
+        origins: dict[int, Tensor] = {}
+        ys = [linear.without_low_rank(x, plan, origins) for linear in self.linears]
+        if not context.acts(plan).outputs.isdisjoint(self.members):
             shrunk = context.kernels.shrink(x.reshape(-1, x.shape[-1]), self.members, plan)
-            context.kernels.expand_group([y.view(-1, y.shape[-1]) for y in ys], shrunk, self.members, plan)
+            rows = [y.view(-1, y.shape[-1]) for y in ys]
+            context.kernels.expand_group(rows, shrunk, self.members, plan, origins)
         return dict(zip(self.members, ys, strict=True))
 
 
@@ -182,17 +137,31 @@ class AdaptedLinear:
             return y
         return self.group.output(x, self.index, plan, self.context)
 
-    def without_low_rank(self, x: Tensor, plan: BatchPlan) -> Tensor:
-        """The base's output, with what instructions add."""
-        plain = not self.entry.is_head and not self.context.touches(self.entry.site.path)
-        work = None if plain else self.context.instructions.work(self.entry.site.path, plan, x.device)
-        if work is None:
+    def without_low_rank(self, x: Tensor, plan: BatchPlan, origins: dict[int, Tensor]) -> Tensor:
+        """The base's output, with what instructions add; into ``origins`` what it was, where maps will read that."""
+        context, path = self.context, self.entry.site.path
+        plain = not self.entry.is_head and not context.touches(path)
+        work = None if plain else context.instructions.work(path, plan, x.device)
+        acts = context.acts(plan)
+        if work is None and self.index not in acts.inputs:
             y: Tensor = self.base(x)
             return y
         rows = x.reshape(-1, x.shape[-1])
-        y = self.base(work.change_input(rows).view(x.shape))
-        work.change_output(y.view(-1, y.shape[-1]), rows)
+        y = self.base(self._input(rows, work, plan).view(x.shape))
+        if work is not None and work.changes_output:
+            flat = y.view(-1, y.shape[-1])
+            if self.index in acts.maps:
+                origins[self.index] = flat.clone()
+            work.change_output(flat, rows)
         return y
+
+    def _input(self, rows: Tensor, work: SiteWork | None, plan: BatchPlan) -> Tensor:
+        """What the base is to read instead of rows [T, in_features]."""
+        changed = rows if work is None else work.change_input(rows)
+        if self.index in self.context.acts(plan).inputs:
+            changed = rows.clone() if changed is rows else changed
+            self.context.kernels.scale_in(changed, rows, self.index, plan)
+        return changed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ import torch
 from onebase.kernels.fixed_plan import DoesNotFit, FixedPlan
 from onebase.kernels.plan import BatchPlan, Run
 from onebase.kernels.tables import Operands
+from onebase.kernels.touched import Touched
 
 from .test_matmul import GROUP, SITES, World, example_world, needs_interpreter
 
@@ -141,7 +142,7 @@ def test_every_site_of_a_fixed_plan_is_active() -> None:
 
 def test_sites_that_were_not_captured_are_refused() -> None:
     world = example_world("fp32")
-    fixed = FixedPlan(world.tables, ROWS, max_tiles=TILES, max_rank=RANK, sites=frozenset({0, 2}))
+    fixed = FixedPlan(world.tables, ROWS, max_tiles=TILES, max_rank=RANK, sites=Touched(frozenset({0, 2})))
     assert not world.tables.active(1, fixed.plan)
     fixed.fill(BatchPlan.from_rows([((0, 1.0),)]))  # acts on the sites 0 and 2
     with pytest.raises(DoesNotFit, match="sites"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import Operands, ProgramTables, SiteShape
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.loader import LoadedModel, load_model
-from onebase.serve.model.sites import SiteContext, StepPlans, wrap_sites
+from onebase.serve.model.site_context import SiteContext, StepPlans
+from onebase.serve.model.sites import wrap_sites
 
 ROWS = 3
 
@@ -43,17 +45,22 @@ class Counting:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counter: Counter[str] = Counter()
-    for name in ("shrink_kernel", "expand_kernel"):
+    for name in ("shrink_kernel", "expand_kernel", "scale_in_kernel"):
         monkeypatch.setattr(matmul_triton, name, Counting(name, counter))
     return counter
 
 
-def adapted(base: LoadedModel, wanted: Callable[[str], bool]) -> StepPlans:
-    """The base behind a program of rank 4 at those linear sites, under a plan of which every row uses it."""
+LORA = Operands(4, 1.0, 0, 0)
+
+
+def adapted(
+    base: LoadedModel, wanted: Callable[[str], bool], operands: Callable[[str], Operands] = lambda path: LORA
+) -> StepPlans:
+    """The base behind a program with those operands at those linear sites, under a plan of which every row uses it."""
     sites = [entry.site for entry in base.probed]
     tables = ProgramTables(torch.zeros(1 << 16), [SiteShape(site.in_features, site.out_features) for site in sites])
     linears = [at for at, site in enumerate(sites) if site.kind is SiteKind.LINEAR and wanted(site.path)]
-    tables.install(0, {at: Operands(4, 1.0, 0, 0) for at in linears})
+    tables.install(0, {at: operands(sites[at].path) for at in linears})
     instructions, plan = InstructionTable(), BatchPlan.from_rows([((0, 1.0),)] * ROWS)
     instructions.install(0, {})
     plans = StepPlans(plan, plan)
@@ -105,3 +112,39 @@ def test_groups_with_nothing_to_do_are_not_launched(
     adapted(base, in_layer(paths))
     run(base)
     assert sum(launches.values()) == count
+
+
+GAIN = Operands(0, 1.0, 0, 0, gain=0)
+# By family: its operands at a site, and how many shrinks, expands and scaled inputs a layer costs.
+VECTORS: dict[str, tuple[Callable[[str], Operands], tuple[int, int, int]]] = {
+    "dora": (lambda path: replace(LORA, gain=0), (4, 4, 0)),
+    "dora with bias": (lambda path: replace(LORA, gain=0, add_out=0), (4, 4, 0)),
+    "road": (lambda path: replace(GAIN, sine=0, group=16), (0, 4, 0)),
+    "road beside lora": (lambda path: replace(LORA, gain=0, sine=0, group=16), (4, 4, 0)),
+    "scale_out": (lambda path: GAIN, (0, 4, 0)),
+}
+
+
+def ia3(path: str) -> Operands:
+    return replace(GAIN, gain=-1, gain_in=0) if path.endswith("down_proj") else GAIN
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_cost_no_launches_of_their_own(
+    name: str, checkpoint: Callable[..., Any], launches: Counter[str]
+) -> None:
+    base = load_model(EngineConfig(model=str(checkpoint("llama")), device="cpu", dtype="float32"))
+    operands, counts = VECTORS[name]
+    adapted(base, in_layer(("",)), operands)
+    run(base)
+    assert tuple(launches[f"{kind}_kernel"] for kind in ("shrink", "expand", "scale_in")) == counts
+    assert sum(launches.values()) <= 8
+
+
+def test_ia3_costs_an_expand_for_keys_and_values_and_one_launch_before_down_proj(
+    checkpoint: Callable[..., Any], launches: Counter[str]
+) -> None:
+    base = load_model(EngineConfig(model=str(checkpoint("llama")), device="cpu", dtype="float32"))
+    adapted(base, in_layer(("k_proj", "v_proj", "down_proj")), ia3)
+    run(base)
+    assert launches == {"expand_kernel": 1, "scale_in_kernel": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from onebase.kernels.tables import Operands, ProgramTables, SiteShape
 SITES = (SiteShape(40, 24), SiteShape(40, 33), SiteShape(19, 16))  # two read one input; the last is an embedding
 GROUP, TOKEN_SITE = (0, 1), 2
 GAP = 3
+PAIRS = 8  # a rotation's group: at the first site alone, whose width it divides
 TUNINGS = {
     "cpu-solo": CpuTuning(call=0, mask=1e9, gather=1e9),
     "cpu-masked": CpuTuning(call=1e9, mask=0, gather=1e12),
@@ -44,7 +45,23 @@ class Op:
     a: Tensor
     b: Tensor
     scale: float
-    add_out: Tensor | None
+    add_out: Tensor | None = None
+    gain: Tensor | None = None
+    sine: Tensor | None = None
+    gain_in: Tensor | None = None
+
+    def map(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What the vectors add to an output, [out_features] float64, and a bound on its magnitude."""
+        if self.gain is None:
+            return torch.zeros_like(y), torch.zeros_like(y)
+        delta, size = y * self.gain.double(), y.abs() * self.gain.double().abs()
+        for n in range(len(y)) if self.sine is not None else ():
+            is_first = n % PAIRS < PAIRS // 2
+            partner = y[n + PAIRS // 2] if is_first else y[n - PAIRS // 2]
+            turned = partner * self.sine[n].double()
+            delta[n] += -turned if is_first else turned
+            size[n] += turned.abs()
+        return delta, size
 
 
 class World:
@@ -61,24 +78,39 @@ class World:
     def tensor(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.random).to(self.dtype).to(self.device)
 
-    def add(self, handle: int, ranks: Sequence[int | None], bias: Sequence[bool]) -> None:
-        """ranks: by site; None: the program does not touch it."""
+    def add(
+        self, handle: int, ranks: Sequence[int | None], bias: Sequence[bool], vectors: Sequence[str] = ("",) * 3
+    ) -> None:
+        """ranks: by site; None: the program does not touch it. vectors: some of gain, pair, in, by site."""
         ops: dict[int, Operands] = {}
         self.truth[handle] = {}
         for site, rank in enumerate(ranks):
             if rank is not None:
-                ops[site] = self._operands(handle, site, rank, bias[site])
+                ops[site] = self._operands(handle, site, rank, bias[site], vectors[site])
         self.tables.install(handle, ops)
 
-    def _operands(self, handle: int, site: int, rank: int, biased: bool) -> Operands:
+    def _operands(self, handle: int, site: int, rank: int, biased: bool, vectors: str) -> Operands:
         shape, token = SITES[site], site == TOKEN_SITE
         a = self.tensor(shape.in_features, rank) if token else self.tensor(rank, shape.in_features)
-        op = Op(a, self.tensor(rank, shape.out_features), 0.3 + handle % 3, None)
+        op = Op(a, self.tensor(rank, shape.out_features), 0.3 + handle % 3)
         if biased:
-            op = Op(op.a, op.b, op.scale, self.tensor(shape.out_features))
+            op = replace(op, add_out=self.tensor(shape.out_features))
+        if not token:
+            op = replace(op, **self._vectors(site, vectors))
         self.truth[handle][site] = op
-        where = [self._put(t) if t is not None else -1 for t in (op.a, op.b, op.add_out)]
-        return Operands(rank, op.scale, where[0], where[1], where[2], token)
+        where = [self._put(t) if t is not None else -1 for t in (op.a, op.b, op.add_out, op.gain, op.sine, op.gain_in)]
+        group = PAIRS if op.sine is not None else 0
+        return Operands(rank, op.scale, *where[:3], token, *where[3:5], group, where[5])
+
+    def _vectors(self, site: int, kinds: str) -> dict[str, Tensor]:
+        found, shape = {}, SITES[site]
+        if "gain" in kinds or "pair" in kinds:
+            found["gain"] = self.tensor(shape.out_features)
+        if "pair" in kinds and site == 0:
+            found["sine"] = self.tensor(shape.out_features)
+        if "in" in kinds.split():
+            found["gain_in"] = self.tensor(shape.in_features)
+        return found
 
     def _put(self, tensor: Tensor) -> int:
         start = self.used
@@ -98,8 +130,20 @@ class World:
                 xa = a[x[row]] if site == TOKEN_SITE else a @ x[row].double()
                 xa_size = xa.abs() if site == TOKEN_SITE else a.abs() @ x[row].double().abs()
                 bias = torch.zeros_like(out[row]) if op.add_out is None else op.add_out.double()
-                out[row] += weight * (op.scale * xa @ b + bias)
-                size[row] += abs(weight) * (op.scale * xa_size @ b.abs() + bias.abs())
+                mapped, mapped_size = op.map(y[row].double())
+                out[row] += weight * (op.scale * xa @ b + bias + mapped)
+                size[row] += abs(weight) * (op.scale * xa_size @ b.abs() + bias.abs() + mapped_size)
+        return [out, size]
+
+    def expected_input(self, x: Tensor, site: int, rows: Sequence[tuple[tuple[int, float], ...]]) -> list[Tensor]:
+        """As ``expected``: x behind the programs' gains."""
+        out, size = x.double().clone(), x.double().abs()
+        for row, uses in enumerate(rows):
+            for handle, weight in uses:
+                op = self.truth[handle].get(site)
+                if op is not None and op.gain_in is not None:
+                    out[row] += weight * op.gain_in.double() * x[row].double()
+                    size[row] += (weight * op.gain_in.double() * x[row].double()).abs()
         return [out, size]
 
 
@@ -116,8 +160,10 @@ def check(
     rows: Sequence[tuple[tuple[int, float], ...]],
     *,
     together: bool = False,
+    origins: bool = False,
 ) -> None:
-    """All three sites of one batch; y is a strided slice of a larger tensor whose other columns must not change."""
+    """All three sites of one batch; y is a strided slice of a larger tensor whose other columns must not change.
+    origins: something has been added to y, and maps read what it was."""
     before = world.buffer.clone()
     n = len(rows)
     x = world.tensor(n, 2 * SITES[0].in_features)[:, : SITES[0].in_features]
@@ -127,7 +173,17 @@ def check(
     kepts = [whole.clone() for whole in wholes]
     ys = [whole[:, 4 : 4 + shape.out_features] for whole, shape in zip(wholes, SITES, strict=True)]
     wanted = [world.expected(y, tokens if site == TOKEN_SITE else x, site, rows) for site, y in enumerate(ys)]
-    if together:
+    for site in GROUP:
+        check_input(body, world, x, site, plan, rows)
+    if origins:
+        befores = {site: ys[site].clone() for site in GROUP}
+        for site in GROUP:
+            ys[site].mul_(2)
+            kepts[site].copy_(wholes[site])
+            wanted[site][0] += befores[site].double()
+            wanted[site][1] += befores[site].double().abs()
+        body.expand_group([ys[site] for site in GROUP], shrunk, GROUP, plan, befores)
+    elif together:
         body.expand_group([ys[site] for site in GROUP], shrunk, GROUP, plan)
     else:
         for site in reversed(GROUP):
@@ -144,9 +200,31 @@ def check(
     assert torch.equal(before.nan_to_num(7777.0), world.buffer.nan_to_num(7777.0))
 
 
+def check_input(
+    body: LowRankKernels, world: World, x: Tensor, site: int, plan: BatchPlan, rows: Sequence[tuple]
+) -> None:
+    """Scaled inputs, into a strided slice."""
+    whole = world.tensor(len(rows), x.shape[1] + 5)
+    target = whole[:, 3 : 3 + x.shape[1]]
+    target.copy_(x)
+    kept, (want, size) = whole.clone(), world.expected_input(x, site, rows)
+    body.scale_in(target, x, site, plan)
+    assert bool(((target.double() - want).abs() <= 6 * torch.finfo(world.dtype).eps * size).all()), site
+    bare = [
+        row
+        for row, uses in enumerate(rows)
+        if not any(site in world.truth[h] and world.truth[h][site].gain_in is not None for h, _ in uses)
+    ]
+    assert torch.equal(whole[bare], kept[bare])
+    assert torch.equal(whole[:, :3], kept[:, :3])
+    assert torch.equal(whole[:, -2:], kept[:, -2:])
+
+
 RANKS = st.sampled_from([0, 1, 3, 16, 77, 256, 512])
 PROGRAM = st.tuples(
-    st.lists(st.one_of(st.none(), RANKS), min_size=3, max_size=3), st.lists(st.booleans(), min_size=3, max_size=3)
+    st.lists(st.one_of(st.none(), RANKS), min_size=3, max_size=3),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.lists(st.sampled_from(["", "", "gain", "pair", "in", "pair in"]), min_size=3, max_size=3),
 )
 ROW_USES = st.lists(
     st.tuples(st.integers(0, 3), st.sampled_from([1.0, 0.5, -1.5])), max_size=2, unique_by=lambda u: u[0]
@@ -174,12 +252,12 @@ def test_bodies_match_the_formula(name: str, dtype: str, programs: list, runs: l
 
 def check_drawn(name: str, dtype: str, programs: list, runs: list, seed: int, device: str = "cpu") -> None:
     world = World(DTYPES[dtype], seed, device)
-    for handle, (ranks, bias) in enumerate(programs):
-        world.add(handle, ranks, bias)
+    for handle, program in enumerate(programs):
+        world.add(handle, *program)
     rows = [uses for length, uses in runs for _ in range(length)]
     body, plan = make_body(name, world.tables), BatchPlan.from_runs(runs)
     for _ in range(1 + 3 * (name == "cpu-prepacked")):  # the last finds every pack prepacked
-        check(body, world, plan, rows, together=bool(seed % 4))
+        check(body, world, plan, rows, together=bool(seed % 4), origins=seed % 3 == 0)
 
 
 @needs_interpreter
@@ -225,12 +303,24 @@ def example_world(dtype: str, device: str = "cpu") -> World:
     return world
 
 
+def vector_world(dtype: str, device: str = "cpu") -> World:
+    """Handles as of example_world: vectors alone, beside low rank, none; and a rotation beside both."""
+    world = World(DTYPES[dtype], 6, device)
+    world.add(0, [0, 0, None], [False, True, False], ["pair", "gain", ""])
+    world.add(1, [77, None, 0], [True, False, True], ["gain in", "", ""])
+    world.add(2, [None, None, None], [False] * 3)
+    world.add(3, [16, 0, 33], [False, False, True], ["pair in", "in", ""])
+    return world
+
+
 def run_example(name: str, dtype: str, layout: str, device: str = "cpu") -> None:
-    world = example_world(dtype, device)
     runs = EXAMPLES[layout]
     rows = [uses for length, uses in runs for _ in range(length)]
-    for together in (False, True):
-        check(make_body(name, world.tables), world, BatchPlan.from_runs(runs), rows, together=together)
+    for make in (example_world, vector_world):
+        for together, origins in ((False, False), (True, False), (True, True)):
+            world = make(dtype, device)
+            body, plan = make_body(name, world.tables), BatchPlan.from_runs(runs)
+            check(body, world, plan, rows, together=together, origins=origins)
 
 
 @pytest.mark.parametrize("layout", EXAMPLES)

@@ -19,7 +19,7 @@ from onebase.kernels import matmul_triton as kernels
 
 target, dtype, tall = GPUTarget("cuda", int(sys.argv[1]), 32), sys.argv[2], sys.argv[3] == "tall"
 size, block_m = 4 if dtype == "fp32" else 2, 64 if tall else 16
-splits, fields = 1 if tall else 4, dict(WIDE=False, ALIGN=16 // size, FIELDS=5, TILE_FIELDS=8)
+splits, fields = 1 if tall else 4, dict(WIDE=False, ALIGN=16 // size, FIELDS=9, TILE_FIELDS=8)
 
 def build(kernel, pointers, aligned_integers, integers, **constants):
     signature = pointers | dict.fromkeys((*aligned_integers, *integers), "i32") | dict.fromkeys(constants, "constexpr")
@@ -28,7 +28,7 @@ def build(kernel, pointers, aligned_integers, integers, **constants):
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=target)
     assert compiled.metadata.shared <= 99 * 1024, compiled.metadata.shared
-    assert ("mma" in compiled.asm["ptx"]) == (dtype != "fp32")
+    assert ("mma" in compiled.asm["ptx"]) == (dtype != "fp32" and kernel is not kernels.scale_in_kernel)
     assert "ld.global.v4" in compiled.asm["ptx"] or ", 0x10," in compiled.asm["ptx"]  # whole vectors
 
 common = dict(arena="*" + dtype, table="*i64", tiles="*i32")
@@ -38,13 +38,19 @@ build(
     ["x_stride", "in_features", "width"], ["n_sites", "packed_rows", "group_size"],
     BLOCK_M=block_m, BLOCK_R=128 // size, BLOCK_K=(128 if tall else 256) // size, SPLITS=splits, **fields,
 )
+build(
+    kernels.scale_in_kernel,
+    dict(target="*" + dtype, x="*" + dtype, **common, tile_scales="*fp32"),
+    ["target_stride", "x_stride", "in_features"], ["site", "n_sites"],
+    BLOCK_M=block_m, BLOCK_N=4096 // block_m, **{name: fields[name] for name in ("ALIGN", "FIELDS", "TILE_FIELDS")},
+)
 for token in (False, True):
     build(
         kernels.expand_kernel,
         dict(**{y: "*" + dtype for y in ("y0", "y1", "y2")}, **common, scales="*fp64", tile_scales="*fp32",
              source="*i64" if token else "*fp32"),
         [*(f"{name}{at}" for name in ("stride", "n") for at in range(3)), "member_stride", "split_stride", "width"],
-        [*(f"{name}{at}" for name in ("site", "member") for at in range(3)), "n_sites"],
+        [*(f"{name}{at}" for name in ("site", "member") for at in range(3)), "n_sites", "maps"],
         BLOCK_M=block_m, BLOCK_N=128 if tall else 64, BLOCK_R=128 // size,
         SPLITS=1 if token else splits, TOKEN=token, **fields,
     )

@@ -74,7 +74,8 @@ GROUPS = ((0,), (1, 2, 3), (4, 5), (16,), (17, 18))
 RANKS = (0, 1, 3, 16, 17, 33, 77)
 tables = ProgramTables(torch.zeros(1 << 16, dtype=torch.bfloat16), SITES)
 for handle in range(40):
-    op = Operands(RANKS[handle % len(RANKS)], 1.0, 0, 0, add_out=0)
+    vectors = ({}, dict(gain=0), dict(gain=0, sine=0, group=16), dict(gain_in=0))[handle % 4]
+    op = Operands(RANKS[handle % len(RANKS)], 1.0, 0, 0, add_out=0, **vectors)
     tables.install(handle, {**{site: op for site in range(19)}, 19: Operands(op.rank, 1.0, 0, 0, token=True)})
 body = TritonKernels(tables)
 body.warm_up(GROUPS)
@@ -84,6 +85,7 @@ def apply(runs):
     plan = BatchPlan.from_runs(runs)
     x = torch.zeros(plan.num_rows, 64, dtype=torch.bfloat16)
     for group in GROUPS:
+        body.scale_in(x.clone(), x, group[0], plan)
         body.expand_group([x.clone() for _ in group], body.shrink(x, group, plan), group, plan)
     body.token_low_rank(x, torch.zeros(plan.num_rows, dtype=torch.int64), 19, plan)
 
@@ -112,6 +114,7 @@ def test_attention_compiles_one_kernel_per_role() -> None:
 
 
 def test_matmul_compiles_one_kernel_per_block_shape() -> None:
-    """Tiles of 16, 32 and 64 rows by rank blocks of 16, 32 and 64; expand has a twin for embeddings."""
+    """Tiles of 16, 32 and 64 rows, by rank blocks of 16, 32 and 64 but for scaled inputs; expand has a twin for
+    embeddings."""
     warm, served = compiled(MATMUL)
-    assert warm == served == {"shrink_kernel": 9, "expand_kernel": 18}
+    assert warm == served == {"shrink_kernel": 9, "expand_kernel": 18, "scale_in_kernel": 3}

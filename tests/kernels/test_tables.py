@@ -43,7 +43,7 @@ def test_rows_are_reused_and_the_table_grows_with_its_content() -> None:
     tables.remove(5)
     tables.install(16, {})
     assert tables.row(16) == row
-    assert tables.device_table[row, 0].tolist() == [0, 0, -1, 0, 0]
+    assert tables.device_table[row, 0].tolist() == [0, 0, -1, 0, 0, -1, -1, 0, -1]
     tables.install(17, {0: Operands(1, 1.0, 77, 77)})
     assert tables.device_table.shape[0] == 32
     assert [tables.device_table[tables.row(h), 0, 0].item() for h in (0, 15, 17)] == [0, 15, 77]

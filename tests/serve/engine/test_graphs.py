@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from onebase.adapters.program import SiteOps
+from onebase.adapters.program import LowRank, SiteOps
 from onebase.kernels.attention import AttentionBatch, select_attention
 from onebase.kernels.dispatch import select_kernels
-from onebase.kernels.ops.vector import ScaleIn
+from onebase.kernels.ops.dense import Dense
+from onebase.kernels.ops.rotate import PairRotateOut
+from onebase.kernels.ops.vector import ScaleIn, ScaleOut
 from onebase.kernels.tables import Operands
+from onebase.kernels.touched import Touched
 from onebase.serve.engine import assembly, graphs, tier
 from onebase.serve.engine.graph_inputs import StaticInputs
 from onebase.serve.engine.graphs import Needs, Room, bucket, buckets
@@ -34,6 +38,22 @@ needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1 before the run (make test does)"
 )
 CPU = torch.device("cpu")
+_DRAW = torch.Generator().manual_seed(1)
+_Q, _UP, _DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_DRAW)
+
+
+VECTORS = {
+    "scaled": {_DOWN: SiteOps(extra=(ScaleIn(3 * _random(96)),)), _Q: SiteOps(extra=(ScaleOut(3 * _random(64)),))},
+    "turned": {
+        _Q: SiteOps(LowRank(_random(3, 64), _random(3, 64), 1.0), extra=(PairRotateOut(*_random(2, 64), 16),)),
+        _UP: SiteOps(extra=(PairRotateOut(*_random(2, 96), 32),)),
+    },
+    "plain": {_DOWN: SiteOps(LowRank(_random(3, 96), _random(3, 64), 1.0))},
+}
 
 
 class Replayed:
@@ -188,11 +208,31 @@ def test_instructions_outside_the_tables_run_eagerly(
     driver, _ = make_graphed(max_num_seqs=1)
     programs = Programs(driver)
     path = "model.layers.1.mlp.down_proj"
-    programs.add("scaled", {path: SiteOps(extra=(ScaleIn(torch.full((96,), -8.0)),))})
-    scaled = driver.generate(PROMPT, programs.use("scaled"), max_tokens=3)
+    programs.add("dense", {path: SiteOps(extra=(Dense(torch.full((64, 96), 2.0)),))})
+    changed = driver.generate(PROMPT, programs.use("dense"), max_tokens=3)
     assert driver.engine.runner.graphs.replays == 0
-    assert scaled != driver.generate(PROMPT, max_tokens=3)
+    assert changed != driver.generate(PROMPT, max_tokens=3)
     assert driver.engine.runner.graphs.replays > 0
+
+
+@needs_interpreter
+def test_vectors_are_replayed_and_stacked_maps_run_eagerly(
+    make_driver: Callable[..., Any], make_graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of inputs and outputs, and a rotation, alone and beside low rank; then two maps on one row."""
+    monkeypatch.setattr(graphs, "_OFTEN", 1)
+    answers = []
+    for driver in (make_driver("llama", max_model_len=64), make_graphed(max_num_seqs=2)[0]):
+        programs = Programs(driver)
+        for name, ops in VECTORS.items():
+            programs.add(name, ops)
+        answers.append([driver.generate(PROMPT, programs.use(name), max_tokens=4) for name in VECTORS])
+        replays = 0 if driver.engine.runner.graphs is None else driver.engine.runner.graphs.replays
+        answers[-1].append(driver.generate(PROMPT, *map(programs.use, VECTORS), max_tokens=4))
+        answers[-1].append(driver.generate(PROMPT, programs.use("turned"), programs.use("plain"), max_tokens=4))
+    assert answers[0] == answers[1]
+    assert len({str(one) for one in answers[0][:-2]}) == len(VECTORS)
+    assert replays == 3 * len(VECTORS) == driver.engine.runner.graphs.replays
 
 
 def step_of(rows: int, pages: int, at: int) -> StepInputs:
@@ -227,11 +267,13 @@ def test_buckets_hold_every_number_of_rows() -> None:
 
 
 def test_a_graph_covers_what_needs_no_more() -> None:
-    wide = Needs(frozenset({1, 2}), 64, 1)
-    assert wide.covers(Needs(frozenset({1}), 16, 1))
+    one = Touched(frozenset({1}))
+    wide = Needs(Touched(frozenset({1, 2})), 64, 1)
+    assert wide.covers(Needs(one, 16, 1))
     assert wide.covers(Needs())
-    for more in (Needs(frozenset({3}), 16, 1), Needs(frozenset({1}), 128, 1), Needs(frozenset({1}), 16, 2)):
-        assert not wide.covers(more)
+    more = (Touched(frozenset({3})), 16, 1), (one, 128, 1), (one, 16, 2), (replace(one, inputs=one.outputs), 16, 1)
+    for needs in more:
+        assert not wide.covers(Needs(*needs))
 
 
 @pytest.mark.gpu
