@@ -110,7 +110,7 @@ def compiled(program: str) -> tuple[Counter[str], Counter[str]]:
 def test_attention_compiles_one_kernel_per_role() -> None:
     """Decoding, decoding in splits, prompts. All of them by warm_up."""
     warm, served = compiled(ATTENTION)
-    assert warm == served == {"_write": 1, "_attend": 3, "_reduce": 1}
+    assert warm == served == {"write_kernel": 1, "attend_kernel": 3, "reduce_kernel": 1}
 
 
 def test_matmul_compiles_one_kernel_per_block_shape() -> None:
