@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from onebase.kernels.tables import PAIR_BLOCK
+
 TABLES = Path(__file__).parent / "tuned"
 _SPLIT_SIZE, _MOST_SPLITS = 512, 8
 _LARGEST_CLASS = 4096
@@ -72,6 +74,12 @@ class Configs:
     """The configuration of any shape. ``tuned`` goes before the heuristic."""
 
     def __init__(self, tuned: Mapping[Shape, Config] = {}) -> None:
+        """Raises ValueError where an expand's block would part the pairs of a rotation."""
+        for shape, config in tuned.items():
+            if shape.op == "expand" and config.block % PAIR_BLOCK:
+                raise ValueError(
+                    f"block: {config.block} of {shape}: allowed for an expand are multiples of {PAIR_BLOCK}"
+                )
         self.tuned = tuned
 
     def get(self, shape: Shape) -> Config:

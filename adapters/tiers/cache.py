@@ -49,7 +49,7 @@ class AdapterCache:
         site_index: Mapping[str, int],
         compile: Compile,
         *,
-        linears: frozenset[str],
+        linears: frozenset[str] = frozenset(),
         forms: CompiledForms | None = None,
         host_bytes: int = 0,
     ) -> None:

@@ -61,7 +61,7 @@ def from_plain(plain: Mapping[str, Any], data: Tensor, shared: Mapping[str, Tens
             sites=plain["sites"],
             traits=_traits(plain["traits"]),
             data=data,
-            operands={path: Operands(*fields) for path, fields in plain["operands"].items()},
+            operands={path: _operands(fields) for path, fields in plain["operands"].items()},
             extra={path: tuple(map(_instruction, items)) for path, items in plain["extra"].items()},
             shared=shared,
             head=None if plain["head"] is None else _head(plain["head"]),
@@ -84,6 +84,12 @@ def _traits(plain: Mapping[str, Any]) -> Traits:
         | {name: frozenset(plain[name]) for name in _SETS}
         | {"invocation": tuple(plain["invocation"]), "window": None if window is None else Window(**window)}
     )
+
+
+def _operands(plain: list[Any]) -> Operands:
+    """What ``pack`` lays out; vectors lie in slots."""
+    rank, scale, a, b, add_out, token = plain
+    return Operands(rank, scale, a, b, add_out, token)
 
 
 def _slot_to_plain(slot: Slot) -> list[Any]:

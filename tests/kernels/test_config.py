@@ -101,3 +101,11 @@ def test_shipped_tables_can_be_read() -> None:
 def test_no_table_no_entries(tmp_path: Path) -> None:
     assert load(tmp_path / "none.json") == {}
     assert Configs.of_device(torch.device("cpu")).tuned == {}
+
+
+def test_an_expand_never_parts_the_pairs_of_a_rotation() -> None:
+    shape = Shape.of("expand", torch.bfloat16, 64, (64,), rank=16, block_m=16, rows=1, distinct=1)
+    with pytest.raises(ValueError, match="multiples of 64"):
+        Configs({shape: Config(16, 32)})
+    assert Configs({shape: Config(16, 128)}).get(shape).block == 128
+    assert all(heuristic(replace(shape, block_m=rows)).block % 64 == 0 for rows in (16, 32, 64))
