@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from itertools import chain, islice, zip_longest
+from math import inf
 from typing import Any
 
 from onebase.serve.engine.fairness import Fairness
@@ -130,11 +131,15 @@ class Backlog:
         in_turn = (entry[1].head for row in rows for entry in row if entry is not None)
         return list(islice(in_turn, count))
 
-    def offer(self, ready: Collection[str] | None, tenants: Collection[str] | None = None) -> Offer:
-        """Who could start now: lines whose adapters are all ``ready`` (None: whatever adapters), of these tenants."""
+    def offer(
+        self, ready: Collection[str] | None, tenants: Collection[str] | None = None, *, claims: bool = False
+    ) -> Offer:
+        """Who could start now: lines whose adapters are all ``ready`` (None: whatever adapters), of these tenants.
+
+        claims: no seat is free. The turn of the oldest waits for one: it has no claim by its age."""
         lines = self._ready_lines(ready)
         offered = [line for line in lines if tenants is None or line.tenant in tenants]
-        return Offer(offered, self._fairness, self._started, aged=self._starts >= AGED - 1)
+        return Offer(offered, self._fairness, self._started, aged=not claims and self._starts >= AGED - 1)
 
     def _started(self, *, aged: bool) -> None:
         self._starts = 0 if aged else self._starts + 1
@@ -206,7 +211,8 @@ class Backlog:
 class Offer:
     """Who could start in one step, one after the other. Counters rise while it is gone through.
 
-    aged: the first one is to be of the priority of the oldest. told: of each start.
+    aged: the first one is to be of the priority of the oldest. told: of each start. Lines are ranked one priority after
+    the other, as far as it is gone through: clients choose how many priorities there are.
     """
 
     def __init__(self, lines: list[Line], fairness: Fairness, told: Callable[..., None], *, aged: bool) -> None:
@@ -214,12 +220,15 @@ class Offer:
         self._told = told
         oldest = min(lines, key=lambda line: line.head.order) if aged and lines else None
         self._turn = None if oldest is None else oldest.priority
-        self._heap = [(self._rank(line), line) for line in lines]
-        heapify(self._heap)
+        self._heap: list[tuple[Rank, Line]] = []
+        self._later: list[Line] = []  # not ranked yet, those that come first at the end
+        self._put_off(lines)
 
     def peek(self) -> tuple[Rank, Sequence] | None:
         """The next one, and its rank; None where there is nobody."""
-        while self._heap:
+        while self._heap or self._later:
+            if not self._heap:
+                self._go_on()
             rank, line = self._heap[0]
             if not line.sequences:
                 heappop(self._heap)
@@ -230,14 +239,31 @@ class Offer:
             heapreplace(self._heap, (now, line))
         return None
 
+    def _go_on(self) -> None:
+        """To the lines of the next priority."""
+        turn = self._turn_of(self._later[-1])
+        while self._later and self._turn_of(self._later[-1]) == turn:
+            line = self._later.pop()
+            self._heap.append((self._rank(line), line))
+        heapify(self._heap)
+
     def skip(self) -> None:
         """Nobody of the next one's line starts in this step."""
         heappop(self._heap)
 
     def started(self) -> None:
         """The next one did."""
-        self._told(aged=self._turn is not None)
-        self._turn = None
+        aged, self._turn = self._turn is not None, None
+        self._told(aged=aged)
+        if aged:
+            ranked, self._heap = self._heap, []
+            self._put_off(self._later + [line for _, line in ranked if line.sequences])
+
+    def _put_off(self, lines: list[Line]) -> None:
+        self._later = sorted(lines, key=self._turn_of, reverse=True)
+
+    def _turn_of(self, line: Line) -> float:
+        return -inf if line.priority == self._turn else line.priority
 
     def _rank(self, line: Line) -> Rank:
         return (line.priority != self._turn, line.priority, *self._fairness.served(line.head), line.head.order)

@@ -49,7 +49,7 @@ class Engine:
         self.runner = parts.runner
         self.info = parts.info
         self.counters = Counters()
-        self.grammars = GrammarRoom(partial(vocabulary_of, config, self.info))
+        self.grammars = GrammarRoom(partial(vocabulary_of, config, self.info), self.scheduler.waiting.bring_back)
         self.commands = AdapterCommands(self.adapters, self._over, self._refuse)
         self._eos = frozenset(self.info.eos_token_ids)
         self._pipeline = Pipeline(
@@ -122,7 +122,9 @@ class Engine:
     def step(self) -> list[Output]:
         """Move adapter loads on and run one forward, if there is anything to run."""
         outputs = [*self._refuse(self._expired()), *self._refuse(self.grammars.collect()), *self._poll_adapters()]
-        chunks = self.runner.in_adapter_order(self.scheduler.schedule(self._may_start, self._take, self._release))
+        chunks = self.runner.in_adapter_order(
+            self.scheduler.schedule(self.waiting.may_start, self._take, self._release)
+        )
         if not chunks and not self._pipeline.busy and self.runner.has_spare_work:
             self.runner.do_spare_work()
         return [*outputs, *self._pipeline.step(chunks)]
@@ -139,9 +141,6 @@ class Engine:
         self._release(sequence)
         self.scheduler.finish(sequence)
         self.waiting.leave(sequence)
-
-    def _may_start(self, sequence: Sequence) -> bool:
-        return not sequence.awaits_grammar and self.waiting.may_start(sequence)
 
     def _take(self, sequence: Sequence) -> None:
         """Take references on the adapters of a sequence that starts."""

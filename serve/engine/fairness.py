@@ -37,6 +37,7 @@ class Fairness:
         self._accounts: dict[str, Account] = {}
         self._active: dict[str, Account] = {}
         self._books: dict[Sequence, tuple[Account, Account, float]] = {}  # tenant's, its adapters', weight
+        self._active_weight = 0.0
         self._left_at = 0.0  # the counter of the tenant that was last to leave
 
     @property
@@ -49,7 +50,8 @@ class Fairness:
 
     def entitlement(self, tenant: str) -> float:
         """The share that a tenant has of everything while those run or wait that do now; 0 < share <= 1."""
-        return self.weight(tenant) / sum(map(self.weight, self._active.keys() | {tenant}))
+        weight = self.weight(tenant)
+        return weight / (self._active_weight + (0.0 if tenant in self._active else weight))
 
     def served(self, sequence: Sequence) -> tuple[float, float]:
         """Counters of its tenant, and among the tenant's of its adapters: the least goes first."""
@@ -63,6 +65,7 @@ class Fairness:
         if tenant not in self._active:
             account.served = max(account.served, _least(self._active.values(), self._left_at))
             self._active[tenant] = account
+            self._active_weight = sum(map(self.weight, self._active))
         part = account.parts.get(sequence.digests)
         if part is None:
             part = account.parts[sequence.digests] = Account(_least(account.parts.values(), 0.0))
@@ -80,6 +83,7 @@ class Fairness:
             del account.parts[sequence.digests]
         if not account.sequences:
             del self._active[tenant]
+            self._active_weight = sum(map(self.weight, self._active))
             self._left_at = account.served
 
     def charge(self, sequence: Sequence, inputs: int, outputs: int) -> None:

@@ -24,8 +24,10 @@ Open = Callable[[], Vocabulary]  # raises ValueError where the tokenizer cannot 
 class GrammarRoom:
     """Sequences that ask for a grammar get their matcher here. Used by the engine's thread."""
 
-    def __init__(self, open_vocabulary: Open) -> None:
-        """open_vocabulary: called once, in ``warm_up`` or with the first grammar."""
+    def __init__(self, open_vocabulary: Open, ready: Callable[[Sequence], None]) -> None:
+        """open_vocabulary: called once, in ``warm_up`` or with the first grammar. ready: told of each sequence that has
+        its matcher."""
+        self._ready = ready
         self._compiled = CompiledGrammars(open_vocabulary)
         self._threads: ThreadPoolExecutor | None = None
         self._building: dict[Sequence, Future[Matcher]] = {}
@@ -56,6 +58,7 @@ class GrammarRoom:
                 continue
             elif (error := future.exception()) is None:
                 sequence.matcher = future.result()
+                self._ready(sequence)
             else:
                 refused.append((sequence, _told(error)))
             del self._building[sequence]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from onebase.serve.engine.backlog import Backlog, Offer, Rank
+from onebase.serve.engine.backlog import AGED, Backlog, Offer, Rank
 from onebase.serve.engine.fairness import Fairness
 from onebase.serve.engine.pace import Pace
 from onebase.serve.engine.pages import PageAllocator
@@ -123,11 +123,14 @@ class Scheduler:
         self._victims = Victims(self.fairness, pages, max_num_seqs)
         self.limit = TokenLimit(max_batch_tokens)
         self._max_num_seqs = max_num_seqs
+        self._passed_over = 0  # steps in a row in which prompts that were begun got nothing
 
     def add(self, sequence: Sequence) -> None:
-        """One that has arrived."""
+        """One that has arrived. While it awaits its grammar it stands in nobody's way."""
         self.fairness.enter(sequence)
         self.waiting.add(sequence)
+        if sequence.awaits_grammar:
+            self.waiting.set_aside(sequence)
 
     # The next step
 
@@ -145,7 +148,10 @@ class Scheduler:
             seats = max(0, self._max_num_seqs - len(self.running))
             num_prompts = len(prefilling) + min(len(self.waiting), seats)
             step.budget = self.pace.allowance(len(step.chunks), num_prompts, step.budget)
+            self._prefill_oldest(prefilling, step)
             self._prefill(prefilling, step)
+            left_out = any(sequence.status is Status.RUNNING for sequence in prefilling)
+            self._passed_over = self._passed_over + 1 if left_out else 0
         return list(step.chunks.values())
 
     def _decode(self, decoding: list[Sequence], step: _Step) -> None:
@@ -158,6 +164,16 @@ class Scheduler:
                 self._give(sequence, 1, step)
             else:
                 self._continue(sequence, step)
+
+    def _prefill_oldest(self, prefilling: list[Sequence], step: _Step) -> None:
+        """Where more urgent prompts leave nothing to those that are begun: the oldest goes first, every ``AGED``-th
+        step."""
+        if step.budget and self._passed_over >= AGED:
+            self._passed_over = 0
+            going = next((one for one in prefilling if one.status is Status.RUNNING), None)
+            if going is not None:
+                prefilling.remove(going)
+                self._continue(going, step)
 
     def _prefill(self, prefilling: list[Sequence], step: _Step) -> None:
         """Chunks of prompts, those that are begun and those that wait, as far as the step has room for them."""
@@ -205,10 +221,10 @@ class Scheduler:
         if len(self.running) < self._max_num_seqs:
             return self.waiting.offer(self.ready)
         if self.waiting.priority < max(sequence.request.priority for sequence in self.running):
-            return self.waiting.offer(self.ready)
+            return self.waiting.offer(self.ready, claims=True)
         tenants = self.waiting.tenants
         if len(self.fairness.active) > 1 and (tenants := self._victims.claimants(tenants, self.running)):
-            return self.waiting.offer(self.ready, tenants)
+            return self.waiting.offer(self.ready, tenants, claims=True)
         return None
 
     def _admit(self, sequence: Sequence, offer: Offer, step: _Step) -> bool:
@@ -361,4 +377,4 @@ class Scheduler:
             sequence.check(self.pages.page_size)
         self.waiting.check()
         self.fairness.check([*self.running, *self.waiting])
-        self._prefixes.check(self.running, self.waiting.aside)
+        self._prefixes.check(self.running, [one for one in self.waiting.aside if not one.awaits_grammar])

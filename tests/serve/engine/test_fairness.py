@@ -200,6 +200,60 @@ def test_nobody_starves_behind_more_urgent_ones() -> None:
     assert patient.preemptions <= MOST_PREEMPTIONS
 
 
+def test_a_prompt_that_is_begun_gets_on_beside_more_urgent_ones() -> None:
+    """Urgent prompts could take every step whole: seats are free, since nothing is generated after them."""
+    steps = Steps(tokens=16, seqs=8)
+    patient = sequence_of(0, 100, max_tokens=2, priority=9)
+    steps.add(patient)
+    steps.step()
+    order = 0
+    while patient not in steps.finished:
+        while len(steps.scheduler.waiting) < 3:
+            order += 1
+            steps.add(sequence_of(order, 16, max_tokens=1, priority=0))
+        steps.step()
+        assert order < 20 * AGED, "it starves"
+    assert order > 5 * AGED, "the urgent ones had most of the steps"
+
+
+def test_an_urgent_one_takes_a_seat_also_while_an_old_one_waits_for_its_turn() -> None:
+    steps = Steps(seqs=2)
+    steps.add(*(sequence_of(order, max_tokens=1, priority=5) for order in range(AGED - 3)))
+    steps.run()
+    steps.add(*(sequence_of(order, max_tokens=300, priority=5) for order in range(20, 23)))
+    steps.step()
+    urgent = sequence_of(30, max_tokens=3, priority=0)
+    steps.add(urgent)
+    assert urgent in [chunk.sequence for chunk in steps.step()]
+
+
+def test_after_the_turn_of_the_oldest_the_most_urgent_starts() -> None:
+    steps = Steps(tokens=64, seqs=16)
+    steps.add(*(sequence_of(order, max_tokens=1, priority=5) for order in range(AGED)))
+    steps.run()
+    old = [sequence_of(20 + order, priority=7) for order in range(3)]
+    urgent = [sequence_of(30 + order, priority=order % 3) for order in range(9)]
+    steps.add(*old, *urgent)
+    started = [chunk.sequence for chunk in steps.step()]
+    assert started == [old[0], *sorted(urgent, key=lambda one: (one.request.priority, one.order)), *old[1:]]
+
+
+def test_a_step_ranks_no_more_priorities_than_it_needs() -> None:
+    """Clients choose their priorities: thousands of them must not cost a step anything."""
+    steps = Steps(seqs=4)
+    steps.add(*(sequence_of(order, priority=10_000 - order, max_tokens=50) for order in range(2000)))
+    ranked: list[object] = []
+    served = steps.fairness.served
+    steps.fairness.served = lambda one: ranked.append(one) or served(one)  # type: ignore[method-assign, func-returns-value]
+    for _ in range(5):
+        chunks = steps.scheduler.schedule(lambda _: True, lambda _: None, lambda _: None)
+        steps.scheduler.computed(chunks)
+        for chunk in chunks:
+            chunk.sequence.tokens.append(1)
+    assert len(steps.scheduler.running) == 4
+    assert len(ranked) < 100
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     jobs=st.lists(

@@ -254,6 +254,31 @@ def test_a_stream_goes_on_while_a_grammar_compiles(
     assert not driver.engine.grammars.busy
 
 
+def test_nobody_waits_behind_a_grammar_that_compiles(
+    make_engine: Callable[..., EngineDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    compile_ = Vocabulary.compile
+
+    def slow(self: Vocabulary, grammar: Grammar) -> Matcher:
+        assert gate.wait(60)
+        return compile_(self, grammar)
+
+    monkeypatch.setattr(Vocabulary, "compile", slow)
+    driver = make_engine()
+    slow_ones = [driver.submit([2], grammar=Grammar("regex", f"a{{{at}}}")) for at in range(1, 4)]
+    plain = driver.submit([1], max_tokens=4)
+    for _ in range(6):
+        driver.step()
+    assert len(driver.outputs.get(plain, [])) == 4
+    assert not any(name in driver.outputs for name in slow_ones)
+    driver.engine.abort(slow_ones[0])
+    driver.step()
+    gate.set()
+    driver.run()
+    assert [len(driver.outputs.get(name, [])) for name in slow_ones] == [0, 2, 3]
+
+
 def test_a_grammar_that_outgrows_its_bounds_fails_alone(
     make_engine: Callable[..., EngineDriver],
 ) -> None:
