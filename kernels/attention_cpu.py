@@ -16,7 +16,7 @@ from onebase.kernels import kv_fp8
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, check_shapes
 from onebase.kernels.attention_cpu_plan import Gather, Group, Layout, Steps, Tile, plan
 
-FLASH_ROWS = 32  # queries a sequence from which the flash kernel beats batched matmuls
+FLASH_ROWS = 16  # queries a sequence from which the flash kernel beats batched matmuls
 
 
 class CpuAttention:
