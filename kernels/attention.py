@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.kernels.native.library import available as native_available
+from onebase.kernels.native.library import has_wide_vectors
 from onebase.kernels.pages import PageCache
 
 __all__ = ["AttentionBatch", "AttentionBody", "AttentionOptions", "PageCache", "check_shapes", "select_attention"]
@@ -141,16 +142,13 @@ class AttentionBody(Protocol):
         """
 
 
-def _native_pays() -> bool:
-    """It is written for vectors of 64 bytes, and wins with those of 32; of other processors nothing is known."""
-    return native_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
 def select_attention(device: torch.device, choice: Choice = "auto") -> AttentionBody:
     """The body for a device; auto takes native on a CPU where it is there and the vectors are wide enough for it.
     Raises ValueError where the choice cannot run."""
     if choice == "auto":
-        choice = "measured" if device.type == "cuda" else "native" if _native_pays() else "cpu"
+        choice = (
+            "measured" if device.type == "cuda" else "native" if native_available() and has_wide_vectors() else "cpu"
+        )
     if choice == "reference":
         from onebase.kernels.attention_reference import ReferenceAttention
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.kernels import huge_pages
-from onebase.kernels.native.library import Native, Updates, native
+from onebase.kernels.native.library import Native, Updates, has_wide_vectors, native
 from onebase.kernels.plan import Segment
 from onebase.kernels.tables import ProgramTables, wrong_operands
 
@@ -56,8 +56,8 @@ class NativeRows:
 
     @classmethod
     def of(cls, tables: ProgramTables) -> NativeRows | None:
-        """None where there is no library, or none for the arena's type."""
-        functions = native(tables.buffer.dtype)
+        """None where there is no library, none for the arena's type, or the processor is faster without."""
+        functions = native(tables.buffer.dtype) if has_wide_vectors() else None
         return None if functions is None else cls(tables, functions)
 
     def pairs(self, segments: Sequence[Segment]) -> RowPairs:

@@ -48,6 +48,12 @@ def outputs(tables: ProgramTables, x: Tensor, rows: list[Uses]) -> list[Tensor]:
     return ys
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the processor: it is right on all, and fast on some."""
+    monkeypatch.setattr("onebase.kernels.low_rank_native.has_wide_vectors", lambda: True)
+
+
 @pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

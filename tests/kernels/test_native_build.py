@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from onebase.kernels.attention import select_attention
+from onebase.kernels.low_rank_native import NativeRows
 from onebase.kernels.native import build, library
 from onebase.kernels.native.library import available
+from onebase.kernels.tables import ProgramTables, SiteShape
 
 needs_compiler = pytest.mark.skipif(not available(), reason="there is no C compiler")
 
@@ -78,11 +80,13 @@ def test_everything_goes_the_plain_way_without_it(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_compiler
-@pytest.mark.parametrize(("capability", "body"), [("DEFAULT", "cpu"), ("AVX2", "native"), ("AVX512", "native")])
-def test_attention_in_c_is_chosen_where_vectors_are_wide(
+@pytest.mark.parametrize(("capability", "body"), [("DEFAULT", "cpu"), ("AVX2", "cpu"), ("AVX512", "native")])
+def test_attention_and_gathers_in_c_are_chosen_where_vectors_are_wide(
     monkeypatch: pytest.MonkeyPatch, capability: str, body: str
 ) -> None:
     import torch
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert select_attention(torch.device("cpu")).name == body
+    rows = NativeRows.of(ProgramTables(torch.zeros(64), [SiteShape(4, 4)]))
+    assert (rows is not None) is (body == "native")
