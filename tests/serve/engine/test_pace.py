@@ -26,7 +26,7 @@ def _settled(pace: Pace, overhead: float = 0.0, noise: float = 0.0) -> int:
     return pace.allowance(15, 1, BUDGET)
 
 
-@pytest.mark.parametrize("overhead", [0.0, 0.03])
+@pytest.mark.parametrize("overhead", [0.0, 0.005])
 @pytest.mark.parametrize("stretch", [1.5, 2.0, 3.0])
 def test_a_step_takes_so_many_times_as_long(stretch: float, overhead: float) -> None:
     allowed = _settled(Pace(stretch), overhead)
@@ -62,6 +62,14 @@ def test_a_prompt_that_was_alone_says_what_a_token_takes() -> None:
     pace.observe(0, 1000, 1.0)
     pace.observe(1, 0, 0.05)
     assert pace.allowance(1, 1, BUDGET) == 50
+
+
+def test_what_a_step_with_a_chunk_costs_at_all_is_not_put_on_its_tokens() -> None:
+    pace = Pace(2.0)
+    pace.observe(15, 0, 0.080)
+    for tokens in (16, 48, 32, 64, 16, 48):
+        pace.observe(15, tokens, 0.080 + 0.030 + 1e-4 * tokens)
+    assert pace.allowance(15, 1, BUDGET) == pytest.approx((0.080 - 0.030) / 1e-4, rel=0.02)
 
 
 def test_a_crowd_of_prompts_counts_as_much_as_who_decodes() -> None:
