@@ -27,6 +27,7 @@ from onebase.serve.model.loader import prepare
 
 _BATCHES = (1, 16, 64)
 _PROMPTS, _PROMPT = 8, 1024
+_ROUNDS = 2  # of loading 64 adapters anew
 _GEMM = 8192
 _TUNE_SECONDS = 420.0
 
@@ -54,7 +55,7 @@ def run_step(device: str, shape: str, out: Path) -> None:
         for rows in _BATCHES:
             for side, used in (("graphs", graphs), ("eager", None)):
                 engine.runner.graphs = used
-                found = step.measure(engine, rows, folders[:rows], steps=32)
+                found = step.measure(engine, rows, folders[:rows], steps=32, rounds=_ROUNDS)
                 base, mixed = found["base, none loaded: ms a step"], found["adapters: ms a step"]
                 added = 1e3 * rows * _adapter_bytes(engine) / bandwidth
                 shares = {"base / floor": base / floor, "adapters / (base + their bytes)": mixed / (base + added)}
@@ -86,10 +87,12 @@ def run_prefill(device: str, shape: str, out: Path) -> None:
         prefix_caching=False,
     )  # fmt: skip
     model = random_model(shape, torch.bfloat16, device)
-    parameters = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    products = sum(p.numel() for p in model.parameters()) - head - model.get_input_embeddings().weight.numel()
     engine = Engine(config, prepare(model, config))
     seconds = min(_prefill(engine) for _ in range(5))
-    rate, gemm = 2 * parameters * tokens / seconds, _gemm_rate(torch.device(device))
+    operations = 2 * products * tokens + 2 * head * _PROMPTS  # attention's own are left out
+    rate, gemm = operations / seconds, _gemm_rate(torch.device(device))
     figures = {"seconds": seconds, "tokens/s": tokens / seconds, "share of the GEMM rate": rate / gemm}
     show(
         f"{shape}: prefill of {_PROMPTS} x {_PROMPT} tokens", {name: f"{value:.3f}" for name, value in figures.items()}

@@ -10,11 +10,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from onebase.adapters.base import BaseModel, SiteKind
 from onebase.bench import overhead
@@ -64,13 +66,12 @@ def make_engine(shape: str, device: str, rows: int, ranks: Sequence[int], folder
 
 def save_adapter(base: BaseModel, folder: Path, rank: int, seed: int) -> Path:
     """A LoRA of random factors on all linears, written without PEFT; returns its folder."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+    factor, tensors = _Noise(seed), {}
     for path, site in base.sites.items():
         if site.kind is SiteKind.LINEAR and path.rsplit(".", 1)[-1] in LINEARS:
             key = f"base_model.model.{path}.lora"
-            tensors[f"{key}_A.weight"] = torch.randn(rank, site.in_features, generator=generator).bfloat16() * 0.02
-            tensors[f"{key}_B.weight"] = torch.randn(site.out_features, rank, generator=generator).bfloat16() * 0.02
+            tensors[f"{key}_A.weight"] = factor(rank, site.in_features)
+            tensors[f"{key}_B.weight"] = factor(site.out_features, rank)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEARS)}
@@ -78,10 +79,28 @@ def save_adapter(base: BaseModel, folder: Path, rank: int, seed: int) -> Path:
     return folder
 
 
-def measure(engine: Engine, rows: int, folders: Sequence[Path], steps: int) -> dict[str, Any]:
+@cache
+def _pool() -> Tensor:
+    """Drawn once: 64 adapters of an 8B base have billions of numbers."""
+    return 0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+class _Noise:
+    """Matrices out of the pool, other ones for each seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._at = seed * 7919
+
+    def __call__(self, rows: int, columns: int) -> Tensor:
+        at = self._at % (len(_pool()) - rows * columns)
+        self._at += rows * columns
+        return _pool()[at : at + rows * columns].view(rows, columns).clone()
+
+
+def measure(engine: Engine, rows: int, folders: Sequence[Path], steps: int, rounds: int = _ROUNDS) -> dict[str, Any]:
     """Milliseconds a step and tokens per second: the base with and without adapters beside it, and the adapters."""
     without, beside, mixed = [], [], []
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         _unload(engine, folders)
         without.append(_seconds(engine, rows, (), steps))
         make_resident(engine, folders)

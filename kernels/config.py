@@ -1,10 +1,12 @@
 """Which block shapes the Triton kernels run with: a tuned table of the device, else a heuristic. No trials here.
 
 The heuristic:
-- rank blocks are the largest rank's power of two, from 16 to 128 bytes' worth;
-- shrink: BLOCK_K 256 bytes for tiles of 16 rows (decode), 128 for taller ones. For decode, K is split into parts of
-  512 over the grid, 8 at most, because a few tiles alone leave most of the device idle;
-- expand: BLOCK_N 64 for decode (more programs in flight), 128 for taller tiles.
+- tiles of a few rows (decoding): blocks of a factor of 16 by 1,024 bytes, whatever the rank, so that mixed ranks cost
+  what their bytes cost;
+- else rank blocks are the largest rank's power of two, from 16 to 128 bytes' worth. Shrink: BLOCK_K 256 bytes for tiles
+  of 16 rows, 128 for taller ones; expand: BLOCK_N 64 for tiles of 16 rows (more programs in flight), 128 for others;
+- tiles of up to 16 rows: K is split into parts of 512 over the grid, 8 at most, because a few tiles alone leave most of
+  the device idle.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from onebase.kernels.tables import PAIR_BLOCK
+from onebase.kernels.tiles import FEW_ROWS
 
 TABLES = Path(__file__).parent / "tuned"
 _SPLIT_SIZE, _MOST_SPLITS = 512, 8
+_FEW_BYTES = 1024  # of a factor's row that a program reads at once
 _LARGEST_CLASS = 4096
 
 T = TypeVar("T")
@@ -94,12 +98,12 @@ class Configs:
 
 
 def heuristic(shape: Shape) -> Config:
-    flat = shape.block_m == 16
-    block_r = max(16, min(128 // shape.itemsize, shape.rank))
+    few, flat = shape.block_m == FEW_ROWS, shape.block_m <= 16
+    block_r = 16 if few else max(16, min(128 // shape.itemsize, shape.rank))
     if shape.op != "shrink":
-        return Config(block_r, 64 if flat else 128)
+        return Config(block_r, _FEW_BYTES // shape.itemsize if few else 64 if flat else 128)
     splits = max(1, min(_MOST_SPLITS, shape.h_in // _SPLIT_SIZE)) if flat else 1
-    return Config(block_r, (256 if flat else 128) // shape.itemsize, splits)
+    return Config(block_r, (_FEW_BYTES if few else 256 if flat else 128) // shape.itemsize, splits)
 
 
 def rank_class(rank: int) -> int:

@@ -11,10 +11,8 @@ import torch
 
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables
-from onebase.kernels.tiles import TILE_FIELDS, Bounds, TileRow, Tiles, blocks, encode
+from onebase.kernels.tiles import FEW_ROWS, TILE_FIELDS, Bounds, TileRow, Tiles, blocks, encode
 from onebase.kernels.touched import Touched
-
-BLOCK_M = 16  # decode: what is captured
 
 
 class DoesNotFit(ValueError):
@@ -34,7 +32,7 @@ class FixedPlan:
         num_layers: int = 1,
         sites: Touched | None = None,
     ) -> None:
-        """max_tiles: per layer, for segments of up to 16 rows one each; num_layers: adapters that a row may have;
+        """max_tiles: per layer, for segments of up to FEW_ROWS rows one each; num_layers: adapters that a row may have;
         sites: those that kernels are launched for, None for expands at all."""
         self.plan = BatchPlan(num_rows)
         self._tables = tables
@@ -46,7 +44,7 @@ class FixedPlan:
         device = tables.buffer.device
         self._data = torch.zeros((num_layers * max_tiles, TILE_FIELDS), dtype=torch.int32, device=device)
         layers = tuple((at * max_tiles, (at + 1) * max_tiles) for at in range(num_layers))
-        tiles = Tiles(self._data, layers, BLOCK_M, num_layers * num_rows, self._bounds)
+        tiles = Tiles(self._data, layers, FEW_ROWS, num_layers * num_rows, self._bounds)
         self.plan.memo((tables, "tiles"), lambda: tiles)
         tables.touch(self.plan, self._sites)
 
@@ -88,7 +86,7 @@ class FixedPlan:
             rows += [_EMPTY] * (number * self._bounds.max_tiles - len(rows))
             first = len(rows)
             for segment in layer:
-                rows += blocks(segment, packed, self._tables.row(segment.handle), BLOCK_M)
+                rows += blocks(segment, packed, self._tables.row(segment.handle), FEW_ROWS)
                 packed += segment.length
             self._fits("tiles", len(rows) - first, self._bounds.max_tiles)
         return rows

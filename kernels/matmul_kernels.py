@@ -1,6 +1,7 @@
 """The Triton kernels of segmented shrink and expand, and of vectors, over an arena addressed by tables.
 
-matmul_triton.py launches them. An expand's epilogue adds a program's bias, gain and rotation to what it stores anyway.
+matmul_triton.py launches them; where tiles have a few rows, those of row_kernels.py. An expand's epilogue adds a
+program's bias, gain and rotation to what it stores anyway.
 
 Triton compiles anew for each class of an argument (one, a multiple of 16, aligned or not), which would stall a step.
 So what changes with the batch is exempt, or always a multiple of 16: xa's rows are padded to that.
@@ -23,7 +24,13 @@ def _dot(left, right, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _whole(rank):
+def slice_of(block, second, third, of0, of1, of2):
+    """What belongs to the output whose columns the block has: blocks from ``second`` on are the next one's."""
+    return tl.where(block >= third, of2, tl.where(block >= second, of1, of0))
+
+
+@triton.jit
+def whole(rank):
     """Up to a multiple of 16: xa holds zeros between, so that its rows are read in whole vectors."""
     return tl.cdiv(rank, 16) * 16
 
@@ -77,11 +84,11 @@ def shrink_kernel(
         acc += _dot(x_tile, tl.trans(a_tile), WIDE)
     plane = (split * group_size + member).to(tl.int64) * packed_rows
     out = xa + (plane + tl.load(tile + 1) + m)[:, None] * width + r[None, :]
-    tl.store(out, acc, mask=here[:, None] & (r < _whole(rank))[None, :])
+    tl.store(out, acc, mask=here[:, None] & (r < whole(rank))[None, :])
 
 
 @triton.jit
-def _mapped(y, out, arena, entry, n, mask, inside, ALIGN: tl.constexpr):
+def mapped(y, out, arena, entry, n, mask, inside, ALIGN: tl.constexpr):
     """What a program's map adds to y [BLOCK_M, BLOCK_N] fp32, which lies at ``out``. n: the columns."""
     gain, sine = tl.load(entry + 5), tl.load(entry + 6)
     factor = tl.load(arena + tl.multiple_of(gain, ALIGN) + n, mask=inside, other=0.0)
@@ -186,19 +193,20 @@ def expand_kernel(
     if count == 0:
         return
     block = tl.program_id(1)
-    second, third = tl.cdiv(n0, BLOCK_N), tl.cdiv(n0, BLOCK_N) + tl.cdiv(n1, BLOCK_N)
-    site = tl.where(block >= third, site2, tl.where(block >= second, site1, site0))
+    second = tl.cdiv(n0, BLOCK_N)
+    third = second + tl.cdiv(n1, BLOCK_N)
+    site = slice_of(block, second, third, site0, site1, site2)
     at = (tl.load(tile + 3).to(tl.int64) * n_sites + site) * FIELDS
     rank = tl.load(table + at + 3)
     add_out = tl.load(table + at + 2)
     gain = tl.where(maps != 0, tl.load(table + at + 5), -1)
     if (rank == 0) & (add_out < 0) & (gain < 0):
         return
-    y = tl.where(block >= third, y2, tl.where(block >= second, y1, y0))
-    y_stride = tl.where(block >= third, stride2, tl.where(block >= second, stride1, stride0))
-    out_features = tl.where(block >= third, n2, tl.where(block >= second, n1, n0))
-    member = tl.where(block >= third, member2, tl.where(block >= second, member1, member0))
-    block -= tl.where(block >= third, third, tl.where(block >= second, second, 0))
+    y = slice_of(block, second, third, y0, y1, y2)
+    y_stride = slice_of(block, second, third, stride0, stride1, stride2)
+    out_features = slice_of(block, second, third, n0, n1, n2)
+    member = slice_of(block, second, third, member0, member1, member2)
+    block -= slice_of(block, second, third, 0, second, third)
     m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     here = m < count
@@ -210,7 +218,7 @@ def expand_kernel(
     else:
         xa_rows = source + member.to(tl.int64) * member_stride + (tl.load(tile + 1) + m).to(tl.int64)[:, None] * width
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    stored = rank if TOKEN else _whole(rank)
+    stored = rank if TOKEN else whole(rank)
     for start in range(0, rank, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         inside = here[:, None] & (r < stored)[None, :]
@@ -228,6 +236,6 @@ def expand_kernel(
     mask = here[:, None] & (n < out_features)[None, :]
     new = tl.load(out, mask=mask, other=0.0).to(tl.float32)
     if gain >= 0:
-        acc += _mapped(new, out, arena, table + at, n, mask, n < out_features, ALIGN)
+        acc += mapped(new, out, arena, table + at, n, mask, n < out_features, ALIGN)
     new += acc * tl.load(tile_scales + tl.program_id(0) * TILE_FIELDS + 4)
     tl.store(out, new.to(y0.dtype.element_ty), mask=mask)

@@ -3,9 +3,9 @@
 A launch covers tiles (row blocks of one segment) of any mix of programs and ranks. A tile reads its program's offsets,
 rank and scale from the device table; rank tails are masked, a site that the program does not touch returns at once.
 
-BLOCK_M is 16 for decode, 32 or 64 where a segment is longer (tiles.block_rows); the other block shapes are config.py's,
-chosen by shape and never by trial at run time. Where K is split over the grid, its parts are summed in expand in a
-fixed order: no atomics, equal results run to run.
+Tiles of a few rows go through row_kernels.py, taller ones through tensor cores with a BLOCK_M of 16, 32 or 64
+(tiles.block_rows); the other block shapes are config.py's, chosen by shape and never by trial at run time. Where K is
+split over the grid, its parts are summed in expand in a fixed order: no atomics, equal results run to run.
 
 A launch reads its plan from the tiles' device buffer alone. Tiles without rows return at once, so that a captured graph
 may be replayed over other plans (fixed_plan.py).
@@ -25,8 +25,9 @@ from onebase.kernels.base import NOTHING, Shrunk, own
 from onebase.kernels.config import Config, Configs, Op, Shape
 from onebase.kernels.matmul_kernels import expand_kernel, scale_in_kernel, shrink_kernel
 from onebase.kernels.plan import BatchPlan, Segment
+from onebase.kernels.row_kernels import expand_rows_kernel, shrink_rows_kernel
 from onebase.kernels.tables import FIELDS, ProgramTables, SiteShape
-from onebase.kernels.tiles import ROWS_BY_BLOCK, TILE_FIELDS, tiles_of
+from onebase.kernels.tiles import FEW_ROWS, ROWS_BY_BLOCK, TILE_FIELDS, Tiles, tiles_of
 from onebase.kernels.vectors import Vectors
 from onebase.kernels.warm_up import warm_plan, zero_programs
 
@@ -70,12 +71,12 @@ class TritonKernels:
         xa = torch.empty((splits, len(group), tiles.packed_rows, width), dtype=torch.float32, device=x.device)
         if not self._rank(group, plan):
             return TritonShrunk(group, xa)  # vectors alone: nothing reads it
-        shrink_kernel[(tiles.count, triton.cdiv(width, config.block_r), len(group) * splits)](
+        kernel = shrink_rows_kernel if tiles.block_m == FEW_ROWS else shrink_kernel
+        kernel[(tiles.count, triton.cdiv(width, config.block_r), len(group) * splits)](
             x, tables.buffer, tables.device_table, tiles.data, self._group(group), xa,
             x.stride(0), x.shape[1], len(tables.sites), tiles.packed_rows, width, len(group),
-            BLOCK_M=tiles.block_m, BLOCK_R=config.block_r, BLOCK_K=config.block, SPLITS=splits,
-            WIDE=not x.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_R=config.block_r, BLOCK_K=config.block, SPLITS=splits, ALIGN=tables.alignment, FIELDS=FIELDS,
+            TILE_FIELDS=TILE_FIELDS, num_warps=config.num_warps, num_stages=config.num_stages, **_tall(tiles, x),
         )  # fmt: skip
         return TritonShrunk(group, xa)
 
@@ -136,7 +137,7 @@ class TritonKernels:
         for token in (False, True):
             for rank in ranks:
                 programs = zero_programs(zeros, self._tables.sites, rank, 1, token)
-                for rows in ROWS_BY_BLOCK:
+                for rows in ROWS_BY_BLOCK.values():
                     plan = BatchPlan(rows, (Segment(0, rows, 0),))
                     for group in kinds.values():
                         if len(group) == 1 or not token:
@@ -190,17 +191,18 @@ class TritonKernels:
         splits, strides = (
             (1, (0, 0, 16)) if token else (len(source), (source.stride(1), source.stride(0), source.shape[3]))
         )
+        kernel = expand_rows_kernel if tiles.block_m == FEW_ROWS else expand_kernel
         for start, stop in tiles.layers:
             layer = tiles.data[start:stop]
-            expand_kernel[(stop - start, blocks)](
+            kernel[(stop - start, blocks)](
                 *(one.y for one in padded), tables.buffer, tables.device_table, tables.device_table.view(torch.float64),
                 layer, layer.view(torch.float32), source,
                 *(one.y.stride(0) for one in padded), *widths,
                 *(one.site for one in padded), *(one.member for one in padded), len(tables.sites),
                 *strides, int(maps),
-                BLOCK_M=tiles.block_m, BLOCK_N=config.block, BLOCK_R=config.block_r, SPLITS=splits, TOKEN=token,
-                WIDE=not source.is_cuda, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                BLOCK_N=config.block, BLOCK_R=config.block_r, SPLITS=splits, TOKEN=token, ALIGN=tables.alignment,
+                FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS, num_warps=config.num_warps, num_stages=config.num_stages,
+                **_tall(tiles, source),
             )  # fmt: skip
 
     def shape(self, op: Op, group: tuple[int, ...], plan: BatchPlan) -> Shape:
@@ -235,6 +237,11 @@ class TritonKernels:
             cuda = self._tables.buffer.is_cuda
             self._groups[group] = host.pin_memory().cuda(non_blocking=True) if cuda else host
         return self._groups[group]
+
+
+def _tall(tiles: Tiles, of: Tensor) -> dict[str, int | bool]:
+    """What kernels that use tensor cores take beside the others. WIDE: see matmul_kernels.py."""
+    return {} if tiles.block_m == FEW_ROWS else {"BLOCK_M": tiles.block_m, "WIDE": not of.is_cuda}
 
 
 def _padded(rank: int) -> int:

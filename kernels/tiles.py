@@ -18,7 +18,8 @@ from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.tables import ProgramTables
 
 TILE_FIELDS = 8  # row, packed row, rows, program's table row, scale (the bits of a float32), 3 unused: 32-byte rows
-ROWS_BY_BLOCK = (16, 17, 65)  # a segment length for each answer of block_rows
+FEW_ROWS = 4  # of a tile that is computed row by row
+ROWS_BY_BLOCK = {FEW_ROWS: 1, 16: 5, 32: 17, 64: 65}  # a segment length for each answer of block_rows
 
 TileRow = tuple[int, int, int, int, float]
 
@@ -56,9 +57,10 @@ def tiles_of(plan: BatchPlan, tables: ProgramTables) -> Tiles:
 
 
 def block_rows(plan: BatchPlan) -> int:
-    """Rows of a tile. Decode: 16, the least that tensor cores take. Prefill: more, to read weights less often."""
+    """Rows of a tile. A few where all segments are short (decoding), else 16, the least that tensor cores take, and for
+    long segments more, to read weights less often."""
     longest = max((segment.length for segment in plan.segments), default=0)
-    return 16 if longest <= 16 else 32 if longest <= 64 else 64
+    return FEW_ROWS if longest <= FEW_ROWS else 16 if longest <= 16 else 32 if longest <= 64 else 64
 
 
 def _cut(plan: BatchPlan, tables: ProgramTables) -> Tiles:

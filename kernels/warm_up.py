@@ -9,6 +9,7 @@ from torch import Tensor
 from onebase.kernels.config import Shape
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import Operands, ProgramTables, SiteShape
+from onebase.kernels.tiles import ROWS_BY_BLOCK
 
 
 def zero_programs(zeros: Tensor, sites: Sequence[SiteShape], rank: int, count: int, token: bool) -> ProgramTables:
@@ -25,6 +26,6 @@ def zero_programs(zeros: Tensor, sites: Sequence[SiteShape], rank: int, count: i
 
 def warm_plan(shape: Shape) -> BatchPlan:
     """A plan in the shape's classes of rows, tile height and distinct programs; what is left over are base rows."""
-    longest = {16: 1, 32: 17, 64: 65}[shape.block_m]
+    longest = ROWS_BY_BLOCK[shape.block_m]
     runs = [(longest if handle == 0 else 1, ((handle, 1.0),)) for handle in range(shape.distinct)]
     return BatchPlan.from_runs([*runs, (max(0, shape.rows - longest - shape.distinct + 1), ())])

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-LEAST_CHUNK = 32  # tokens that a step always may compute: prompts get on, whatever was measured
+LEAST_CHUNK = 16  # tokens that a step always may compute: prompts get on, whatever was measured
 FIRST_CHUNK = 64  # while nothing was measured
 MOST_CROWDED = 8.0  # times the time that a chunk may take, where prompts outnumber who decodes
 _REMEMBERED = 15  # steps of each kind
+_APART = 12  # tokens between two chunks that tell what a token costs
 _LEAST_SHARE = 0.02  # of what a chunk takes, that is its tokens': where noise says that they are free
 _ENOUGH = 64  # prompt tokens of a step from which on what it has besides them does not matter
 
@@ -39,7 +40,7 @@ class _Line:
     @classmethod
     def through(cls, chunks: Sequence[tuple[int, float]], alone: float | None) -> _Line | None:
         """Of (tokens, seconds); alone: seconds of a token where prompts were alone. None where neither tells."""
-        slopes = [(t - s) / (m - n) for (n, s), (m, t) in combinations(chunks, 2) if abs(m - n) >= LEAST_CHUNK // 2]
+        slopes = [(t - s) / (m - n) for (n, s), (m, t) in combinations(chunks, 2) if abs(m - n) >= _APART]
         each = statistics.median(slopes) if slopes else alone
         if not chunks:
             return None if each is None else cls(0.0, each)

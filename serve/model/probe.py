@@ -31,6 +31,7 @@ from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 PROBE_TOKENS = 24
 _HEAD_ROWS = 3
 # Largest difference of logits, as a share of their standard deviation, that rounding alone explains.
+_COPIES = 3  # of the tokens in one batch, for sums in another order
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05, torch.float64: 1e-6}
 
 
@@ -169,12 +170,22 @@ def _prove(model: PreTrainedModel, context: AttentionContext, tokens: Tensor) ->
     for chunks in ((PROBE_TOKENS,), (half, PROBE_TOKENS - half - _HEAD_ROWS, _HEAD_ROWS)):
         got = _paged(model, context, tokens, chunks, _HEAD_ROWS).float()
         worst = float((got - expected).abs().max())
+        if worst > allowed:
+            allowed = max(allowed, _rounding(model, tokens, expected))
         if not worst <= allowed:
             raise ModelRejected(
                 f"{type(model).__name__} through paged attention (chunks {chunks}) differs from transformers' own "
                 f"forward by {worst:.3g} in the logits, allowed {allowed:.3g}: something in it depends on more than "
                 "packed tokens and their positions"
             )
+
+
+def _rounding(model: PreTrainedModel, tokens: Tensor, expected: Tensor) -> float:
+    """Twice what transformers' own forward differs by from itself where products have another shape, and so other sums:
+    in half precision that grows with depth and width. At most what still tells one model from another."""
+    with _plain_attention(model):
+        other = model(input_ids=tokens.expand(_COPIES, -1), use_cache=False).logits[0, -_HEAD_ROWS:].float()
+    return min(2.0 * float((other - expected).abs().max()), 0.5 * float(expected.std()))
 
 
 def _classify(model: PreTrainedModel, calls: list[_Call], blocks: Blocks) -> ProbeResult:

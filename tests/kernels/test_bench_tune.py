@@ -61,8 +61,8 @@ def test_a_tuned_configuration_is_launched_and_warmed_up(monkeypatch: pytest.Mon
     configs = Configs(
         {bench.shape("shrink"): Config(16, 32, num_warps=2), bench.shape("expand"): Config(16, 128, 1, 8)}
     )
-    monkeypatch.setattr(matmul_triton, "shrink_kernel", Kernel())
-    monkeypatch.setattr(matmul_triton, "expand_kernel", Kernel())
+    monkeypatch.setattr(matmul_triton, "shrink_rows_kernel", Kernel())
+    monkeypatch.setattr(matmul_triton, "expand_rows_kernel", Kernel())
     bench.shrink(configs)()
     assert launched == [2] * len(bench.groups)
     launched.clear()

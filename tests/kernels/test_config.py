@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from onebase.kernels.config import TABLES, Config, Configs, Shape, dump, file_name, heuristic, load, rank_class
+from onebase.kernels.tiles import FEW_ROWS
 
 SHAPE = Shape.of("shrink", torch.bfloat16, 4096, (4096, 1024, 1024), rank=30, block_m=16, rows=60, distinct=60)
 OTHER = Config(block_r=64, block=64, splits=4, num_warps=8, num_stages=2)
@@ -54,16 +55,16 @@ def test_classes_round_up_and_are_few() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("block_m", [FEW_ROWS, 16, 32, 64])
 def test_the_heuristic_keeps_to_its_rules(dtype: torch.dtype, block_m: int) -> None:
     size = dtype.itemsize
     for rank in (1, 16, 77, 512):
         shape = Shape.of("shrink", dtype, 8192, (64,), rank=rank, block_m=block_m, rows=64, distinct=64)
         shrink, expand = heuristic(shape), heuristic(replace(shape, op="expand"))
-        assert 16 <= shrink.block_r <= 128 // size
-        assert shrink.block * size == (256 if block_m == 16 else 128)
-        assert shrink.splits == (8 if block_m == 16 else 1)
-        assert (expand.block, expand.splits) == (64 if block_m == 16 else 128, 1)
+        assert 16 <= shrink.block_r <= (16 if block_m == FEW_ROWS else 128 // size)
+        assert shrink.block * size == {FEW_ROWS: 1024, 16: 256}.get(block_m, 128)
+        assert shrink.splits == (8 if block_m <= 16 else 1)
+        assert (expand.block, expand.splits) == ({FEW_ROWS: 1024 // size, 16: 64}.get(block_m, 128), 1)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -108,4 +109,4 @@ def test_an_expand_never_parts_the_pairs_of_a_rotation() -> None:
     with pytest.raises(ValueError, match="multiples of 64"):
         Configs({shape: Config(16, 32)})
     assert Configs({shape: Config(16, 128)}).get(shape).block == 128
-    assert all(heuristic(replace(shape, block_m=rows)).block % 64 == 0 for rows in (16, 32, 64))
+    assert all(heuristic(replace(shape, block_m=rows)).block % 64 == 0 for rows in (FEW_ROWS, 16, 32, 64))

@@ -50,7 +50,7 @@ def capture(
     from onebase.kernels import matmul_triton
 
     launches: list[Callable[[], None]] = []
-    for name in ("shrink_kernel", "expand_kernel"):
+    for name in ("shrink_rows_kernel", "expand_rows_kernel"):
         monkeypatch.setattr(matmul_triton, name, Recorder(getattr(matmul_triton, name), launches))
     body = matmul_triton.TritonKernels(world.tables)
     x, ys = world.tensor(ROWS, SITES[0].in_features), [world.tensor(ROWS, SITES[site].out_features) for site in GROUP]

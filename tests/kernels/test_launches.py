@@ -45,8 +45,8 @@ class Counting:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counter: Counter[str] = Counter()
-    for name in ("shrink_kernel", "expand_kernel", "scale_in_kernel"):
-        monkeypatch.setattr(matmul_triton, name, Counting(name, counter))
+    for name in ("shrink_kernel", "expand_kernel", "scale_in_kernel", "shrink_rows_kernel", "expand_rows_kernel"):
+        monkeypatch.setattr(matmul_triton, name, Counting(name.replace("_rows", ""), counter))
     return counter
 
 

@@ -12,6 +12,7 @@ import transformers
 
 from onebase.adapters.errors import ModelRejected
 from onebase.serve.engine.config import EngineConfig
+from onebase.serve.model import probe
 from onebase.serve.model.loader import load_model, pick_max_model_len
 
 NAMES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "opt", "gpt_neox", "olmo2"]
@@ -83,6 +84,30 @@ def test_a_model_whose_forward_depends_on_more_than_tokens_is_refused(
     monkeypatch.setattr(attention, "AttentionOptions", lambda scale, *rest: right(scale * 1.5, *rest))
     with pytest.raises(ModelRejected, match="differs from transformers"):
         load_model(EngineConfig(model=str(checkpoint("llama")), device="cpu"))
+
+
+@pytest.mark.parametrize(("rounding", "accepted"), [(1e-2, True), (0.0, False)])
+def test_a_model_that_rounds_much_by_itself_is_served(
+    rounding: float, accepted: bool, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8B parameters in bfloat16 differ from themselves by a third of the logits' deviation, in a batch of three."""
+    monkeypatch.setitem(probe._TOLERANCE, torch.float32, 0.0)
+    monkeypatch.setattr(probe, "_rounding", lambda *_: rounding)
+    config = EngineConfig(model=str(checkpoint("llama")), device="cpu", dtype="float32")
+    if accepted:
+        load_model(config)
+    else:
+        with pytest.raises(ModelRejected, match="differs from transformers"):
+            load_model(config)
+
+
+@torch.inference_mode()
+def test_what_is_put_down_to_rounding_is_bounded(checkpoint: Callable[..., Path]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"), attn_implementation="eager").eval()
+    tokens = torch.arange(8)
+    expected = model(tokens[None]).logits[0, -3:]
+    assert probe._rounding(model, tokens, expected) < 1e-4 * expected.std()
+    assert probe._rounding(model, tokens, expected + 100) == pytest.approx(0.5 * float(expected.std()))
 
 
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
