@@ -1,12 +1,12 @@
 """Which block shapes the Triton kernels run with: a tuned table of the device, else a heuristic. No trials here.
 
 The heuristic:
-- tiles of a few rows (decoding): blocks of a factor of 16 by 1,024 bytes, whatever the rank, so that mixed ranks cost
-  what their bytes cost;
+- tiles of a few rows (decoding): blocks of a factor of 16 by 512 bytes, whatever the rank: mixed ranks cost what their
+  bytes cost;
 - else rank blocks are the largest rank's power of two, from 16 to 128 bytes' worth. Shrink: BLOCK_K 256 bytes for tiles
   of 16 rows, 128 for taller ones; expand: BLOCK_N 64 for tiles of 16 rows (more programs in flight), 128 for others;
-- tiles of up to 16 rows: K is split into parts of 512 over the grid, 8 at most, because a few tiles alone leave most of
-  the device idle.
+- K is split into parts of at least 512 over the grid, 8 at most and 4 for tall tiles, because a few tiles alone leave
+  most of the device idle.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from onebase.kernels.tables import PAIR_BLOCK
 from onebase.kernels.tiles import FEW_ROWS
 
 TABLES = Path(__file__).parent / "tuned"
-_SPLIT_SIZE, _MOST_SPLITS = 512, 8
-_FEW_BYTES = 1024  # of a factor's row that a program reads at once
+_SPLIT_SIZE, _MOST_SPLITS, _TALL_SPLITS = 512, 8, 4
+_FEW_BYTES = 512  # of a factor's row that a program reads at once
 _LARGEST_CLASS = 4096
 
 T = TypeVar("T")
@@ -78,8 +78,11 @@ class Configs:
     """The configuration of any shape. ``tuned`` goes before the heuristic."""
 
     def __init__(self, tuned: Mapping[Shape, Config] = {}) -> None:
-        """Raises ValueError where an expand's block would part the pairs of a rotation."""
+        """Raises ValueError where an expand's block would part the pairs of a rotation, and where parts are not a power
+        of two."""
         for shape, config in tuned.items():
+            if config.splits & (config.splits - 1):
+                raise ValueError(f"splits: {config.splits} of {shape}: allowed are powers of two")
             if shape.op == "expand" and config.block % PAIR_BLOCK:
                 raise ValueError(
                     f"block: {config.block} of {shape}: allowed for an expand are multiples of {PAIR_BLOCK}"
@@ -98,12 +101,20 @@ class Configs:
 
 
 def heuristic(shape: Shape) -> Config:
-    few, flat = shape.block_m == FEW_ROWS, shape.block_m <= 16
-    block_r = 16 if few else max(16, min(128 // shape.itemsize, shape.rank))
+    if shape.block_m == FEW_ROWS:
+        return Config(16, _FEW_BYTES // shape.itemsize, _splits(shape), num_warps=8)
+    flat, block_r = shape.block_m == 16, max(16, min(128 // shape.itemsize, shape.rank))
     if shape.op != "shrink":
-        return Config(block_r, _FEW_BYTES // shape.itemsize if few else 64 if flat else 128)
-    splits = max(1, min(_MOST_SPLITS, shape.h_in // _SPLIT_SIZE)) if flat else 1
-    return Config(block_r, (_FEW_BYTES if few else 256 if flat else 128) // shape.itemsize, splits)
+        return Config(block_r, 64 if flat else 128)
+    return Config(block_r, (256 if flat else 128) // shape.itemsize, _splits(shape))
+
+
+def _splits(shape: Shape) -> int:
+    """Parts of K of a shrink: a power of two, and not by what changes with the batch: each is a kernel of its own."""
+    if shape.op != "shrink":
+        return 1
+    most = max(1, min(_MOST_SPLITS if shape.block_m <= 16 else _TALL_SPLITS, shape.h_in // _SPLIT_SIZE))
+    return int(1 << (most.bit_length() - 1))
 
 
 def rank_class(rank: int) -> int:

@@ -93,7 +93,7 @@ def expand_rows_kernel(
     maps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # a power of two
     TOKEN: tl.constexpr,
     ALIGN: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -133,9 +133,8 @@ def expand_rows_kernel(
         acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
-            xa_part = tl.load(xa_row + r, mask=r < stored, other=0.0).to(tl.float32)
-            for part in tl.static_range(1, SPLITS):
-                xa_part += tl.load(xa_row + part * split_stride + r, mask=r < stored, other=0.0)
+            parts = tl.arange(0, SPLITS)[:, None] * split_stride + r[None, :]  # at once: one load a thread
+            xa_part = tl.sum(tl.load(xa_row + parts, mask=(r < stored)[None, :], other=0.0).to(tl.float32), 0)
             b_mask = (r < rank)[:, None] & inside[None, :]
             b_part = tl.load(b_start + r.to(tl.int64)[:, None] * out_features, mask=b_mask, other=0.0)
             acc += b_part.to(tl.float32) * xa_part[:, None]

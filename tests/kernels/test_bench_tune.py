@@ -59,7 +59,7 @@ def test_a_tuned_configuration_is_launched_and_warmed_up(monkeypatch: pytest.Mon
 
     bench = Bench.of((32, (48, 16)), 4, 2, 2, torch.zeros(1 << 14), 1)
     configs = Configs(
-        {bench.shape("shrink"): Config(16, 32, num_warps=2), bench.shape("expand"): Config(16, 128, 1, 8)}
+        {bench.shape("shrink"): Config(16, 32, num_warps=2), bench.shape("expand"): Config(16, 128, 1, 4)}
     )
     monkeypatch.setattr(matmul_triton, "shrink_rows_kernel", Kernel())
     monkeypatch.setattr(matmul_triton, "expand_rows_kernel", Kernel())

@@ -62,9 +62,21 @@ def test_the_heuristic_keeps_to_its_rules(dtype: torch.dtype, block_m: int) -> N
         shape = Shape.of("shrink", dtype, 8192, (64,), rank=rank, block_m=block_m, rows=64, distinct=64)
         shrink, expand = heuristic(shape), heuristic(replace(shape, op="expand"))
         assert 16 <= shrink.block_r <= (16 if block_m == FEW_ROWS else 128 // size)
-        assert shrink.block * size == {FEW_ROWS: 1024, 16: 256}.get(block_m, 128)
-        assert shrink.splits == (8 if block_m <= 16 else 1)
-        assert (expand.block, expand.splits) == ({FEW_ROWS: 1024 // size, 16: 64}.get(block_m, 128), 1)
+        assert shrink.block * size == {FEW_ROWS: 512, 16: 256}.get(block_m, 128)
+        assert shrink.splits == (8 if block_m <= 16 else 4)
+        assert (expand.block, expand.splits) == ({FEW_ROWS: 512 // size, 16: 64}.get(block_m, 128), 1)
+
+
+@pytest.mark.parametrize("block_m", [FEW_ROWS, 16, 64])
+def test_parts_of_a_sum_are_powers_of_two_no_shorter_than_worthwhile(block_m: int) -> None:
+    for h_in in (64, 576, 3072, 4096, 14336):
+        for rows in (1, 64, 4096):
+            shape = Shape.of("shrink", torch.bfloat16, h_in, (64,), rank=16, block_m=block_m, rows=rows, distinct=1)
+            splits = heuristic(shape).splits
+            assert splits.bit_count() == 1
+            assert splits == 1 or h_in >= 512 * splits
+    with pytest.raises(ValueError, match="splits: 3"):
+        Configs({SHAPE: Config(16, 64, splits=3)})
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
