@@ -21,7 +21,7 @@ from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model.attention import ATTENTION_NAME, AttentionContext
 from onebase.serve.model.dtypes import pick_dtype
 from onebase.serve.model.experts import ProbedExperts
-from onebase.serve.model.norms import fuse_norms
+from onebase.serve.model.fused import fuse, input_groups
 from onebase.serve.model.packed import PackedLinear, pack_linears
 from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
 from onebase.serve.model.quantised import dense_weight, is_quantised, plain_parts
@@ -130,7 +130,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     result: ProbeResult = probe(model, context, vocab_size)
     if not config.deterministic:
-        fuse_norms(norm.module for norm in result.norms)
+        fuse(model, context, result)
     entries: list[ProbedSite | ProbedNorm | ProbedBlock] = [*result.sites, *result.norms, *result.blocks]
     return LoadedModel(
         model=model,
@@ -148,13 +148,8 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         vocab_size=vocab_size,
         max_model_len=pick_max_model_len(text, config.max_model_len, context.windows),
         eos_token_ids=_eos_ids(model.generation_config, text),
-        packed=pack_linears(_input_groups(result.sites)),  # last: the plain weights are gone after it
+        packed=pack_linears(input_groups(result.sites)),  # last: the plain weights are gone after it
     )
-
-
-def _input_groups(probed: Sequence[ProbedSite]) -> list[list[nn.Module]]:
-    """The sites' modules, those that read the same input together."""
-    return [[probed[index].module for index in group] for group in dict.fromkeys(entry.group for entry in probed)]
 
 
 def _in_module_order(model: nn.Module, sites: Sequence[Site]) -> dict[str, Site]:

@@ -1,4 +1,4 @@
-"""RMS norms in one pass over the rows on the CPU; torch takes eight, with a float32 copy of the rows between them.
+"""RMS norms in one pass over the rows; torch takes eight, with a float32 copy of the rows between them.
 
 Which formula a norm has is not read off its name: every known one is tried on its own weight, and it keeps its own
 forward unless one gives the same numbers. The forward is the plain twin.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from onebase.kernels.native.library import Native, native
+from onebase.serve.model.trial import noise, same_numbers, uses_triton
 
 _ROWS = 16  # of the trial
-_SAME = 0.99  # share of elements with the same bits; sums in another order round otherwise now and then
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,24 @@ class FusedNorm:
         return out
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LaunchedNorm:
+    """Forward of one norm, in a Triton launch."""
+
+    weight: Tensor
+    eps: float
+    formula: Formula
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [..., width], of the weight's dtype."""
+        from onebase.kernels.fused import rms_norm
+
+        return rms_norm(x, self.weight, self.eps, offset=self.formula.offset, rounded=self.formula.rounded)
+
+
+Norm = FusedNorm | LaunchedNorm
+
+
 @torch.inference_mode()
 def fuse_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Put a fused forward in place of each norm's that it gives the same numbers as; those are returned."""
@@ -67,28 +85,28 @@ def fuse_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return fused
 
 
-def _fused(module: nn.Module) -> FusedNorm | None:
+def _fused(module: nn.Module) -> Norm | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not isinstance(eps, float):
+    if not isinstance(weight, Tensor) or not weight.is_contiguous() or not isinstance(eps, float):
         return None
-    functions = native(weight.dtype)
-    if functions is None or not weight.is_contiguous():
-        return None
-    found = (FusedNorm(functions, weight.detach(), eps, formula) for formula in FORMULAS)
+    found = (forward for formula in FORMULAS if (forward := _made(weight.detach(), eps, formula)) is not None)
     return next((forward for forward in found if _is_same(module, forward)), None)
 
 
-def _is_same(module: nn.Module, forward: FusedNorm) -> bool:
+def _made(weight: Tensor, eps: float, formula: Formula) -> Norm | None:
+    if uses_triton(weight):
+        from onebase.kernels.fused import DTYPES, WIDEST_NORM
+
+        fits = weight.dtype in DTYPES and weight.shape[0] <= WIDEST_NORM
+        return LaunchedNorm(weight, eps, formula) if fits else None
+    functions = native(weight.dtype) if weight.device.type == "cpu" else None
+    return None if functions is None else FusedNorm(functions, weight, eps, formula)
+
+
+def _is_same(module: nn.Module, forward: Norm) -> bool:
     """On rows whose mean is not zero and whose scale differs, so that other kinds of norms stand out."""
-    generator = torch.Generator().manual_seed(0)
-    width, dtype = forward.weight.shape[0], forward.weight.dtype
-    scale = torch.logspace(-2, 2, _ROWS)[:, None]
-    x = ((torch.randn(_ROWS, width, generator=generator) + 0.5) * scale).to(dtype)[None]
-    expected, got = module(x), forward(x)
-    if expected.dtype != dtype or expected.shape != got.shape:
-        return False
-    if dtype is torch.float32:
-        return torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
-    close = torch.allclose(got.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    return close and float((got == expected).float().mean()) >= _SAME
+    weight = forward.weight
+    scale = torch.logspace(-2, 2, _ROWS, device=weight.device)[:, None]
+    x = ((noise(_ROWS, weight.shape[0], like=weight.float()) + 0.5) * scale).to(weight.dtype)[None]
+    return same_numbers(forward(x), module(x))

@@ -1,17 +1,19 @@
-"""Base weights in oneDNN's blocked layout: on a CPU a plain weight is rearranged again at every multiplication.
+"""Modules that read the same input (q, k and v; gate and up) share one product: their weights lie one below the other,
+and each gets its columns of the output.
 
-At the 16 rows of a decode step that costs as much as the multiplication itself. Modules that read the same input (q, k
-and v; gate and up) share one product: their weights lie one below the other, and each gets its columns of the output.
-The plain twin is the module's own forward; where the packed operators are missing it stays in place. The packed weight
-replaces the plain one, so that the base is held once; ``dense`` gives it back bit by bit.
+On a CPU weights also go into oneDNN's blocked layout: a plain one is rearranged again at every multiplication, which at
+the 16 rows of a decode step costs as much as the multiplication itself. The packed weight replaces the plain one, so
+that the base is held once; ``dense`` gives it back bit by bit. Elsewhere the modules' weights become views of the joint
+one. The plain twin is the module's own forward; where the packed operators are missing it stays in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from onebase.kernels import prepack
 from onebase.serve.model.quantised import is_quantised
@@ -23,11 +25,13 @@ class PackedGroup:
     Whoever asks first has all outputs computed; each is handed out once, and the input is let go with the last one.
     """
 
-    __slots__ = ("_bias", "_parts", "_sizes", "_source", "_weight")
+    __slots__ = ("_bias", "_parts", "_product", "_sizes", "_source", "_weight")
 
-    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+    def __init__(self, modules: Sequence[nn.Linear], prepacked: bool) -> None:
         self._sizes = [module.out_features for module in modules]
-        self._weight = prepack.prepack(torch.cat([module.weight.detach() for module in modules]))
+        joint = torch.cat([module.weight.detach() for module in modules])
+        self._weight = prepack.prepack(joint) if prepacked else joint
+        self._product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = prepack.product if prepacked else linear
         self._bias = _joined_bias(modules)
         self._source: Tensor | None = None
         self._parts: list[Tensor | None] = []
@@ -35,9 +39,9 @@ class PackedGroup:
     def output(self, x: Tensor, index: int) -> Tensor:
         """Of one module. x: [..., in_features] -> [..., out_features], a view where the group has several."""
         if len(self._sizes) == 1:
-            return prepack.product(x, self._weight, self._bias)
+            return self._product(x, self._weight, self._bias)
         if not self._is_source(x) or self._parts[index] is None:
-            self._parts = list(torch.split(prepack.product(x, self._weight, self._bias), self._sizes, dim=-1))
+            self._parts = list(torch.split(self._product(x, self._weight, self._bias), self._sizes, dim=-1))
             self._source = x
         part, self._parts[index] = self._parts[index], None
         if index == len(self._sizes) - 1:
@@ -49,6 +53,10 @@ class PackedGroup:
         """The plain weight of one module, [out_features, in_features]."""
         dense: Tensor = self._weight.to_dense()
         return dense if len(self._sizes) == 1 else torch.split(dense, self._sizes)[index].clone()
+
+    def views(self) -> tuple[Tensor, ...]:
+        """The modules' weights, where the joint one is plain."""
+        return torch.split(self._weight, self._sizes)
 
     def _is_source(self, x: Tensor) -> bool:
         """By its memory, which cannot be another's while it is held: callers may pass another view of it."""
@@ -84,12 +92,29 @@ def pack_linears(groups: Iterable[Sequence[nn.Module]]) -> dict[nn.Module, Packe
         linears = _packable(modules)
         if not linears:
             continue
-        group = PackedGroup(linears)
+        group = PackedGroup(linears, prepacked=True)
         for index, module in enumerate(linears):
             packed[module] = PackedLinear(group, index)
             setattr(module, "forward", packed[module])  # noqa: B010  a method for the type checker
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
     return packed
+
+
+@torch.no_grad()
+def join_linears(groups: Iterable[Sequence[nn.Module]]) -> list[nn.Module]:
+    """One product for each group's linear modules, whose weights become views of the joint one; those are returned. On
+    any device; at most one group's weights are held twice, and only meanwhile."""
+    joined: list[nn.Module] = []
+    for modules in groups:
+        linears = [module for module in modules if isinstance(module, nn.Linear) and _is_plain(module)]
+        if len(linears) < 2 or len({(module.weight.dtype, module.weight.device) for module in linears}) > 1:
+            continue
+        group = PackedGroup(linears, prepacked=False)
+        for index, (module, view) in enumerate(zip(linears, group.views(), strict=True)):
+            module.weight = nn.Parameter(view, requires_grad=False)
+            setattr(module, "forward", PackedLinear(group, index))  # noqa: B010  a method for the type checker
+            joined.append(module)
+    return joined
 
 
 def _packable(modules: Sequence[nn.Module]) -> list[nn.Linear]:
@@ -99,9 +124,11 @@ def _packable(modules: Sequence[nn.Module]) -> list[nn.Linear]:
 
 
 def _is_packable(module: nn.Linear) -> bool:
-    if type(module) is not nn.Linear or is_quantised(module):
-        return False
-    return module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype)
+    return _is_plain(module) and module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype)
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    return type(module) is nn.Linear and not is_quantised(module)
 
 
 def _joined_bias(modules: Sequence[nn.Linear]) -> Tensor | None:
