@@ -6,6 +6,7 @@ Nothing here is trusted: what is used is first compared with the Triton body on 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -38,13 +39,15 @@ class VarlenPrompts:
     """Prompts from their first token on, by torch.nn.attention.varlen over the step's own K and V.
 
     Its block tables want pages of 256 tokens in FlashAttention 2 and are not there before torch 2.12; a prompt that
-    begins in this step needs none.
+    begins in this step needs none. Nor does every torch share a head of K and V among those of a group: 2.11 has no
+    ``enable_gqa``, and gets them repeated.
     """
 
     name = "varlen"
 
     def __init__(self, varlen_attn: Callable[..., Any]) -> None:
         self._attend = varlen_attn
+        self._takes_groups = _takes(varlen_attn, "enable_gqa")
 
     @classmethod
     def installed(cls) -> VarlenPrompts:
@@ -64,11 +67,21 @@ class VarlenPrompts:
         """Rows of other sequences attend to what this step has of them, which is not what they need."""
         starts, longest = batch.query_starts, max(batch.query_lens)
         left = -1 if options.window is None else options.window - 1
+        group, grouped = q.shape[1] // k.shape[1], {}
+        if group > 1 and self._takes_groups:
+            grouped["enable_gqa"] = True
+        elif group > 1:
+            k, v = (heads.repeat_interleave(group, dim=1) for heads in (k, v))
         found: Tensor = self._attend(
-            q, k, v, starts, starts, longest, longest,
-            scale=options.scale, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+            q, k, v, starts, starts, longest, longest, scale=options.scale, window_size=(left, 0), **grouped
+        )
         return found
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _from_the_start(batch: AttentionBatch) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ CASES = [
 
 def varlen(
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int, *,
-    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """As torch.nn.attention.varlen.varlen_attn documents itself."""
     assert enable_gqa or q.shape[1] == k.shape[1]
@@ -44,6 +44,14 @@ def varlen(
     assert max(stop - start for start, stop in spans) == max_q == max_k
     assert torch.equal(starts_q, starts_k)
     return torch.cat([attend(q[a:b], k[a:b], v[a:b], options) for a, b in spans])
+
+
+def older_varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_q: int, max_k: int, *,
+    scale: float, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """That of torch 2.11: a head of K and V for each of Q."""
+    return varlen(q, k, v, starts_q, starts_k, max_q, max_k, scale=scale, window_size=window_size)
 
 
 class Wrapper:
@@ -69,7 +77,8 @@ class Wrapper:
 
 
 def libraries() -> dict[str, Library]:
-    return {"varlen": VarlenPrompts(varlen), "flashinfer": FlashInfer(CPU, Wrapper)}
+    varlens = {"varlen": VarlenPrompts(varlen), "older varlen": VarlenPrompts(older_varlen)}
+    return {**varlens, "flashinfer": FlashInfer(CPU, Wrapper)}
 
 
 def measured(
@@ -80,7 +89,7 @@ def measured(
 
 @needs_interpreter
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", ["varlen", "flashinfer"])
+@pytest.mark.parametrize("name", ["varlen", "older varlen", "flashinfer"])
 def test_a_library_and_the_triton_body_share_a_step(name: str, case: Case) -> None:
     world, library, body = World(case), libraries()[name], measured()
     got = run(lambda *args: body._by(library, *args), world)  # type: ignore[arg-type]
