@@ -74,14 +74,18 @@ def _rows(tiles, query_starts, tile, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def _store_partial(acc, top, total, partial, stats, dim, DIM: tl.constexpr, BLOCK_M: tl.constexpr):
-    """partial: [tiles, kv_heads, splits, M, DIM]; stats: [2, tiles, kv_heads, splits, M], the maxima and the totals."""
+def _store_partial(acc, top, total, partial, stats, dim, live, DIM: tl.constexpr, BLOCK_M: tl.constexpr):
+    """partial: [tiles, kv_heads, splits, M, DIM]; stats: [2, tiles, kv_heads, splits, M], the maxima and the totals.
+
+    Partial sums of rows without keys in this split, and of no query, are not stored; reduce_kernel reads none.
+    """
     block = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     item = (block * tl.num_programs(2) + tl.program_id(2)) * BLOCK_M + tl.arange(0, BLOCK_M)
     items = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * tl.num_programs(2) * BLOCK_M
     tl.store(stats + item, top)
     tl.store(stats + items + item, total)
-    tl.store(partial + item[:, None] * DIM + dim[None, :], acc, mask=dim[None, :] < DIM)
+    written = (live & (top > float("-inf")))[:, None]
+    tl.store(partial + item[:, None] * DIM + dim[None, :], acc, mask=written & (dim[None, :] < DIM))
 
 
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=BATCH_VIEWS)
@@ -145,7 +149,7 @@ def attend_kernel(
         top = above
 
     if SPLIT:
-        _store_partial(acc, top, total, partial, stats, dim, DIM, BLOCK_M)
+        _store_partial(acc, top, total, partial, stats, dim, live, DIM, BLOCK_M)
     else:
         _finish(acc, top, total, out, sinks, start + query, head, dim, live, out_t, out_h, DIM, HAS_SINKS)
 
@@ -154,24 +158,30 @@ def attend_kernel(
 def reduce_kernel(
     partial, stats, out, query_starts, tiles, sinks, out_t, out_h, splits,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, kv head) adds up the splits of its rows."""
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
-    _, start, _, _, query, head, live = _rows(tiles, query_starts, tile, kv_head, GROUP, BLOCK_M)
+    """Program (tile, kv head, head of its group) adds up a decoding row's splits, BLOCK_S of them at once."""
+    tile, kv_head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(query_starts + tl.load(tiles + 2 * tile))
     dim = tl.arange(0, BLOCK_D)
     first = (tile.to(tl.int64) * tl.num_programs(1) + kv_head) * splits
-    blocks = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * splits
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(splits):
-        item = (first + split) * BLOCK_M + tl.arange(0, BLOCK_M)
-        its_top = tl.load(stats + item)
-        above = tl.maximum(top, its_top)
-        origin = tl.where(above == float("-inf"), 0.0, above)  # a split may be empty
-        shrink, grow = tl.exp2(top - origin), tl.exp2(its_top - origin)
-        total = total * shrink + tl.load(stats + blocks * BLOCK_M + item) * grow
-        part = tl.load(partial + item[:, None] * DIM + dim[None, :], mask=dim[None, :] < DIM, other=0.0)
-        acc = acc * shrink[:, None] + part * grow[:, None]
+    totals = stats + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * splits * BLOCK_M
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
+    for begin in range(0, splits, BLOCK_S):
+        split = begin + tl.arange(0, BLOCK_S)
+        place = (first + split) * BLOCK_M + item
+        tops = tl.load(stats + place, mask=split < splits, other=float("-inf"))  # [S]
+        seen = tops > float("-inf")  # a split may be empty: it has no partial sums
+        parts = seen[:, None] & (dim[None, :] < DIM)
+        part = tl.load(partial + place[:, None] * DIM + dim[None, :], mask=parts, other=0.0)  # [S, D]
+        above = tl.maximum(top, tl.max(tops, 0))
+        origin = tl.where(above == float("-inf"), 0.0, above)
+        shrink, grow = tl.exp2(top - origin), tl.exp2(tops - origin)
+        total = total * shrink + tl.sum(tl.load(totals + place, mask=seen, other=0.0) * grow, 0)
+        acc = acc * shrink[:, None] + tl.sum(part * grow[:, None], 0)[None, :]
         top = above
-    _finish(acc, top, total, out, sinks, start + query, head, dim, live, out_t, out_h, DIM, HAS_SINKS)
+    one = tl.zeros([1], tl.int32)
+    head = kv_head * GROUP + item + one
+    _finish(acc, top, total, out, sinks, start + one, head, dim, one == 0, out_t, out_h, DIM, HAS_SINKS)

@@ -23,12 +23,16 @@ from onebase.kernels.attention_kernels_fp8 import write_fp8
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SPLITS = 64
+SPLITS_AT_ONCE = 16  # that a reduction loads together
 INTERPRETER_PROCESSORS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """Tile sizes for one head_dim and dtype, within 96 KiB of shared memory with K and V double-buffered."""
+    """Tile sizes for one head_dim and dtype, within 96 KiB of shared memory with K and V double-buffered.
+
+    Decoding waits for memory alone: a third stage has the block table's entries fetched ahead of the keys they name.
+    """
 
     m: int
     n: int
@@ -43,7 +47,7 @@ class _Blocks:
         if d * itemsize > 512:
             rows, n = 32, 16
         m = max(16 if decode else rows, triton.next_power_of_2(group))
-        return cls(m, n, d, 4, stages)
+        return cls(m, n, d, 4, stages + 1 if decode and stages > 1 else stages)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,7 +191,7 @@ def _run_attend(
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if launch.splits > 1:
-        reduce_kernel[programs[:2]](
+        reduce_kernel[(*programs[:2], shape["GROUP"])](
             partial, stats, out, batch.query_starts, launch.tiles, sinks, out.stride(0), out.stride(1),
-            launch.splits, **shape, num_warps=blocks.warps,
+            launch.splits, **shape, BLOCK_S=SPLITS_AT_ONCE, num_warps=blocks.warps,
         )  # fmt: skip
