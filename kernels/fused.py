@@ -35,13 +35,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, rounded: b
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q: [1, H, T, D], k: [1, KV, T, D], last stride 1; cos and sin: [1, T, D], contiguous. Half rotation, as Llama's.
 
-    Returns views [1, heads, T, D] of memory in which tokens are outermost."""
+    Products are rounded before they are added, as torch's are: the compiler must not fuse them. Returns views
+    [1, heads, T, D] of memory in which tokens are outermost."""
     (_, heads, tokens, dim), kv_heads = q.shape, k.shape[1]
     q_out, k_out = (torch.empty((1, tokens, n, dim), dtype=q.dtype, device=q.device) for n in (heads, kv_heads))
     rotary_kernel[(tokens, 2)](
         q, k, q_out, k_out, cos, sin, q.stride(2), q.stride(1), k.stride(2), k.stride(1),
         Q_HEADS=heads, K_HEADS=kv_heads, HALF=dim // 2, BLOCK_Q=triton.next_power_of_2(heads),
-        BLOCK_K=triton.next_power_of_2(kv_heads), BLOCK_D=triton.next_power_of_2(dim // 2),
+        BLOCK_K=triton.next_power_of_2(kv_heads), BLOCK_D=triton.next_power_of_2(dim // 2), enable_fp_fusion=False,
     )  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 

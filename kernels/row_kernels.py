@@ -1,8 +1,10 @@
 """Shrink and expand for tiles of a few rows: decoding, where most rows have an adapter of their own.
 
 The work is to read the factors once, and tensor cores would have 16 rows to fill. So a program takes one row at a time:
-products in fp32 over a block of a factor that is as large as one program can keep in flight. The arguments, the tables
-and xa are those of matmul_kernels.py. A tile's later rows find the block in the processor's cache.
+products in fp32 over blocks of a factor. Sums stay within a warp, as those across warps cost more than the reading: a
+shrink sums along the rows of a block that has a warp for every few of them, an expand down its columns, with as many
+warps as it takes for one to have 256 columns. The arguments, the tables and xa are those of matmul_kernels.py. A tile's
+later rows find the block in the processor's cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -130,15 +132,15 @@ def expand_rows_kernel(
             xa_row = arena + a_start + tl.load(source + row) * rank
         else:
             xa_row = source + member.to(tl.int64) * member_stride + (tl.load(tile + 1) + m).to(tl.int64) * width
-        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
             parts = tl.arange(0, SPLITS)[:, None] * split_stride + r[None, :]  # at once: one load a thread
             xa_part = tl.sum(tl.load(xa_row + parts, mask=(r < stored)[None, :], other=0.0).to(tl.float32), 0)
             b_mask = (r < rank)[:, None] & inside[None, :]
             b_part = tl.load(b_start + r.to(tl.int64)[:, None] * out_features, mask=b_mask, other=0.0)
-            acc += b_part.to(tl.float32) * xa_part[:, None]
-        delta = tl.sum(acc, 0)[None, :] * scale
+            acc += tl.sum(b_part.to(tl.float32) * xa_part[:, None], 0)
+        delta = acc[None, :] * scale
         if add_out >= 0:
             bias = tl.load(arena + tl.multiple_of(add_out, ALIGN) + n, mask=inside, other=0.0)
             delta += bias.to(tl.float32)[None, :]
