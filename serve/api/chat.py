@@ -13,18 +13,22 @@ from onebase.serve.api.answer import Choice, answer
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.chat_schemas import ChatRequest
-from onebase.serve.api.errors import bad_request
+from onebase.serve.api.errors import ApiError, bad_request
 from onebase.serve.api.generation import Job, plan
+from onebase.serve.api.grammar_checker import GrammarTooSlow
 from onebase.serve.api.logprobs import chat_logprobs, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
 from onebase.serve.api.sampling import checked_grammar, truncated
 from onebase.serve.api.state import admission_of, server_of
+from onebase.serve.api.stream import until_disconnect
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.api.tool_schemas import NamedChoice
+from onebase.serve.api.tools.grammars import arguments_grammar
 from onebase.serve.api.tools.parser import CallPiece
 from onebase.serve.api.tools.use import ToolUse
+from onebase.serve.engine.messages import Grammar
 
 router = APIRouter(dependencies=[Depends(require_api_key), Depends(refuse_unread)])
 
@@ -101,7 +105,7 @@ def _chunk(
 async def chat_completions(request: Request) -> Response:
     """The assistant's next turn, through the model's own chat template; it may call tools."""
     body = await read_json(request, ChatRequest)
-    job = await prepare(request, body)
+    job = await until_disconnect(request.receive, prepare(request, body))
     shape = ChatShape(job.target.codec.texts, body.prompt_logprobs)
     return await answer(
         request, job, shape, stream=bool(body.stream), usage=body.wants_usage, running_usage=body.wants_running_usage
@@ -116,7 +120,7 @@ async def prepare(request: Request, body: ChatRequest) -> Job:
     target = await resolve(request, loaded, body.model, body.adapters)
     tools = tool_use(body, target.codec)
     conversation = body.conversation if tools is None else tools.told(body.conversation)
-    grammar = await checked_grammar(server, body)
+    grammar = await checked_grammar(server, body, target.tenant)
     whole = await target.codec.encode_chat(conversation, max_chars=loaded.max_chars)
     prompt = truncated(whole, body, loaded, None)
     job = plan(server, loaded, target, body, [prompt], None, grammar=grammar)
@@ -150,10 +154,26 @@ async def with_tools(job: Job, tools: ToolUse) -> Job:
     if asked is not None and asked.kind != "json_schema":
         raise bad_request("structured_outputs: beside tools only JSON is served.", "structured_outputs")
     if (grammar := tools.grammar(None if asked is None else asked.source)) is not None:
-        grammar = await job.server.grammars.checked(grammar, "tools")
+        grammar = await _checked_calls(job, grammar, tools)
         sampled = (replace(request.sampling, grammar=grammar) for request in job.requests)
         requests = [replace(one, sampling=sampling) for one, sampling in zip(job.requests, sampled, strict=True)]
         job = replace(job, requests=tuple(requests))
     texts = job.target.codec.texts
     markers = {token: text for text, token in tools.tokens.items() if texts.is_special(token)}
     return replace(job, reader=tools.reader, markers=markers)
+
+
+async def _checked_calls(job: Job, grammar: Grammar, tools: ToolUse) -> Grammar:
+    """Raises ApiError 400, which names the tool whose schema is at fault where one is by itself."""
+    checker, tenant = job.server.grammars, job.target.tenant.name
+    try:
+        return await checker.checked(grammar, "tools", tenant)
+    except GrammarTooSlow:  # trying each by itself would take as long again
+        raise
+    except ApiError:
+        for index, function in enumerate(tools.functions):
+            if function in tools.callable:
+                field = f"tools.{index}.function.parameters"
+                alone = arguments_grammar(function)
+                await checker.checked(alone, field, tenant, told=f"{field} (of the tool {function.name!r})")
+        raise

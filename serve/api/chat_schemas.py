@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field, JsonValue, model_validator
 
 from onebase.serve.api.chat_messages import AssistantMessage, ChatMessage, check_turns
-from onebase.serve.api.conversation import Conversation
+from onebase.serve.api.conversation import Conversation, longer_than
 from onebase.serve.api.errors import bad_request
 from onebase.serve.api.generation_schemas import NEUTRAL_EVERYWHERE, Generation
 from onebase.serve.api.schemas import (
@@ -52,7 +51,7 @@ class Rendered(Body):
             raise bad_request(
                 f"chat_template_kwargs.{taken[0]}: the server sets this variable.", f"chat_template_kwargs.{taken[0]}"
             )
-        if len(json.dumps(self.chat_template_kwargs)) > MAX_KWARGS_CHARS:
+        if longer_than(self.chat_template_kwargs, MAX_KWARGS_CHARS):
             raise bad_request(
                 f"chat_template_kwargs: at most {MAX_KWARGS_CHARS} characters of JSON.", "chat_template_kwargs"
             )

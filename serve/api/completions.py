@@ -12,12 +12,13 @@ from onebase.serve.api.answer import Choice, answer
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.completion_schemas import CompletionRequest
-from onebase.serve.api.generation import plan
+from onebase.serve.api.generation import Job, plan
 from onebase.serve.api.logprobs import LegacyWriter, prompt_logprobs
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import resolve
 from onebase.serve.api.sampling import checked_grammar, truncated
 from onebase.serve.api.state import Loaded, Server, admission_of, server_of
+from onebase.serve.api.stream import until_disconnect
 from onebase.serve.api.token_texts import TokenTexts
 from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.api.writing import written
@@ -80,21 +81,27 @@ class CompletionShape:
 async def completions(request: Request) -> Response:
     """Text after a prompt, or after each of several."""
     body = await read_json(request, CompletionRequest)
+    job, prompts = await until_disconnect(request.receive, _prepared(request, body))
+    shape = CompletionShape(body, job.target.codec.texts, prompts)
+    return await answer(
+        request, job, shape, stream=bool(body.stream), usage=body.wants_usage, running_usage=body.wants_running_usage
+    )
+
+
+async def _prepared(request: Request, body: CompletionRequest) -> tuple[Job, list[Sequence[int]]]:
+    """The job within what the server takes on, and its prompts' tokens."""
     server = server_of(request)
     loaded = server.require_ready()
     admission_of(request).sequences.take(len(body.prompts) * body.candidates, request.state.held, "n")
     target = await resolve(request, loaded, body.model, body.adapters)
-    grammar = await checked_grammar(server, body)
+    grammar = await checked_grammar(server, body, target.tenant)
     whole = await encoded(loaded, target.codec, body.prompts, body.add_special_tokens, "prompt")
     prompts = [truncated(prompt, body, loaded, DEFAULT_MAX_TOKENS) for prompt in whole]
     echoes = await _echoes(server, target.codec, body, whole, prompts) if body.echo else []
     job = plan(server, loaded, target, body, prompts, DEFAULT_MAX_TOKENS, echoes, grammar)
     admission_of(request).tokens.take(job.prompt_tokens, request.state.held, "prompt")
     request.state.usage = job.usage
-    shape = CompletionShape(body, target.codec.texts, prompts)
-    return await answer(
-        request, job, shape, stream=bool(body.stream), usage=body.wants_usage, running_usage=body.wants_running_usage
-    )
+    return job, prompts
 
 
 async def _echoes(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +30,14 @@ class Conversation:
     tail: str = ""
 
     @property
-    def characters(self) -> int:
-        """Of all texts: what rendering and tokenising cost."""
-        texts = sum(_length(value) for message in self.messages for value in message.values())
-        return texts + sum(map(_length, self.tools)) + _length(self.kwargs)
+    def is_plain(self) -> bool:
+        """Texts alone: their length is known at once."""
+        texts = all(isinstance(value, str | None) for message in self.messages for value in message.values())
+        return texts and not self.tools and not self.kwargs
+
+    def exceeds(self, characters: int) -> bool:
+        """Whether all texts and values together are longer: what rendering and tokenising cost. Counts no further."""
+        return longer_than([message.values() for message in self.messages] + [self.tools, self.kwargs], characters)
 
     def context(self, specials: Mapping[str, str]) -> dict[str, Any]:
         """The template's variables. specials: ``bos_token`` and the like."""
@@ -78,7 +81,22 @@ def _cut(text: str) -> str:
     return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
 
 
-def _length(value: Any) -> int:
+def longer_than(value: Any, characters: int) -> bool:
+    """Whether it has more, about as JSON counts: each value, key and bracket one at least. In Python, so that other
+    threads get on meanwhile, and no further than that."""
+    rest, pending = characters, [value]
+    while pending and rest >= 0:
+        one = pending.pop()
+        rest -= _size(one)
+        if isinstance(one, Mapping):
+            pending += [*one.keys(), *one.values()]
+        elif isinstance(one, Iterable) and not isinstance(one, str):
+            pending += one
+    return rest < 0
+
+
+def _size(value: Any) -> int:
+    """Of a text its length, of a whole number about its digits."""
     if isinstance(value, str):
         return len(value)
-    return 0 if value is None else len(json.dumps(value, ensure_ascii=False))
+    return 1 + value.bit_length() // 4 if isinstance(value, int) else 1

@@ -124,7 +124,9 @@ def _rank(detail: ErrorDetails) -> tuple[bool, int, int]:
 
 def _path(detail: ErrorDetails) -> str:
     """The place in the JSON, without pydantic's names of a union's members (``list[int]``, ``str``)."""
-    *outer, last = _without_tags(detail)
+    *outer, last = loc = _without_tags(detail)
+    if loc[0] in _MAPS:
+        return ".".join(str(part) for part in loc[:2])[:MAX_PARAM]
     parts = [part for part in outer if isinstance(part, int) or (part.isidentifier() and part not in _UNION_MEMBERS)]
     if (
         detail["type"] == "extra_forbidden"
@@ -150,6 +152,7 @@ def _without_tags(detail: ErrorDetails) -> Sequence[int | str]:
 
 
 MAX_PARAM = 200
+_MAPS = frozenset({"logit_bias", "metadata", "chat_template_kwargs"})  # with keys of the client's own
 _TAGGED_FIELDS = frozenset({"response_format"})
 _TAGS = frozenset(
     {
@@ -166,6 +169,10 @@ def _say(detail: ErrorDetails) -> str:
             return "unknown field."
         case "missing":
             return "this field is required."
+        case "union_tag_not_found":
+            return "this field is required, as a text."
+        case "union_tag_invalid":
+            return f"{detail['ctx']['tag'][:100]!r} is not served; allowed are {detail['ctx']['expected_tags']}."
         case _:
             return detail["msg"].removeprefix("Value error, ").rstrip(".") + "."
 

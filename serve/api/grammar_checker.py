@@ -13,8 +13,10 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from contextlib import suppress
+from dataclasses import replace
 
-from onebase.serve.api.errors import bad_request, not_ready
+from onebase.serve.api.errors import ApiError, bad_request, not_ready
+from onebase.serve.api.fair_turns import FairTurns
 from onebase.serve.engine.grammar_bounds import MAX_SOURCE
 from onebase.serve.engine.messages import Grammar
 
@@ -36,28 +38,36 @@ class GrammarChecker:
         self._workers = (_Worker(min(quick_seconds, seconds)), _Worker(seconds))
         self._refusals: OrderedDict[Grammar, str | None] = OrderedDict()  # None: it is good. The latest at the end
 
-    async def checked(self, grammar: Grammar, param: str) -> Grammar:
-        """The grammar itself. Raises ApiError 400 on ``param``, the field that it came from."""
+    async def checked(self, grammar: Grammar, param: str, tenant: str = "", told: str | None = None) -> Grammar:
+        """The grammar, which knows its ``param`` now: the field that it came from. Tenants take turns.
+
+        Raises ApiError 400 on ``param``; its message calls the field ``told``. GrammarTooSlow is one of them.
+        """
         try:
-            refusal = self._refusals[grammar] if grammar in self._refusals else await self._tried(grammar)
+            refusal = self._refusals[grammar] if grammar in self._refusals else await self._tried(grammar, tenant)
         except _Killed:  # by the operator or the kernel: another time it may do
-            raise bad_request(f"{param}: {_TOO_DEAR}.", param, "invalid_grammar") from None
+            raise bad_request(f"{told or param}: {_TOO_DEAR}.", param, "invalid_grammar") from None
         self._remember(grammar, refusal)
         if refusal is not None:
-            raise bad_request(f"{param}: {refusal.rstrip('.')}.", param, "invalid_grammar")
-        return grammar
+            kind = GrammarTooSlow if refusal == self._too_slow else ApiError
+            raise kind(400, f"{told or param}: {refusal.rstrip('.')}.", param=param, code="invalid_grammar")
+        return replace(grammar, param=param)
 
     async def close(self) -> None:
         """Also ends the processes of grammars that are under way."""
         for worker in self._workers:
             await worker.stop()
 
-    async def _tried(self, grammar: Grammar) -> str | None:
+    async def _tried(self, grammar: Grammar, tenant: str) -> str | None:
         for worker in self._workers:
             try:
-                return await worker.refusal(grammar)
+                return await worker.refusal(grammar, tenant)
             except _OverTime:
                 continue
+        return self._too_slow
+
+    @property
+    def _too_slow(self) -> str:
         return f"it takes longer than {self._seconds:g} seconds of processor time to compile; make it simpler"
 
     def _remember(self, grammar: Grammar, refusal: str | None) -> None:
@@ -67,6 +77,10 @@ class GrammarChecker:
         self._refusals.move_to_end(grammar)
         while len(self._refusals) > REMEMBERED:
             self._refusals.popitem(last=False)
+
+
+class GrammarTooSlow(ApiError):
+    """400: it had all the time that one grammar has."""
 
 
 class _OverTime(Exception):
@@ -82,12 +96,12 @@ class _Worker:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._turn = asyncio.Lock()
+        self._turns = FairTurns()
         self._process: Process | None = None
 
-    async def refusal(self, grammar: Grammar) -> str | None:
+    async def refusal(self, grammar: Grammar, tenant: str) -> str | None:
         """Why the grammar is not compiled; None where it is. Raises _OverTime, and _Killed if that happens twice."""
-        async with self._turn:
+        async with self._turns.turn(tenant):
             try:
                 return await self._refusal(grammar)
             except _Killed:

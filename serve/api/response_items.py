@@ -67,10 +67,10 @@ class ResultItem(Supported):
 
 
 def type_of(item: Any) -> Any:
-    """An item without a type is a message."""
+    """An item without a type is a message, and so is, for its error, what is no item."""
     if isinstance(item, Mapping):
         return item.get("type") or "message"
-    return getattr(item, "type", None)
+    return getattr(item, "type", "message")
 
 
 Item = Annotated[

@@ -21,7 +21,7 @@ from onebase.serve.api.schemas import (
     NumLogprobs,
     Supported,
 )
-from onebase.serve.api.tool_schemas import MAX_TOOLS, Description
+from onebase.serve.api.tool_schemas import MAX_TOOLS, Description, named_by
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -71,6 +71,12 @@ class ResponseChoice(Supported):
     name: FunctionName
 
 
+ResponseToolChoice = Annotated[
+    Literal["none", "auto", "required"] | ResponseChoice,
+    named_by(ResponseChoice, '{"type": "function", "name": ...}'),
+]
+
+
 class ResponseRequest(Supported):
     """POST /v1/responses. Nothing is kept between two requests: the input is the whole conversation."""
 
@@ -82,7 +88,7 @@ class ResponseRequest(Supported):
         "previous_response_id": (),
         "prompt": (),
         "prompt_cache_retention": ("in_memory",),
-        "reasoning": ({},),
+        "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}, {"summary": None}),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "stream_options": ({}, {"include_obfuscation": False}),
@@ -99,7 +105,7 @@ class ResponseRequest(Supported):
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     text: TextOptions | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     user: Label | None = None

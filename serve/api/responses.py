@@ -29,7 +29,7 @@ async def responses(request: Request) -> Response:
     """The answer to a conversation: text, or calls of functions."""
     body = await read_json(request, ResponseRequest)
     try:
-        job = await prepare(request, body.for_chat())
+        job = await until_disconnect(request.receive, prepare(request, body.for_chat()))
     except ApiError as error:
         raise in_our_terms(error) from error
     headers = {"x-onebase-adapters": job.target.exact}

@@ -10,14 +10,15 @@ from onebase.serve.api.generation_schemas import Generation
 from onebase.serve.api.state import Loaded, Server
 from onebase.serve.api.structured import grammar_of
 from onebase.serve.engine.messages import Grammar, SamplingParams
+from onebase.serve.tenants import Tenant
 
 SEED_RANGE = 1 << 63
 
 
-async def checked_grammar(server: Server, body: Generation) -> Grammar | None:
+async def checked_grammar(server: Server, body: Generation, tenant: Tenant) -> Grammar | None:
     """What the answer has to match, tried off the event loop; None for free text. Raises ApiError 400."""
     asked = grammar_of(body.response_format, body.structured_outputs)
-    return None if asked is None else await server.grammars.checked(*asked)
+    return None if asked is None else await server.grammars.checked(*asked, tenant.name)
 
 
 def sampling_params(

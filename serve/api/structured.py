@@ -83,6 +83,12 @@ class StructuredOutputs(Body):
         return self
 
     @property
+    def field(self) -> str:
+        """The path of the one that is given."""
+        (name,) = (name for name, value in self.model_dump(by_alias=True).items() if value is not None)
+        return f"structured_outputs.{name}"
+
+    @property
     def wanted(self) -> Grammar:
         if self.regex is not None:
             return Grammar("regex", self.regex)
@@ -112,7 +118,7 @@ def grammar_of(
     GrammarChecker.checked."""
     asked = None if isinstance(response_format, TextFormat) else response_format
     if structured_outputs is not None:
-        return structured_outputs.wanted, "structured_outputs"
+        return structured_outputs.wanted, structured_outputs.field
     if isinstance(asked, JsonSchemaFormat):
         schema = asked.json_schema.schema_
         grammar = ANY_OBJECT if schema is None else Grammar("json_schema", schema)

@@ -13,7 +13,7 @@ from onebase.serve.api.errors import bad_request
 from onebase.serve.api.query import refuse_unread
 from onebase.serve.api.resolve import held
 from onebase.serve.api.state import Loaded, server_of
-from onebase.serve.api.stream import encode_json
+from onebase.serve.api.stream import encode_json, until_disconnect
 from onebase.serve.api.tokenize_schemas import DetokenizeRequest, TokenizeRequest
 from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.api.writing import written
@@ -28,7 +28,7 @@ async def tokenize(request: Request) -> Response:
     """Ids of a text (special tokens added) or of messages through the chat template (none added)."""
     body = await read_json(request, TokenizeRequest)
     loaded, codec = await _named(request, body.model)
-    tokens = await _tokens(loaded, codec, body)
+    tokens = await until_disconnect(request.receive, _tokens(loaded, codec, body))
 
     def write() -> bytes:
         texts = codec.token_texts(tokens) if body.return_token_strs else None

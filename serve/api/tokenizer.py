@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from onebase.adapters.errors import ModelRejected
 from onebase.serve.api.conversation import Conversation
-from onebase.serve.api.errors import bad_request
+from onebase.serve.api.errors import ApiError, bad_request
 from onebase.serve.api.rendering import Renderer
 from onebase.serve.api.templates import ChatTemplate
 from onebase.serve.api.token_texts import TokenTexts
@@ -98,10 +98,17 @@ class TextCodec:
     async def encode_chat(self, conversation: Conversation, *, max_chars: int) -> list[int]:
         """The template's text as token ids. See ``encode``. Raises ApiError 400 where the template refuses it."""
         template = self.require_template()
-        _check_length(conversation.characters, max_chars, "messages")
+        if await self._exceeds(conversation, max_chars):
+            raise _too_long("messages", f"over {max_chars}", max_chars)
         text = await template.render(self._workers.renderer, conversation, max_chars)
         (tokens,) = await self.encode([text], special=conversation.special, max_chars=max_chars, param="messages")
         return tokens
+
+    async def _exceeds(self, conversation: Conversation, max_chars: int) -> bool:
+        if conversation.is_plain:
+            return conversation.exceeds(max_chars)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers.encoders, conversation.exceeds, max_chars)
 
     def require_template(self) -> ChatTemplate:
         """Raises ApiError 400."""
@@ -150,8 +157,12 @@ class TextCodec:
 
 def _check_length(characters: int, allowed: int, param: str) -> None:
     if characters > allowed:
-        raise bad_request(
-            f"{param}: {characters} characters; at most {allowed} are tokenised, far more than the context holds.",
-            param,
-            "context_length_exceeded",
-        )
+        raise _too_long(param, str(characters), allowed)
+
+
+def _too_long(param: str, characters: str, allowed: int) -> ApiError:
+    return bad_request(
+        f"{param}: {characters} characters; at most {allowed} are tokenised, far more than the context holds.",
+        param,
+        "context_length_exceeded",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError
 
 from onebase.serve.api.chat_messages import FunctionName
 from onebase.serve.api.errors import bad_request
@@ -49,7 +49,25 @@ class NamedChoice(Body):
 
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+_WORDS = ("none", "auto", "required")
+
+
+def named_by(form: type[Body], shown: str) -> BeforeValidator:
+    """Of a tool_choice: one error for all of its forms. form: that of a function's name; shown: for the message."""
+
+    def check(value: Any) -> Any:
+        if value in _WORDS or isinstance(value, form):
+            return value
+        try:
+            return form.model_validate(value)
+        except ValidationError:
+            raise ValueError(f"allowed are 'none', 'auto', 'required', and {shown} with a tool's name") from None
+
+    return BeforeValidator(check)
+
+
+Named = named_by(NamedChoice, '{"type": "function", "function": {"name": ...}}')
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, Named]
 
 
 def check_tools(functions: Sequence[Function], path: str) -> None:
@@ -74,7 +92,13 @@ def check_choice(name: str | None, functions: Sequence[Function], wanted: bool, 
     if wanted and not functions:
         raise bad_request("tool_choice is only allowed where there are tools.", param)
     if name is not None and name not in {function.name for function in functions}:
-        raise bad_request(f"tool_choice: {name!r} is none of the tools.", param)
+        raise bad_request(f"tool_choice: {name!r} is none of the tools: {_some(functions)}.", param)
+
+
+def _some(functions: Sequence[Function], most: int = 10) -> str:
+    """Their names, of many only the first."""
+    names = [function.name for function in functions]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _depth(value: JsonValue) -> int:

@@ -60,7 +60,7 @@ class GrammarRoom:
                 sequence.matcher = future.result()
                 self._ready(sequence)
             else:
-                refused.append((sequence, _told(error)))
+                refused.append((sequence, _told(error, sequence.request.sampling.grammar)))
             del self._building[sequence]
         return refused
 
@@ -69,7 +69,10 @@ class GrammarRoom:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _told(error: BaseException) -> OneBaseError:
+def _told(error: BaseException, grammar: Grammar | None) -> OneBaseError:
+    """Names the field that the grammar came from."""
+    if isinstance(error, RequestRejected) and grammar is not None and grammar.param is not None:
+        return RequestRejected(f"{grammar.param}: {error.message}", param=grammar.param)
     if isinstance(error, OneBaseError):
         return error
     return EngineError(f"the grammar could not be compiled: {type(error).__name__}: {error}")

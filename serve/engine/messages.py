@@ -24,10 +24,14 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an answer must match. source: a JSON schema, a regular expression, or a grammar in Lark's notation."""
+    """What an answer must match. source: a JSON schema, a regular expression, or a grammar in Lark's notation.
+
+    param: the field that it came from, for errors; grammars are equal without it.
+    """
 
     kind: Literal["json_schema", "regex", "lark"]
     source: str
+    param: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,11 @@ COMMA = '"," " "?'
 SEMICOLON = '";" " "?'
 
 
+def arguments_grammar(function: Function) -> Grammar:
+    """Of one function's arguments alone: tells which of several schemas is at fault."""
+    return Grammar("lark", f"start: %json {json.dumps(_schema(function), ensure_ascii=False)}")
+
+
 class CallGrammars:
     """Of some functions in one format. tokens: the markers that are tokens of the vocabulary, with their ids: a grammar
     has to name them as such. many: more than one call is wanted."""

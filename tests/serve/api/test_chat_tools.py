@@ -271,3 +271,40 @@ def test_prompt_logprobs(run: Any, open_real: Any) -> None:
             assert all(len(one) in {2, 3} for one in told[1:])
 
     run(body())
+
+
+@pytest.mark.parametrize("options", [{"tool_choice": "required"}, {}])
+def test_a_schema_that_cannot_be_enforced_is_told_with_its_tool(
+    run: Any, open_site: Any, options: dict[str, Any]
+) -> None:
+    def tool(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+        described = {"type": "object", "properties": {"x": schema}}
+        return {"type": "function", "function": {"name": name, "parameters": described, "strict": True}}
+
+    async def body() -> None:
+        async with open_site() as site:
+            tools = [tool("fine", {"type": "null"}), tool("also", {"type": "string"}), tool("bad", {"pattern": "("})]
+            error = (await site.chat(tools=tools, **options)).json()["error"]
+            assert error["param"] == "tools.2.function.parameters"
+            assert "'bad'" in error["message"]
+            assert error["code"] == "invalid_grammar"
+            answered = await site.post("/v1/responses", model="base", input="x", tools=[
+                {"type": "function", **one["function"]} for one in tools], **options)  # fmt: skip
+            assert answered.json()["error"]["param"] == "tools.2.parameters"
+            assert not site.engine.requests
+
+    run(body())
+
+
+@pytest.mark.parametrize("choice", ["maybe", 5, {}, {"type": "function"}, {"type": "x", "function": {"name": "f"}}])
+def test_a_tool_choice_of_no_known_form_is_told_all_of_them(run: Any, open_site: Any, choice: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            error = (await site.chat(tools=[WEATHER], tool_choice=choice)).json()["error"]
+            assert error["param"] == "tool_choice"
+            assert all(word in error["message"] for word in ("'none'", "'auto'", "'required'", '"function"'))
+            unknown = {"type": "function", "function": {"name": "other"}}
+            error = (await site.chat(tools=[WEATHER], tool_choice=unknown)).json()["error"]
+            assert "weather" in error["message"]
+
+    run(body())

@@ -123,11 +123,14 @@ def test_one_failing_choice_aborts_its_siblings(run: Any, open_site: Any, replie
     run(body())
 
 
-async def call_and_leave(site: Any, after: int, **options: Any) -> list[dict[str, Any]]:
+async def call_and_leave(
+    site: Any, after: int, *, path: str = "/v1/completions", **options: Any
+) -> list[dict[str, Any]]:
     """Speaks ASGI: sends a body, then disconnects once ``after`` messages have come back."""
     sent: list[dict[str, Any]] = []
     left = asyncio.Event()
-    body = json.dumps({"model": "base", "prompt": "x", **options}).encode()
+    asked = {"prompt": "x"} if path == "/v1/completions" else {}
+    body = json.dumps({"model": "base", **asked, **options}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -148,8 +151,8 @@ async def call_and_leave(site: Any, after: int, **options: Any) -> list[dict[str
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
         "method": "POST",
-        "path": "/v1/completions",
-        "raw_path": b"/v1/completions",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
         "scheme": "http",
@@ -177,6 +180,46 @@ def test_a_client_that_leaves_aborts_its_sequences(
             assert (admission.sequences.taken, admission.tokens.taken) == (0, 0)
             text = (await site.http.get("/metrics")).text
             assert 'onebase_request_errors_total{model="base",kind="client_closed"} 1' in text
+
+    run(body())
+
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+OBJECT = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "slow"),
+    [
+        ("/v1/completions", OBJECT, "grammar"),
+        ("/v1/chat/completions", CHAT | OBJECT, "grammar"),
+        ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_object"}}}, "grammar"),
+        ("/v1/chat/completions", CHAT, "template"),
+        ("/v1/responses", {"input": "x"}, "template"),
+        ("/tokenize", CHAT, "template"),
+    ],
+)
+def test_a_client_that_leaves_while_its_request_is_prepared_ends_it(
+    run: Any, open_site: Any, monkeypatch: pytest.MonkeyPatch, path: str, options: dict[str, Any], slow: str
+) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            ended = asyncio.Event()
+
+            async def endless(*_: Any) -> None:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    ended.set()
+
+            if slow == "grammar":
+                monkeypatch.setattr(site.server.grammars, "checked", endless)
+            else:
+                monkeypatch.setattr(site.server.loaded.workers.renderer, "render", endless)
+            await asyncio.wait_for(call_and_leave(site, 0, path=path, **options), 30)
+            assert ended.is_set()
+            assert not site.engine.requests
+            assert (site.server.admission.sequences.taken, site.server.admission.tokens.taken) == (0, 0)
 
     run(body())
 

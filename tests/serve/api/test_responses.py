@@ -192,6 +192,7 @@ def test_structured_text(run: Any, open_site: Any) -> None:
         ({"background": True}, "background"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"truncation": "auto"}, "truncation"),
+        ({"tool_choice": {"type": "function"}, "tools": [WEATHER]}, "tool_choice"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [{**WEATHER, "parameters": {"type": "array"}}]}, "tools.0.parameters"),
@@ -217,5 +218,25 @@ def test_what_is_refused(run: Any, open_site: Any, options: dict[str, Any], para
             assert response.status_code == 400, response.text
             assert response.json()["error"]["param"] == param, response.text
             assert not site.engine.requests
+
+    run(body())
+
+
+@pytest.mark.parametrize("kind", ["item_reference", 5, {"a": 1}])
+def test_an_unknown_item_is_told_which_there_are(run: Any, open_site: Any, kind: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            error = (await ask(site, input=[{"type": kind, "id": "x"}])).json()["error"]
+            assert "type_of" not in error["message"]
+            assert all(word in error["message"] for word in ("'message'", "'function_call'", "'function_call_output'"))
+
+    run(body())
+
+
+@pytest.mark.parametrize("reasoning", [None, {}, {"effort": None}, {"effort": None, "summary": None}])
+def test_reasoning_may_be_sent_empty(run: Any, open_site: Any, reasoning: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            assert (await ask(site, reasoning=reasoning)).status_code == 200
 
     run(body())

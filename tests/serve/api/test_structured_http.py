@@ -42,9 +42,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"response_format": _format({"type": "strange"})}, "response_format.json_schema.schema"),
     ({"response_format": _format({"not": {}})}, "response_format.json_schema.schema"),
     ({"response_format": _format({"$ref": "http://127.0.0.1/x"})}, "response_format.json_schema.schema"),
-    ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
-    ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs"),
-    ({"structured_outputs": {"grammar": "root ::= a"}}, "structured_outputs"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"grammar": "root ::= a"}}, "structured_outputs.grammar"),
 ]
 
 
@@ -81,6 +81,19 @@ def open_demo(settings_for: Callable[..., Settings]) -> Callable[[], Any]:
         return running_site(settings, InProcessEngine(settings.engine_config()))  # type: ignore[arg-type]
 
     return make
+
+
+def test_special_tokens_that_the_model_has_not_are_told_with_the_field(run: Any, open_demo: Any) -> None:
+    """Only the engine knows them: its refusal names what the client wrote."""
+
+    async def body() -> None:
+        async with open_demo() as site:
+            response = await site.complete(structured_outputs={"grammar": "start: <|nowhere|>"}, max_tokens=2)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, "structured_outputs.grammar"), error
+            assert error["message"].startswith("structured_outputs.grammar: ")
+
+    run(body())
 
 
 async def _answer(site: Any, gate: asyncio.Semaphore, schema: Any, model: str, seed: int) -> bool:
