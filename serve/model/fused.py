@@ -22,11 +22,14 @@ def fuse(model: PreTrainedModel, context: AttentionContext, result: ProbeResult)
     fuse_norms(norm.module for norm in result.norms)
     if not uses_triton(model.get_input_embeddings().weight):
         return  # pack_linears does the rest on a CPU
+    from onebase.serve.model.few import use_few_rows  # with Triton, which is not everywhere
+
     for layer, module in context.modules.items():
         shape, (heads, _) = context.shapes[layer], context.calls_by_layer[layer]
         fuse_rotary(module, heads, shape.num_kv_heads, shape.head_dim)
     fuse_gated(model.modules())
     join_linears(input_groups(result.sites))
+    use_few_rows(dict.fromkeys(site.module for site in result.sites))
 
 
 def input_groups(probed: Sequence[ProbedSite]) -> list[list[nn.Module]]:

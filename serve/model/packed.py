@@ -18,6 +18,8 @@ from torch.nn.functional import linear
 from onebase.kernels import prepack
 from onebase.serve.model.quantised import is_quantised
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # input, weight, bias
+
 
 class PackedGroup:
     """One product for linear modules that are called one after the other with the same input.
@@ -31,7 +33,7 @@ class PackedGroup:
         self._sizes = [module.out_features for module in modules]
         joint = torch.cat([module.weight.detach() for module in modules])
         self._weight = prepack.prepack(joint) if prepacked else joint
-        self._product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = prepack.product if prepacked else linear
+        self._product: Product = prepack.product if prepacked else linear
         self._bias = _joined_bias(modules)
         self._source: Tensor | None = None
         self._parts: list[Tensor | None] = []
@@ -58,6 +60,15 @@ class PackedGroup:
         """The modules' weights, where the joint one is plain."""
         return torch.split(self._weight, self._sizes)
 
+    @property
+    def weight(self) -> Tensor:
+        """The joint one, [all out_features, in_features]; opaque where it is prepacked."""
+        return self._weight
+
+    def use(self, product: Product) -> None:
+        """Another body than torch's linear, where the joint weight is plain."""
+        self._product = product
+
     def _is_source(self, x: Tensor) -> bool:
         """By its memory, which cannot be another's while it is held: callers may pass another view of it."""
         source = self._source
@@ -75,6 +86,11 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._group.output(x, self._index)
+
+    @property
+    def group(self) -> PackedGroup:
+        """Whose product this is a part of."""
+        return self._group
 
     def dense(self) -> Tensor:
         """The plain weight, [out_features, in_features]."""
@@ -106,7 +122,7 @@ def join_linears(groups: Iterable[Sequence[nn.Module]]) -> list[nn.Module]:
     any device; at most one group's weights are held twice, and only meanwhile."""
     joined: list[nn.Module] = []
     for modules in groups:
-        linears = [module for module in modules if isinstance(module, nn.Linear) and _is_plain(module)]
+        linears = [module for module in modules if isinstance(module, nn.Linear) and is_plain(module)]
         if len(linears) < 2 or len({(module.weight.dtype, module.weight.device) for module in linears}) > 1:
             continue
         group = PackedGroup(linears, prepacked=False)
@@ -124,10 +140,11 @@ def _packable(modules: Sequence[nn.Module]) -> list[nn.Linear]:
 
 
 def _is_packable(module: nn.Linear) -> bool:
-    return _is_plain(module) and module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype)
+    return is_plain(module) and module.weight.device.type == "cpu" and prepack.supported(module.weight.dtype)
 
 
-def _is_plain(module: nn.Linear) -> bool:
+def is_plain(module: nn.Linear) -> bool:
+    """Whether it is torch's own class over a weight as it is."""
     return type(module) is nn.Linear and not is_quantised(module)
 
 
