@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onebase.adapters.check import CONFIG_FILE
+from onebase.adapters.check import CONFIG_FILE, TOKENIZER_FILES
 from onebase.adapters.errors import AdapterRejected, SourceFailed
 from onebase.adapters.sources.addresses import LookUp, addresses_of, system_look_up
 from onebase.adapters.sources.answers import check_status, content_length
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     import httpcore2
 
 FILES = (CONFIG_FILE, "adapter_model.safetensors")
+OPTIONAL_FILES = tuple(TOKENIZER_FILES)  # an address lists nothing: each is asked for
 
 
 class WebSource:
-    """``https://host/folder``, below which lie the two FILES; http to this machine, where the operator names it."""
+    """``https://host/folder``, below which lie the two FILES, and the OPTIONAL_FILES where it has them; http to this
+    machine, where the operator names it."""
 
     def __init__(
         self, allowed: Sequence[Url], look_up: LookUp = system_look_up, context: ssl.SSLContext | None = None
@@ -67,17 +69,21 @@ class WebSource:
 
         backend = PinnedBackend(addresses, intake.patience)
         with httpcore2.ConnectionPool(self._context, max_connections=1, network_backend=backend) as pool:
-            for name in FILES:
+            for name in FILES + OPTIONAL_FILES:
                 _get(pool, url, name, intake)
 
 
 def _get(pool: httpcore2.ConnectionPool, url: Url, name: str, intake: Intake) -> None:
+    """An optional file is left out where the answer says that there is none, or shows it to nobody; a source that fails
+    fails the fetch: the adapter would be served with another tokenizer."""
     import httpcore2
 
     target = "/" + "/".join((*url.path, name))
     where = httpcore2.URL(scheme=url.scheme, host=url.host, port=url.port, target=target)  # parsed once, by us
     headers = [("Host", url.authority), ("User-Agent", "onebase"), ("Accept-Encoding", "identity")]
     with pool.stream("GET", where, headers=headers) as response:
+        if name in OPTIONAL_FILES and 300 <= response.status < 500:
+            return
         check_status(response.status, name)
         answered = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in response.headers}
         length = content_length(name, answered)

@@ -64,7 +64,7 @@ ROUTES: Mapping[str, Route] = {
     "POST /v1/embeddings": Route({200: answers.Embeddings}, MODEL_WORK),
     "POST /tokenize": Route({200: answers.Tokens}, API | {400, 404, 413, 503}),
     "POST /detokenize": Route({200: answers.Text}, API | {400, 404, 413, 503}),
-    "GET /tokenizer_info": Route({200: answers.TokenizerInfo}, API | {400, 503}),
+    "GET /tokenizer_info": Route({200: answers.TokenizerInfo}, API | {400, 404, 503}),
     "GET /v1/adapters": Route({200: adapter_answers.Adapters}, ADMIN | {400, 503}),
     "POST /v1/adapters": Route(
         {201: adapter_answers.Adapter, 202: adapter_answers.Adapter},

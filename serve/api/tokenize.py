@@ -10,11 +10,11 @@ from starlette.responses import Response
 from onebase.serve.api.auth import require_api_key
 from onebase.serve.api.body import json_body, read_json
 from onebase.serve.api.errors import bad_request
-from onebase.serve.api.query import refuse_unread
+from onebase.serve.api.query import query_parameters, read_query, refuse_unread
 from onebase.serve.api.resolve import held
 from onebase.serve.api.state import Loaded, server_of
 from onebase.serve.api.stream import encode_json, until_disconnect
-from onebase.serve.api.tokenize_schemas import DetokenizeRequest, TokenizeRequest
+from onebase.serve.api.tokenize_schemas import DetokenizeRequest, TokenizeRequest, TokenizerQuery
 from onebase.serve.api.tokenizer import TextCodec
 from onebase.serve.api.writing import written
 
@@ -49,9 +49,11 @@ async def detokenize(request: Request) -> Response:
     return Response(encode_json({"prompt": await codec.decode_any(body.tokens)}), media_type="application/json")
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", openapi_extra=query_parameters(TokenizerQuery))
 async def tokenizer_info(request: Request) -> dict[str, Any]:
-    return server_of(request).require_loaded().codec.describe()
+    """Special tokens and chat template of the tokenizer that a model is served with."""
+    _, codec = await _named(request, read_query(request, TokenizerQuery).model)
+    return codec.describe()
 
 
 async def _named(request: Request, model: str | None) -> tuple[Loaded, TextCodec]:

@@ -10,6 +10,7 @@ from onebase.serve.api.chat_messages import ChatMessage, check_turns
 from onebase.serve.api.chat_schemas import Rendered, check_continued
 from onebase.serve.api.conversation import Conversation
 from onebase.serve.api.errors import bad_request
+from onebase.serve.api.query import Query
 from onebase.serve.api.schemas import MAX_MESSAGES, MAX_TOKENS, Body, ModelName, TokenId
 from onebase.serve.api.tool_schemas import Function, Tools, check_tools
 
@@ -56,3 +57,9 @@ class DetokenizeRequest(Body):
 
     model: ModelName | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+
+
+class TokenizerQuery(Query):
+    """Whose tokenizer; without a name it is the base's."""
+
+    model: ModelName | None = None

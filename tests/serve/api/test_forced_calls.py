@@ -188,6 +188,8 @@ def test_schemas_that_cannot_be_enforced(run: Any, open_site: Any, engine: Any, 
             odd = {"type": "object", "properties": {"a": {"type": "string"}}, "propertyNames": {"pattern": "^a"}}
             tool = {"type": "function", "function": {"name": "f", "parameters": odd, "strict": strict}}
             response = await site.chat(tools=[tool], tool_choice="required", max_tokens=1)
-            assert (response.json().get("error", {}).get("param") == "tools.0.function.parameters") is strict, response.text
+            assert (response.json().get("error", {}).get("param") == "tools.0.function.parameters") is strict, (
+                response.text
+            )
 
     run(body())

@@ -224,3 +224,22 @@ def test_files_over_their_bounds_are_413(run: Any, open_site: Any, bring: Any, m
             assert (response.status_code, response.json()["error"]["param"]) == (413, "chat_template.jinja")
 
     run(body())
+
+
+def test_tokenizer_info_tells_of_the_model_named(run: Any, open_site: Any, bring: Any) -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            config = {"eos_token": "<s>"}
+            assert (await site.upload("own", bring("own", template=OWN, tokenizer_config=config))).status_code == 201
+            told = {
+                model: (await site.http.get("/tokenizer_info", params={"model": model})).json()
+                for model in ("base", "own", "own@1")
+            }
+            assert told["base"] == (await site.http.get("/tokenizer_info")).json()
+            assert told["own"] == told["own@1"]
+            assert (told["own"]["chat_template"], told["own"]["eos_token"]) == (OWN, "<s>")
+            for query, status, param in (("model=nope", 404, "model"), ("model=", 400, "model"), ("x=1", 400, "x")):
+                refused = await site.http.get(f"/tokenizer_info?{query}")
+                assert (refused.status_code, refused.json()["error"]["param"]) == (status, param), refused.text
+
+    run(body())
