@@ -12,10 +12,10 @@ def same_numbers(got: Tensor, expected: Tensor) -> bool:
     """Up to the rounding of the type; in half precision nearly all bits are to be equal."""
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return False
+    atol = 1e-6 * max(1.0, float(expected.abs().max()))
     if expected.dtype is torch.float32:
-        largest = max(1.0, float(expected.abs().max()))
-        return torch.allclose(got, expected, rtol=1e-5, atol=1e-6 * largest)
-    close = torch.allclose(got.float(), expected.float(), rtol=2 * torch.finfo(expected.dtype).eps, atol=1e-6)
+        return torch.allclose(got, expected, rtol=1e-5, atol=atol)
+    close = torch.allclose(got.float(), expected.float(), rtol=2 * torch.finfo(expected.dtype).eps, atol=atol)
     return close and float((got == expected).float().mean()) >= _SAME
 
 
