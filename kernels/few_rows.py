@@ -51,7 +51,7 @@ class Shape:
 
 
 TILES: Mapping[int, tuple[Tile, ...]] = {
-    1: (Tile(8, 1024, 4), Tile(4, 1024, 4), Tile(8, 512, 4)),
+    1: (Tile(2, 1024, 4), Tile(4, 1024, 4), Tile(8, 512, 4)),
     MOST_ROWS: (Tile(4, 512, 4), Tile(4, 1024, 8)),
 }
 
