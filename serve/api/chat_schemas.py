@@ -78,6 +78,8 @@ def check_continued(body: Rendered, messages: list[ChatMessage]) -> None:
 class ChatRequest(Generation, Rendered):
     """POST /v1/chat/completions."""
 
+    prompt_field: ClassVar[str] = "messages"
+
     not_yet: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {
         **NEUTRAL_EVERYWHERE,
         "functions": ([],),

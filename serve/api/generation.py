@@ -212,8 +212,8 @@ def plan(
     text of each prompt, where answers are to start with it; ``grammar``: a checked one, that answers have to match."""
     requests: list[Request] = []
     for prompt in prompts:
-        limit = _token_limit(loaded, len(prompt), body.token_limit, default)
-        check_ids(prompt, loaded.info.vocab_size, "prompt")
+        limit = _token_limit(loaded, len(prompt), body, default)
+        check_ids(prompt, loaded.info.vocab_size, body.prompt_field)
         ids = tuple(prompt)
         for choice in range(body.candidates):
             sampling = sampling_params(body, limit, seed_of(body.seed, choice), loaded.info.vocab_size, grammar)
@@ -252,16 +252,16 @@ def text_options(body: Generation) -> TextOptions:
     )
 
 
-def _token_limit(loaded: Loaded, prompt: int, asked: int | None, default: int | None) -> int:
+def _token_limit(loaded: Loaded, prompt: int, body: Generation, default: int | None) -> int:
     """How many tokens may follow a prompt. Raises ApiError 400 that names both numbers."""
-    context = loaded.info.max_model_len
+    context, asked, field = loaded.info.max_model_len, body.token_limit, body.prompt_field
     if prompt == 0:
-        raise bad_request("The prompt has no tokens: give at least one.", "prompt")
+        raise bad_request("The prompt has no tokens: give at least one.", field)
     room = context - prompt
     if room < 1 and asked != 0:
-        raise _too_long(context, f"the prompt has {prompt}, and one has to be left to generate.")
+        raise _too_long(field, context, f"the prompt has {prompt}, and one has to be left to generate.")
     if asked is not None and asked > room:
-        raise _too_long(context, f"the prompt has {prompt}, and max_tokens is {asked}.")
+        raise _too_long(field, context, f"the prompt has {prompt}, and max_tokens is {asked}.")
     return min(default or room, room) if asked is None else asked
 
 
@@ -272,7 +272,7 @@ def check_ids(prompt: Sequence[int], vocab_size: int, param: str) -> None:
         raise bad_request(f"Token id {worst} is not in the vocabulary: ids are 0 to {vocab_size - 1}.", param)
 
 
-def _too_long(context: int, what: str) -> Exception:
+def _too_long(field: str, context: int, what: str) -> Exception:
     """Begins as OpenAI's message does: clients look for that, and make an exception of their own of it."""
     message = f"This model's maximum context length is {context} tokens: {what}"
-    return bad_request(message, code="context_length_exceeded")
+    return bad_request(message, field, "context_length_exceeded")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
@@ -45,6 +45,8 @@ class Generation(Supported):
     prompt_cache_key, safety_identifier, user, metadata: taken, and change nothing: the prefix cache finds equal prompts
     without a key.
     """
+
+    prompt_field: ClassVar[str] = "prompt"  # where the prompt stands
 
     model: ModelName
     adapters: list[AdapterScale] = Field(default=[], max_length=MAX_ADAPTERS)

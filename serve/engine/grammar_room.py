@@ -9,6 +9,7 @@ from threading import Lock
 
 from onebase.adapters.errors import EngineError, OneBaseError, RequestRejected
 from onebase.serve.engine.deep_threads import deep_threads
+from onebase.serve.engine.fair_queue import FairQueue
 from onebase.serve.engine.grammar import Matcher, Vocabulary
 from onebase.serve.engine.messages import Grammar
 from onebase.serve.engine.sequence import Sequence, Status
@@ -22,7 +23,7 @@ Open = Callable[[], Vocabulary]  # raises ValueError where the tokenizer cannot 
 
 
 class GrammarRoom:
-    """Sequences that ask for a grammar get their matcher here. Used by the engine's thread."""
+    """Sequences that ask for a grammar get their matcher here, by turns among tenants. Used by the engine's thread."""
 
     def __init__(self, open_vocabulary: Open, ready: Callable[[Sequence], None]) -> None:
         """open_vocabulary: called once, in ``warm_up`` or with the first grammar. ready: told of each sequence that has
@@ -30,6 +31,7 @@ class GrammarRoom:
         self._ready = ready
         self._compiled = CompiledGrammars(open_vocabulary)
         self._threads: ThreadPoolExecutor | None = None
+        self._asked: FairQueue[tuple[Grammar, Future[Matcher]]] = FairQueue()
         self._building: dict[Sequence, Future[Matcher]] = {}
 
     @property
@@ -46,7 +48,9 @@ class GrammarRoom:
         grammar = sequence.request.sampling.grammar
         if grammar is not None:
             self._threads = self._threads or deep_threads(COMPILERS, "grammar")
-            self._building[sequence] = self._threads.submit(self._compiled.matcher, grammar)
+            future = self._building[sequence] = Future[Matcher]()
+            self._asked.put(sequence.request.tenant, (grammar, future))
+            self._threads.submit(self._compile_next)
 
     def collect(self) -> Refused:
         """Hand out the matchers that are there; the sequences whose grammar failed, and why."""
@@ -63,6 +67,16 @@ class GrammarRoom:
                 refused.append((sequence, _told(error, sequence.request.sampling.grammar)))
             del self._building[sequence]
         return refused
+
+    def _compile_next(self) -> None:
+        """In a thread; one call for each that was asked for, whose turn is told only now."""
+        grammar, future = self._asked.get()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(self._compiled.matcher(grammar))
+        except BaseException as error:
+            future.set_exception(error)
 
     def close(self) -> None:
         if self._threads is not None:

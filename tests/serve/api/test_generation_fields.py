@@ -171,7 +171,13 @@ def test_prompts_are_cut_from_the_left(run: Any, open_site: Any) -> None:
                 await site.complete(prompt=prompt, truncate_prompt_tokens=keep, max_tokens=1 if keep > 0 else 20)
                 assert list(site.engine.requests[-1].prompt) == wanted
             response = await site.complete(prompt=prompt, max_tokens=20)
-            assert response.json()["error"]["code"] == "context_length_exceeded"
+            error = response.json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+            message = {"role": "user", "content": "x" * 300}
+            error = (await site.chat(messages=[message])).json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+            error = (await site.post("/v1/responses", model="base", input="x" * 300)).json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
             echoed = (
                 await site.complete(prompt="hello world", truncate_prompt_tokens=1, echo=True, max_tokens=1)
             ).json()

@@ -20,7 +20,7 @@ from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.deep_threads import deep_threads
 from onebase.serve.engine.engine import Engine
 from onebase.serve.engine.grammar import Matcher, Vocabulary, check_grammar
-from onebase.serve.engine.grammar_room import CompiledGrammars
+from onebase.serve.engine.grammar_room import CompiledGrammars, GrammarRoom
 from onebase.serve.engine.masks import apply_masks, packed_masks
 from onebase.serve.engine.messages import Grammar, Request, SamplingParams
 from onebase.serve.engine.sequence import Sequence
@@ -298,6 +298,37 @@ def test_compiled_grammars_are_kept_up_to_a_number_of_bytes(vocabulary: Vocabula
         assert not room.matcher(grammar).is_done
     assert [grammar in room for grammar in (one, two, three)] == [True, False, True]
     assert 0 < room.nbytes <= 150_000
+
+
+def test_a_tenants_grammars_do_not_wait_behind_all_of_anothers(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two threads are held until all have asked, each with one grammar at hand at most."""
+    opened, begun = threading.Event(), list[str]()
+
+    def matcher(self: CompiledGrammars, grammar: Grammar) -> Matcher:
+        begun.append(grammar.source)
+        assert opened.wait(60)
+        return vocabulary.compile(grammar)
+
+    monkeypatch.setattr(CompiledGrammars, "matcher", matcher)
+    ready: list[Sequence] = []
+    room = GrammarRoom(lambda: vocabulary, ready.append)
+    asked = [_asking("many", at) for at in range(20)] + [_asking("few", 99)]
+    for sequence in asked:
+        room.add(sequence)
+    opened.set()
+    while room.busy:
+        assert not room.collect()
+    room.close()
+    assert begun.index("a{99}") <= 4
+    assert len(begun) == len(set(begun)) == len(asked)
+    assert set(ready) == set(asked)
+
+
+def _asking(tenant: str, count: int) -> Sequence:
+    sampling = SamplingParams(grammar=Grammar("regex", f"a{{{count}}}"))
+    return Sequence.of(Request(f"{tenant}{count}", (1,), sampling, tenant=tenant), count)
 
 
 def _chain(count: int, link: Callable[[Any], Any]) -> str:
