@@ -1,8 +1,8 @@
 """Which block shapes the Triton kernels run with: a tuned table of the device, else a heuristic. No trials here.
 
 The heuristic:
-- tiles of a few rows (decoding): blocks of a factor of 16 by 512 bytes, 1,024 for an expand, whatever the rank: mixed
-  ranks cost what their bytes cost;
+- tiles of a few rows (decoding): blocks of a factor of 16 by 512 bytes, whatever the rank. A shrink has 8 warps for
+  one, an expand a single one: sums across warps cost more than the reading (measured on an H200);
 - else rank blocks are the largest rank's power of two, from 16 to 128 bytes' worth. Shrink: BLOCK_K 256 bytes for tiles
   of 16 rows, 128 for taller ones; expand: BLOCK_N 64 for tiles of 16 rows (more programs in flight), 128 for others;
 - K is split into parts of at least 512 over the grid, 8 at most and 4 for tall tiles, because a few tiles alone leave
@@ -104,7 +104,7 @@ def heuristic(shape: Shape) -> Config:
     if shape.block_m == FEW_ROWS:
         if shape.op == "shrink":
             return Config(16, _FEW_BYTES // shape.itemsize, _splits(shape), num_warps=8)
-        return Config(16, 2 * _FEW_BYTES // shape.itemsize, num_warps=2)
+        return Config(16, _FEW_BYTES // shape.itemsize, num_warps=1)
     flat, block_r = shape.block_m == 16, max(16, min(128 // shape.itemsize, shape.rank))
     if shape.op != "shrink":
         return Config(block_r, 64 if flat else 128)

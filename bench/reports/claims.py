@@ -43,6 +43,7 @@ class Checked:
 
 
 _SAME_RUN, _SET = "the other side of the same run", "set as a target"
+_FLOOR = "a decode step / its weights at copy speed"
 _VLLM = "vLLM 0.32's CPU build, same shape and load, on another day"
 CLAIMS = (
     Claim("mixed", "ratios: base: ours / generate", "base, tokens/s: ours / `generate`", "at least", 1.5, _SET),
@@ -107,6 +108,30 @@ CLAIMS = (
         _SET,
     ),
     Claim("step", "rows 16: adapters / base, in time", "16 adapters' step / a base's step", "at most", 1.67, _SET),
+    *(
+        Claim("step", f"side graphs, rows {rows}: base / floor", f"8B, {rows} rows: {_FLOOR}", "at most", most, _SET)
+        for rows, most in ((1, 1.35), (64, 1.5))
+    ),
+    Claim(
+        "step",
+        "side graphs, rows 64: adapters / (base + their bytes)",
+        "a step of 8B under 64 adapters of rank 16 / a base's step and their bytes at copy speed",
+        "at most",
+        1.15,
+        _SET,
+    ),
+    *(
+        Claim(
+            "kernels",
+            f"hidden 4096, rank {rank}, rows 64, programs 64, floor_bytes {floor}: share_of_copy_bandwidth",
+            f"64 rows of as many adapters of rank {rank}, width 4,096: share of copy bandwidth",
+            "at least",
+            least,
+            _SET,
+        )
+        for rank, floor, least in ((16, 18_354_176, 0.4), (64, 68_698_112, 0.6))
+    ),
+    Claim("prefill", "share of the GEMM rate", "prefill of 8 x 1,024: share of the GEMM rate", "at least", 0.55, _SET),
     Claim("fair", "ratio", "others' p90 TTFT beside a flood / without", "at most", 1.5, _SET),
     Claim("shared-prefix", "ratio", "100 requests that share 512 tokens: cache / none", "at least", 20, _SET),
     Claim("shared-prefix", "across", "cached tokens across adapters", "at most", 0, _SET),

@@ -25,6 +25,7 @@ share of all requests offered, those rejected included. Weights are random, of t
 _AGAIN: Mapping[str, str] = {
     "mixed": "onebase bench mixed --requests 16",
     "step": "onebase bench step",
+    "prefill": "bench/gpu.sh prefill",
     "lifecycle": "onebase bench lifecycle --rank 4 --requests 48 --rounds 2",
     "kernels": "onebase bench kernels",
     "kernels-decode": "onebase bench kernels --decode",

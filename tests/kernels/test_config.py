@@ -64,7 +64,7 @@ def test_the_heuristic_keeps_to_its_rules(dtype: torch.dtype, block_m: int) -> N
         assert 16 <= shrink.block_r <= (16 if block_m == FEW_ROWS else 128 // size)
         assert shrink.block * size == {FEW_ROWS: 512, 16: 256}.get(block_m, 128)
         assert shrink.splits == (8 if block_m <= 16 else 4)
-        assert (expand.block, expand.splits) == ({FEW_ROWS: 1024 // size, 16: 64}.get(block_m, 128), 1)
+        assert (expand.block, expand.splits) == ({FEW_ROWS: 512 // size, 16: 64}.get(block_m, 128), 1)
 
 
 @pytest.mark.parametrize("block_m", [FEW_ROWS, 16, 64])

@@ -56,7 +56,7 @@ for token in (False, True):
              source="*i64" if token else "*fp32"),
         [*(f"{name}{at}" for name in ("stride", "n") for at in range(3)), "member_stride", "split_stride", "width"],
         [*(f"{name}{at}" for name in ("site", "member") for at in range(3)), "n_sites", "maps"],
-        BLOCK_N=1024 // size if few else 128 if tall else 64, BLOCK_R=16 if few else 128 // size,
+        BLOCK_N=512 // size if few else 128 if tall else 64, BLOCK_R=16 if few else 128 // size,
         SPLITS=1 if token else splits, TOKEN=token, **height, **fields,
     )
 """
