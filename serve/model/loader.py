@@ -129,6 +129,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     context.attach(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     result: ProbeResult = probe(model, context, vocab_size)
+    ties = _ties(result.sites)  # before fuse: weights of a joint product are views of memory of its own
     if not config.deterministic:
         fuse(model, context, result)
     entries: list[ProbedSite | ProbedNorm | ProbedBlock] = [*result.sites, *result.norms, *result.blocks]
@@ -139,7 +140,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
         norms=result.norms,
         blocks=result.blocks,
         layers=result.layers,
-        ties=_ties(result.sites),
+        ties=ties,
         sites=_in_module_order(model, [entry.site for entry in entries]),
         refused=result.refused,
         fingerprint=identity,

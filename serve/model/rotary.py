@@ -52,6 +52,7 @@ def _with_fallback(own: Rotary) -> Rotary:
 
 def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     one = q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3 and q.shape[0] == k.shape[0] == cos.shape[0] == 1
+    one = one and q.dtype == k.dtype == cos.dtype == sin.dtype  # float32 tables, as OLMo's, round but once at the end
     whole = cos.shape == sin.shape == (1, q.shape[2], q.shape[3]) if one else False
     return whole and q.stride(3) == k.stride(3) == 1 and cos.is_contiguous() and sin.is_contiguous()
 

@@ -19,11 +19,14 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from onebase.serve.engine.config import EngineConfig
 from onebase.serve.model import fused as fusing
 from onebase.serve.model import norms
 from onebase.serve.model.gated import GatedForward, fuse_gated
+from onebase.serve.model.loader import prepare
 from onebase.serve.model.packed import join_linears
 from onebase.serve.model.rotary import fuse_rotary
 from onebase.serve.model.trial import same_numbers
@@ -132,6 +135,21 @@ def test_another_rotation_keeps_its_own(name: str, monkeypatch: pytest.MonkeyPat
     assert "forward" not in vars(module)
 
 
+@interpreted
+def test_tables_in_single_precision_are_the_modules_own_affair() -> None:
+    """OLMo's rotary tables stay float32, and its function rounds once, at the end."""
+    torch.manual_seed(0)
+    config = transformers.Olmo2Config(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    module = modeling_olmo2.Olmo2Attention(config, 0).half().requires_grad_(False)
+    fuse_rotary(module, 4, 2, 8)
+    cos, sin = modeling_olmo2.Olmo2RotaryEmbedding(config)(torch.zeros(1, 7, 32).half(), torch.arange(7)[None] + 100)
+    assert cos.dtype is torch.float32
+    q, k = (torch.randn(1, 7, heads, 8).half().transpose(1, 2) for heads in (4, 2))
+    ours = module.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    for got, expected in zip(ours(q, k, cos, sin), modeling_olmo2.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        assert torch.equal(got, expected)
+
+
 def check_gated(activation: str, width: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(0)
     config = transformers.Qwen3Config(hidden_size=48, intermediate_size=width, hidden_act=activation)
@@ -201,6 +219,17 @@ def test_whole_models(name: str, checkpoint: Callable[..., Path], make_driver: C
         ):
             for position, logprobs in found.items():
                 torch.testing.assert_close(logprobs, reference[position], rtol=0, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_triton")
+def test_shared_weights_stay_known_as_such(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    base = prepare(model, EngineConfig(str(folder), dtype="float32", device="cpu"))
+    assert base.tied("model.layers.0.mlp.up_proj") == ("model.layers.1.mlp.up_proj",)
 
 
 @pytest.mark.gpu
