@@ -202,3 +202,14 @@ def make_driver(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Engin
     for driver in drivers:
         driver.engine.check()
         driver.engine.close()
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases on the CPU get what they would on CUDA: Triton's bodies, interpreted, and products of plain weights."""
+    from onebase.kernels import prepack
+    from onebase.serve.model import fused, norms
+
+    for module in (norms, fused):
+        monkeypatch.setattr(module, "uses_triton", lambda tensor: True)
+    monkeypatch.setattr(prepack, "supported", lambda dtype: False)

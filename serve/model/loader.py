@@ -23,7 +23,7 @@ from onebase.serve.model.dtypes import pick_dtype
 from onebase.serve.model.experts import ProbedExperts
 from onebase.serve.model.fused import fuse, input_groups
 from onebase.serve.model.packed import PackedLinear, pack_linears
-from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe
+from onebase.serve.model.probe import PROBE_TOKENS, ProbeResult, probe, prove
 from onebase.serve.model.quantised import dense_weight, is_quantised, plain_parts
 from onebase.serve.model.sites import ProbedBlock, ProbedNorm, ProbedSite
 
@@ -128,10 +128,11 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     context = AttentionContext(body, config.page_size, num_pages=-(-PROBE_TOKENS // config.page_size), fp8=fp8)
     context.attach(model)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    result: ProbeResult = probe(model, context, vocab_size)
+    result: ProbeResult = probe(model, context)
     ties = _ties(result.sites)  # before fuse: weights of a joint product are views of memory of its own
     if not config.deterministic:
         fuse(model, context, result)
+        prove(model, context, result.expected)
     entries: list[ProbedSite | ProbedNorm | ProbedBlock] = [*result.sites, *result.norms, *result.blocks]
     return LoadedModel(
         model=model,

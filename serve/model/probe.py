@@ -45,13 +45,15 @@ class _Call:
 
 @dataclass(slots=True)
 class ProbeResult:
-    """sites: linear modules and embeddings in call order; refused: module path -> why it cannot be adapted."""
+    """sites: linear modules and embeddings in call order; refused: module path -> why it cannot be adapted; expected:
+    logits of the probe's last tokens by transformers' own forward, [rows, vocabulary] float32."""
 
     sites: list[ProbedSite] = field(default_factory=list)
     norms: list[ProbedNorm] = field(default_factory=list)
     blocks: list[ProbedBlock] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    expected: Tensor = field(default_factory=lambda: torch.empty(0))  # see prove
 
 
 def site_of(path: str, module: nn.Module) -> Site | None:
@@ -81,17 +83,20 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) -> ProbeResult:
+def probe(model: PreTrainedModel, context: AttentionContext) -> ProbeResult:
     """Run the probe. ``context`` must be attached and hold pages for PROBE_TOKENS; it learns every layer's shape."""
-    tokens = torch.arange(PROBE_TOKENS, device=model.device) * 7 % vocab_size
+    tokens = _tokens(model)
     with BlockCalls(model) as block_calls, ExpertCalls(model) as expert_calls, RouterCalls(model) as router_calls:
         calls = _record_calls(model, lambda: _paged(model, context, tokens, (PROBE_TOKENS,), _HEAD_ROWS))
     if context.calls != len(context.shapes) or not context.shapes:
         raise ModelRejected(
             f"{type(model).__name__} does not route its attention through transformers' attention interface"
         )
-    _prove(model, context, tokens)
+    with _plain_attention(model):
+        expected = model(input_ids=tokens[None], use_cache=False).logits[0, -_HEAD_ROWS:].float()
+    prove(model, context, expected)
     result = _classify(model, calls, block_calls.find(context))
+    result.expected = expected
     for found, refused in (
         expert_calls.find(PROBE_TOKENS, _TOLERANCE[model.dtype]),
         router_calls.find(PROBE_TOKENS),
@@ -99,6 +104,11 @@ def probe(model: PreTrainedModel, context: AttentionContext, vocab_size: int) ->
         result.blocks.extend(found)
         result.refused.update(refused)
     return result
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    vocab_size: int = model.get_input_embeddings().weight.shape[0]
+    return torch.arange(PROBE_TOKENS, device=model.device) * 7 % vocab_size
 
 
 def _record_calls(model: PreTrainedModel, forward: Callable[[], object]) -> list[_Call]:
@@ -162,9 +172,10 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(ATTENTION_NAME)
 
 
-def _prove(model: PreTrainedModel, context: AttentionContext, tokens: Tensor) -> None:
-    with _plain_attention(model):
-        expected = model(input_ids=tokens[None], use_cache=False).logits[0, -_HEAD_ROWS:].float()
+@torch.inference_mode()
+def prove(model: PreTrainedModel, context: AttentionContext, expected: Tensor) -> None:
+    """Raises ModelRejected where the forward through pages does not give ``expected``, see ProbeResult."""
+    tokens = _tokens(model)
     allowed = _TOLERANCE[model.dtype] * float(expected.std())
     half = PROBE_TOKENS // 2
     for chunks in ((PROBE_TOKENS,), (half, PROBE_TOKENS - half - _HEAD_ROWS, _HEAD_ROWS)):

@@ -73,10 +73,23 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, 128, (5 + 3 * i,), generator=generator).tolist() for i in range(1 + len(CONFIGS))]
 
 
+@pytest.mark.parametrize("bodies", ["the CPU's", "CUDA's"])
 def test_log_probabilities_of_a_mixed_batch(
-    sixteen: list[Path], prompts: list[list[int]], checkpoint: Callable[..., Path], make_driver: Callable[..., Any]
+    bodies: str,
+    sixteen: list[Path],
+    prompts: list[list[int]],
+    checkpoint: Callable[..., Path],
+    make_driver: Callable[..., Any],
+    request: pytest.FixtureRequest,
 ) -> None:
+    """Bodies of the base's norms, rotary positions, gates and products; CUDA's under Triton's interpreter."""
+    if bodies == "CUDA's":
+        pytest.importorskip("triton")
+        request.getfixturevalue("on_triton")
     driver = make_driver("llama")
+    forwards = [module.forward for module in driver.engine.runner._base.model.modules()]
+    names = {type(getattr(forward, "base", forward)).__name__ for forward in forwards}
+    assert ("LaunchedNorm" in names) is (bodies == "CUDA's")
     base = checkpoint("llama")
     adapters = [None, *sixteen]
     expected = [_peft_logprobs(base, a, p, torch.float32) for a, p in zip(adapters, prompts, strict=True)]

@@ -23,7 +23,6 @@ from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from onebase.serve.engine.config import EngineConfig
-from onebase.serve.model import fused as fusing
 from onebase.serve.model import norms
 from onebase.serve.model.gated import GatedForward, fuse_gated
 from onebase.serve.model.loader import prepare
@@ -38,13 +37,6 @@ interpreted = pytest.mark.skipif(
 DTYPES = [torch.float32, torch.float16]  # the interpreter cuts bfloat16 off where a device rounds
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU gets Triton's bodies, interpreted."""
-    for module in (norms, fusing):
-        monkeypatch.setattr(module, "uses_triton", lambda tensor: True)
 
 
 def check_norms(kind: type[nn.Module], width: int, rows: int, dtype: torch.dtype, device: torch.device) -> None:
