@@ -23,7 +23,7 @@ between two pieces of text. E2E: last token - sent. Goodput: requests a second t
 share of all requests offered, those rejected included. Weights are random, of the shape named; nothing is downloaded.
 """
 _AGAIN: Mapping[str, str] = {
-    "mixed": "onebase bench mixed --requests 16",
+    "mixed": "onebase bench mixed --http",
     "step": "onebase bench step",
     "prefill": "bench/gpu.sh prefill",
     "lifecycle": "onebase bench lifecycle --rank 4 --requests 48 --rounds 2",

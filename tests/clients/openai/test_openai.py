@@ -133,7 +133,7 @@ def test_the_asynchronous_client(served: Any) -> None:
 REFUSALS: list[tuple[dict[str, Any], str, str, str | None]] = [
     ({"model": "nobody"}, "NotFoundError", "model_not_found", "model"),
     ({"temperature": 3}, "BadRequestError", "", "temperature"),
-    ({"max_tokens": 100_000}, "BadRequestError", "context_length_exceeded", None),
+    ({"max_tokens": 100_000}, "BadRequestError", "context_length_exceeded", "messages"),
     ({"extra_body": {"novel": 1}}, "BadRequestError", "", "novel"),
     ({"extra_body": {"messages": [{"role": "user"}]}}, "BadRequestError", "", "messages.0.content"),
     ({"extra_body": {"top_p": "1"}}, "BadRequestError", "", "top_p"),
