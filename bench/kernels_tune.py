@@ -42,10 +42,15 @@ _COLD_BYTES = 1 << 29
 _WORTH = 0.97  # of the heuristic's time
 _ROUNDS = 5
 
-_BLOCKS = {"block_r": (16, 32, 64), "block": (64, 128, 256, 512, 1024), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
+_BLOCKS = {  # blocks of an expand are multiples of PAIR_BLOCK
+    "block_r": (16, 32, 64),
+    "block": (64, 128, 256, 512, 1024),
+    "num_warps": (1, 2, 4, 8),
+    "num_stages": (2, 3, 4),
+}
 _OPTIONS: Mapping[Op, Mapping[str, Sequence[int]]] = {
     "shrink": _BLOCKS | {"splits": (1, 2, 4, 8, 16)},
-    "expand": _BLOCKS | {"block": (64, 128, 256, 512, 1024)},  # multiples of PAIR_BLOCK
+    "expand": _BLOCKS,
 }
 
 

@@ -24,9 +24,27 @@ def _dot(left, right, WIDE: tl.constexpr):
 
 
 @triton.jit
-def slice_of(block, second, third, of0, of1, of2):
+def _slice_of(block, second, third, of0, of1, of2):
     """What belongs to the output whose columns the block has: blocks from ``second`` on are the next one's."""
     return tl.where(block >= third, of2, tl.where(block >= second, of1, of0))
+
+
+@triton.jit
+def output_of(
+    block, y0, y1, y2, stride0, stride1, stride2, n0, n1, n2, site0, site1, site2, member0, member1, member2,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of the slice that a column block of an expand belongs to: y, its row stride, its width, the site, the site's
+    place in the group; and the block's first column."""
+    second = tl.cdiv(n0, BLOCK_N)
+    third = second + tl.cdiv(n1, BLOCK_N)
+    y = _slice_of(block, second, third, y0, y1, y2)
+    y_stride = _slice_of(block, second, third, stride0, stride1, stride2)
+    out_features = _slice_of(block, second, third, n0, n1, n2)
+    site = _slice_of(block, second, third, site0, site1, site2)
+    member = _slice_of(block, second, third, member0, member1, member2)
+    first = (block - _slice_of(block, second, third, 0, second, third)) * BLOCK_N
+    return y, y_stride, out_features, site, member, first
 
 
 @triton.jit
@@ -192,23 +210,18 @@ def expand_kernel(
     count = tl.load(tile + 2)
     if count == 0:
         return
-    block = tl.program_id(1)
-    second = tl.cdiv(n0, BLOCK_N)
-    third = second + tl.cdiv(n1, BLOCK_N)
-    site = slice_of(block, second, third, site0, site1, site2)
+    y, y_stride, out_features, site, member, first = output_of(
+        tl.program_id(1), y0, y1, y2, stride0, stride1, stride2, n0, n1, n2, site0, site1, site2, member0, member1,
+        member2, BLOCK_N,
+    )  # fmt: skip
     at = (tl.load(tile + 3).to(tl.int64) * n_sites + site) * FIELDS
     rank = tl.load(table + at + 3)
     add_out = tl.load(table + at + 2)
     gain = tl.where(maps != 0, tl.load(table + at + 5), -1)
     if (rank == 0) & (add_out < 0) & (gain < 0):
         return
-    y = slice_of(block, second, third, y0, y1, y2)
-    y_stride = slice_of(block, second, third, stride0, stride1, stride2)
-    out_features = slice_of(block, second, third, n0, n1, n2)
-    member = slice_of(block, second, third, member0, member1, member2)
-    block -= slice_of(block, second, third, 0, second, third)
     m = tl.arange(0, BLOCK_M)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
     here = m < count
     rows = tl.load(tile) + m
     b_start = arena + tl.multiple_of(tl.load(table + at + 1), ALIGN) + n[None, :]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from onebase.kernels.matmul_kernels import mapped, slice_of, whole
+from onebase.kernels.matmul_kernels import mapped, output_of, whole
 
 
 @triton.jit(do_not_specialize=["packed_rows", "group_size"])
@@ -106,21 +106,17 @@ def expand_rows_kernel(
     count = tl.load(tile + 2)
     if count == 0:
         return
-    block = tl.program_id(1)
-    second = tl.cdiv(n0, BLOCK_N)
-    third = second + tl.cdiv(n1, BLOCK_N)
-    site = slice_of(block, second, third, site0, site1, site2)
+    y, y_stride, out_features, site, member, first = output_of(
+        tl.program_id(1), y0, y1, y2, stride0, stride1, stride2, n0, n1, n2, site0, site1, site2, member0, member1,
+        member2, BLOCK_N,
+    )  # fmt: skip
     at = (tl.load(tile + 3).to(tl.int64) * n_sites + site) * FIELDS
     rank = tl.load(table + at + 3)
     add_out = tl.load(table + at + 2)
     gain = tl.where(maps != 0, tl.load(table + at + 5), -1)
     if (rank == 0) & (add_out < 0) & (gain < 0):
         return
-    y = slice_of(block, second, third, y0, y1, y2)
-    y_stride = slice_of(block, second, third, stride0, stride1, stride2)
-    out_features = slice_of(block, second, third, n0, n1, n2)
-    member = slice_of(block, second, third, member0, member1, member2)
-    n = (block - slice_of(block, second, third, 0, second, third)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first + tl.arange(0, BLOCK_N)
     inside = n < out_features
     a_start, b_start = tl.load(table + at), arena + tl.multiple_of(tl.load(table + at + 1), ALIGN) + n[None, :]
     scale = tl.load(scales + at + 4).to(tl.float32)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+from onebase.serve.engine.fair_queue import FairQueue
 
 
 class FairTurns:
@@ -13,7 +14,7 @@ class FairTurns:
 
     def __init__(self) -> None:
         self._taken = False
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # whose turn is next at the front
+        self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()  # those that left are passed over in their turn
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
@@ -28,30 +29,18 @@ class FairTurns:
             self._taken = True
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._waiting.put(tenant, turn)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.cancelled():
-                self._leave(tenant, turn)
-            else:  # it was given the turn, and left at once
+            if not turn.cancelled():  # it was given the turn, and left at once
                 self._pass_on()
             raise
 
-    def _leave(self, tenant: str, turn: asyncio.Future[None]) -> None:
-        turns = self._waiting.get(tenant, deque())
-        if turn in turns:  # else its turn came as it left
-            turns.remove(turn)
-        if not turns:
-            self._waiting.pop(tenant, None)
-
     def _pass_on(self) -> None:
-        """To the first waiter of the tenant in front, which goes to the end."""
+        """To the next waiter that is still there."""
         while self._waiting:
-            tenant, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[tenant] = turns
+            turn = self._waiting.get()
             if not turn.cancelled():
                 turn.set_result(None)
                 return

@@ -16,6 +16,9 @@ class FairQueue(Generic[T]):
         self._lock = Lock()
         self._items: OrderedDict[str, deque[T]] = OrderedDict()  # whose turn is next at the front
 
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
     def put(self, tenant: str, item: T) -> None:
         with self._lock:
             self._items.setdefault(tenant, deque()).append(item)

@@ -3,9 +3,8 @@
 A step that also computes a chunk of a prompt takes longer, and everybody who decodes waits for it. So a chunk is as
 large as lets the step take ``stretch`` times as long as one without: with 2, a prompt that arrives among streams at
 most doubles the time between their tokens, and has half of the machine meanwhile. Where more prompts wait for their
-first token than sequences for their next one, a step may take as many times longer, up to ``MOST_CROWDED``; where
-several tenants are there each counts once, so that one's flood is no crowd. Where nobody decodes the token budget alone
-holds.
+first token than sequences for their next one, a step may take as many times longer, up to ``MOST_CROWDED``. Where
+nobody decodes the token budget alone holds.
 
 Measured are the seconds of a step that only decodes, and what a step with a chunk takes beyond that: something for
 having a chunk at all (a second adapter's weights, other kernels), and something for each token of it. Were all of it

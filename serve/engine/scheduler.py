@@ -147,8 +147,6 @@ class Scheduler:
         if prefilling or self.waiting:
             seats = max(0, self._max_num_seqs - len(self.running))
             num_prompts = len(prefilling) + min(len(self.waiting), seats)
-            if len(self.fairness.active) > 1:  # a flood of one tenant's prompts is no crowd beside others
-                num_prompts = min(num_prompts, len(self.fairness.active))
             step.budget = self.pace.allowance(len(step.chunks), num_prompts, step.budget)
             self._prefill_oldest(prefilling, step)
             self._prefill(prefilling, step)

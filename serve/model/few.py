@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from onebase.kernels.few_rows import Clock, FewRows
 from onebase.serve.model.packed import PackedGroup, PackedLinear, Product, is_plain
+from onebase.serve.model.trial import replace_forward
 
 
 class ProductForward:
@@ -41,4 +42,4 @@ def use_few_rows(modules: Iterable[nn.Module], clock: Clock | None = None) -> No
     for group in groups:
         group.use(product)
     for module in single:
-        setattr(module, "forward", ProductForward(module, product))  # noqa: B010  a method for the type checker
+        replace_forward(module, ProductForward(module, product))

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from onebase.serve.model.trial import noise, same_numbers
+from onebase.serve.model.trial import noise, replace_forwards, same_numbers
 
 _ROWS = 16
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -34,16 +33,9 @@ class GatedForward:
         return y
 
 
-@torch.inference_mode()
 def fuse_gated(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Put the fused forward in place of each module's that it gives the same numbers as; those are returned."""
-    fused = []
-    for module in modules:
-        forward = _fused(module)
-        if forward is not None:
-            setattr(module, "forward", forward)  # noqa: B010  a method for the type checker
-            fused.append(module)
-    return fused
+    return replace_forwards(modules, _fused)
 
 
 def _fused(module: nn.Module) -> GatedForward | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from onebase.kernels.native.library import Native, native
-from onebase.serve.model.trial import noise, same_numbers, uses_triton
+from onebase.serve.model.trial import noise, replace_forwards, same_numbers, uses_triton
 
 _ROWS = 16  # of the trial
 
@@ -73,16 +73,9 @@ class LaunchedNorm:
 Norm = FusedNorm | LaunchedNorm
 
 
-@torch.inference_mode()
 def fuse_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Put a fused forward in place of each norm's that it gives the same numbers as; those are returned."""
-    fused = []
-    for module in modules:
-        forward = _fused(module)
-        if forward is not None:
-            setattr(module, "forward", forward)  # noqa: B010  a method for the type checker
-            fused.append(module)
-    return fused
+    return replace_forwards(modules, _fused)
 
 
 def _fused(module: nn.Module) -> Norm | None:

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from onebase.kernels import prepack
 from onebase.serve.model.quantised import is_quantised
+from onebase.serve.model.trial import replace_forward
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # input, weight, bias
 
@@ -111,7 +112,7 @@ def pack_linears(groups: Iterable[Sequence[nn.Module]]) -> dict[nn.Module, Packe
         group = PackedGroup(linears, prepacked=True)
         for index, module in enumerate(linears):
             packed[module] = PackedLinear(group, index)
-            setattr(module, "forward", packed[module])  # noqa: B010  a method for the type checker
+            replace_forward(module, packed[module])
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
     return packed
 
@@ -128,7 +129,7 @@ def join_linears(groups: Iterable[Sequence[nn.Module]]) -> list[nn.Module]:
         group = PackedGroup(linears, prepacked=False)
         for index, (module, view) in enumerate(zip(linears, group.views(), strict=True)):
             module.weight = nn.Parameter(view, requires_grad=False)
-            setattr(module, "forward", PackedLinear(group, index))  # noqa: B010  a method for the type checker
+            replace_forward(module, PackedLinear(group, index))
             joined.append(module)
     return joined
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onebase.serve.model.trial import noise, same_numbers
+from onebase.serve.model.trial import noise, replace_forward, same_numbers
 
 _NAME = "apply_rotary_pos_emb"
 _TOKENS = 16
@@ -33,11 +33,9 @@ def fuse_rotary(module: nn.Module, q_heads: int, kv_heads: int, head_dim: int) -
     if weight is None or not _agree(own, weight, q_heads, kv_heads, head_dim):
         return False
     names = forward.__globals__ | {_NAME: _with_fallback(own)}
-    copy = types.FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-    )  # fmt: skip
+    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
-    setattr(module, "forward", types.MethodType(copy, module))  # noqa: B010  a method for the type checker
+    replace_forward(module, types.MethodType(copy, module))
     return True
 
 

@@ -1,9 +1,14 @@
-"""Whether a faster body gives the numbers of the module's own forward: tried at start, on the device at hand."""
+"""Faster bodies in place of modules' own forwards: tried at start, on the device at hand, for the same numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Forward = Callable[..., Any]
 
 _SAME = 0.99  # share of elements with the same bits; sums in another order round otherwise now and then
 
@@ -28,3 +33,20 @@ def noise(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
 def uses_triton(tensor: Tensor) -> bool:
     """Whether its device gets Triton's bodies."""
     return tensor.device.type == "cuda"
+
+
+def replace_forward(module: nn.Module, forward: Forward) -> None:
+    """For this instance: as an attribute over the method."""
+    setattr(module, "forward", forward)  # noqa: B010  a method for the type checker
+
+
+@torch.inference_mode()
+def replace_forwards(modules: Iterable[nn.Module], made: Callable[[nn.Module], Forward | None]) -> list[nn.Module]:
+    """Of each module for which there is one; those are returned."""
+    replaced = []
+    for module in modules:
+        forward = made(module)
+        if forward is not None:
+            replace_forward(module, forward)
+            replaced.append(module)
+    return replaced

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from onebase.serve.engine.backlog import AGED
 from onebase.serve.engine.fairness import OUTPUT_WEIGHT, Fairness
-from onebase.serve.engine.pace import Pace
 from onebase.serve.engine.victims import MOST_PREEMPTIONS
 
 from .scheduling import Steps, sequence_of
@@ -163,27 +162,6 @@ def test_the_prompts_of_a_flood_do_not_hold_up_a_short_one() -> None:
     small = sequence_of(2, 6, max_tokens=1, tenant="small")
     steps.add(small)
     steps.run(until=lambda: small in steps.finished, most=3)
-
-
-@pytest.mark.parametrize(("others", "crowd"), [(0, 6), (1, 2)])
-def test_a_flood_is_a_crowd_only_where_nobody_else_is(others: int, crowd: int) -> None:
-    """How many prompts the pace is told of: more of them may make a step longer for who decodes."""
-
-    class Told(Pace):
-        prompts = 0
-
-        def allowance(self, num_decoding: int, num_prompts: int, budget: int) -> int:
-            self.prompts = num_prompts
-            return budget
-
-    steps = Steps(tokens=8, seqs=8)
-    steps.add(*(sequence_of(order, 4, max_tokens=50, tenant="flood") for order in range(2)))
-    steps.step()
-    steps.scheduler.pace = told = Told(2.0)
-    steps.add(*(sequence_of(10 + order, 40, tenant="flood") for order in range(6 - others)))
-    steps.add(*(sequence_of(20 + order, 40, tenant=f"other-{order}") for order in range(others)))
-    steps.step()
-    assert told.prompts == crowd
 
 
 def test_one_tenant_alone_is_never_preempted_for_a_seat() -> None:

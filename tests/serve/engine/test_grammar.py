@@ -229,9 +229,9 @@ def test_end_tokens_that_the_tokenizer_does_not_know_are_left_out(
     assert _allowed(packed_masks([_sequence(vocabulary.compile(Grammar("regex", "a?")))], 300)[0]) > {EOS}
 
 
-def test_a_stream_goes_on_while_a_grammar_compiles(
-    make_engine: Callable[..., EngineDriver], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Grammars compile once it is set."""
     gate = threading.Event()
     compile_ = Vocabulary.compile
 
@@ -240,6 +240,12 @@ def test_a_stream_goes_on_while_a_grammar_compiles(
         return compile_(self, grammar)
 
     monkeypatch.setattr(Vocabulary, "compile", slow)
+    return gate
+
+
+def test_a_stream_goes_on_while_a_grammar_compiles(
+    make_engine: Callable[..., EngineDriver], gate: threading.Event
+) -> None:
     driver = make_engine()
     stream = driver.submit([1], max_tokens=40)
     waiting = [driver.submit([2], grammar=Grammar("regex", f"a{{{at}}}")) for at in range(1, 6)]
@@ -255,16 +261,8 @@ def test_a_stream_goes_on_while_a_grammar_compiles(
 
 
 def test_nobody_waits_behind_a_grammar_that_compiles(
-    make_engine: Callable[..., EngineDriver], monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., EngineDriver], gate: threading.Event
 ) -> None:
-    gate = threading.Event()
-    compile_ = Vocabulary.compile
-
-    def slow(self: Vocabulary, grammar: Grammar) -> Matcher:
-        assert gate.wait(60)
-        return compile_(self, grammar)
-
-    monkeypatch.setattr(Vocabulary, "compile", slow)
     driver = make_engine()
     slow_ones = [driver.submit([2], grammar=Grammar("regex", f"a{{{at}}}")) for at in range(1, 4)]
     plain = driver.submit([1], max_tokens=4)
