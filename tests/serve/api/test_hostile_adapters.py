@@ -118,8 +118,8 @@ def test_refused_in_under_a_second_with_memory_flat(
     process = psutil.Process()
 
     async def send(site: Any, parts: Files) -> tuple[Any, float]:
-        """The answer and the processor time that it took, whatever else the machine does; the form is built before. What
-        a large body takes by itself is taken off: four times as long as hashing it, here and now."""
+        """The answer and the processor time that it took, whatever else the machine does; the form is built before.
+        What a large body takes by itself is taken off: four times as long as hashing it, here and now."""
         request = site.http.build_request(
             "POST", "/v1/adapters", data={"name": "bad"}, files=[("files", item) for item in parts.items()]
         )
