@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,13 +18,18 @@ _COMMAND = (sys.executable, "-P", "-c", "from onebase.serve.cli import app; app(
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:
-    """The model as a folder that can be served, with a byte-level tokenizer that gives every token a text."""
+    """The model as a folder that can be served, with a tokenizer that gives every token but 128 a text of its own.
+
+    Were tokens parts of characters, as byte pairs are, the server would hold many of them back: a piece of text would
+    be of two or three, and a short answer of none at all."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = (one + two for one in alphabet for two in alphabet)
-    texts = [*alphabet, *pairs][: model.config.vocab_size]
+    signs = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = ("".join(word) for length in (2, 3) for word in itertools.product(signs, repeat=length))
+    texts = itertools.islice(
+        itertools.chain(sorted(pre_tokenizers.ByteLevel.alphabet()), words), model.config.vocab_size
+    )
     raw = Tokenizer(models.BPE({text: number for number, text in enumerate(texts)}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()

@@ -19,11 +19,11 @@ import transformers
 from torch import Tensor
 
 from onebase.adapters.base import Site, SiteKind
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.engine import Engine
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams, TokenOutput
-from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.model.loader import load_model
 

@@ -52,7 +52,8 @@ class Order:
 
 @dataclass(slots=True)
 class Progress:
-    """Counts since the start, and the latencies to first tokens since the last news."""
+    """Counts since the start, and the latencies to first tokens since the last news. tokens: pieces of text, until a
+    request has ended and its tokens are known."""
 
     sent: int = 0
     ok: int = 0
@@ -74,6 +75,8 @@ class Progress:
 
     def ended(self, record: RequestRecord) -> None:
         setattr(self, record.status, getattr(self, record.status) + 1)
+        pieces = 0 if record.first is None else 1 + len(record.gaps)
+        self.tokens += record.tokens_out - pieces  # a piece may be of several tokens: now they are known
         if record.status in ("rejected", "failed"):
             self.last_error = record.error
 

@@ -17,9 +17,9 @@ from torch.nn import functional
 from onebase.adapters.errors import RequestRejected
 from onebase.adapters.program import Head
 from onebase.adapters.traits import Traits
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, ClassLogits, Request
-from onebase.serve.engine.scheduler import Chunk
 
 Classes = dict[str, ClassLogits | None]  # by request; None where the logits are not finite
 NO_HEAD = "the model has no classification head: name an adapter that was trained for SEQ_CLS or TOKEN_CLS"

@@ -18,8 +18,8 @@ import torch
 
 from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.plan import BatchPlan, Run
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.inputs import StepInputs, Unseen
-from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.upload import upload
 
 _ROOM = 8  # pages that the tables have room for beyond those that are held

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 from onebase.adapters.errors import EngineError, OneBaseError, RequestRejected
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.classes import Classes
 from onebase.serve.engine.commands import failure
 from onebase.serve.engine.draw import Drawn
@@ -13,7 +14,6 @@ from onebase.serve.engine.grammar import Matcher
 from onebase.serve.engine.messages import ClassLogits, Failure, Logprobs, TokenOutput
 from onebase.serve.engine.prompts import Scores
 from onebase.serve.engine.sampler import NOT_FINITE
-from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.stats import Counters
 

@@ -24,13 +24,13 @@ from onebase.adapters.tiers.entry import Entry
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
 from onebase.serve.engine import classes
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.inputs import Unseen
 from onebase.serve.engine.layout import Layout, Span
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.pooling import pool_rows, wants_rows
 from onebase.serve.engine.prompts import merge, score_prompts, wants_scores
 from onebase.serve.engine.runner import ModelRunner
-from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.site_context import StepPlans

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.plan import BatchPlan, Uses
-from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.upload import upload
 

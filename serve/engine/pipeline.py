@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.classes import Classes
 from onebase.serve.engine.delivery import Delivery, Told
 from onebase.serve.engine.draw import Pending
@@ -27,7 +28,7 @@ from onebase.serve.engine.inputs import Unseen
 from onebase.serve.engine.prompts import Scores
 from onebase.serve.engine.recovery import Trouble
 from onebase.serve.engine.runner import ModelRunner
-from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.scheduler import Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.speculation import Speculation
 from onebase.serve.engine.stats import Counters

@@ -17,7 +17,7 @@ from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import Request
 
 if TYPE_CHECKING:
-    from onebase.serve.engine.scheduler import Chunk
+    from onebase.serve.engine.chunk import Chunk
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.ops.prefix import KvPrefix
 from onebase.kernels.plan import BatchPlan
-from onebase.serve.engine.scheduler import Chunk
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.model.loader import LoadedModel
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from onebase.kernels.plan import Uses
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.logprobs import BLOCK, cut, joined, score
 from onebase.serve.engine.messages import Logprobs
-from onebase.serve.engine.scheduler import Chunk
 
 Scores = dict[str, Logprobs | None]  # None where the logits of a prompt are not finite
 Logits = Callable[[Sequence[int], Sequence[Uses]], Tensor]  # packed rows and what each of them uses -> [rows, vocab]

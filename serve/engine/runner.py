@@ -15,6 +15,7 @@ from torch import Tensor
 from onebase.kernels.attention import AttentionBatch
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.plan import BatchPlan, PlanCache, Run, Uses
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.classes import Classes, classify, wants_classes
 from onebase.serve.engine.decode_rows import DecodeRows
 from onebase.serve.engine.graphs import DecodeGraphs, Forward
@@ -22,7 +23,6 @@ from onebase.serve.engine.inputs import StepInputs, Unseen, adapter_order, pack,
 from onebase.serve.engine.pooling import pool_rows, wants_rows
 from onebase.serve.engine.prefixes import store_prefixes
 from onebase.serve.engine.prompts import Scores, score_prompts, wants_scores
-from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.upload import upload
 from onebase.serve.model.loader import LoadedModel
 from onebase.serve.model.site_context import StepPlans

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from onebase.serve.engine.backlog import AGED, Backlog, Offer, Rank
+from onebase.serve.engine.chunk import Chunk
+from onebase.serve.engine.courtesy import Courtesy
 from onebase.serve.engine.fairness import Fairness
 from onebase.serve.engine.pace import Pace
 from onebase.serve.engine.pages import PageAllocator
@@ -48,40 +50,12 @@ def _no_more(count: int) -> Room:
     return Room.NONE
 
 
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """What one sequence computes in a step. samples: its last token is reached, so a new one is drawn. start: its first
-    slot, the first that was not computed when the chunk was made; stop: the slot after its last one. drafts: its last
-    tokens where they are guesses; a token is then drawn before each of them, too.
-
-    Nobody changes one. It is not frozen because every step makes one for each row, and that would double its price."""
-
-    sequence: Sequence
-    num_tokens: int
-    samples: bool
-    drafts: tuple[int, ...] = ()
-    start: int = field(init=False)
-    stop: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.start = self.sequence.num_computed
-        self.stop = self.start + self.num_tokens
-
-    def without_drafts(self) -> Chunk:
-        """What is known of it; its sequence must stand where it stood."""
-        return Chunk(self.sequence, self.num_tokens - len(self.drafts), self.samples)
-
-    @property
-    def num_draws(self) -> int:
-        """How many of its last rows a token is drawn after."""
-        return 1 + len(self.drafts) if self.samples else 0
-
-
 @dataclass(slots=True)
 class _Step:
     """A step that is being scheduled. budget: tokens that it still may compute. calm: everybody who runs went on.
 
-    claimed: somebody had to give way to a waiting sequence. followers: how many were set aside.
+    claimed: somebody had to give way to a waiting sequence. followers: how many were set aside. over: tenants with more
+    than their share of the seats when it began, where there are others. for_prompts: tokens that prompts may have.
     """
 
     may_start: MayStart
@@ -92,6 +66,8 @@ class _Step:
     calm: bool = True
     claimed: bool = False
     followers: int = 0
+    over: Collection[str] = ()
+    for_prompts: int = 0
 
 
 class Scheduler:
@@ -121,6 +97,7 @@ class Scheduler:
         self.cached_tokens = 0  # of them, found there
         self._prefixes = Prefixes(pages)
         self._victims = Victims(self.fairness, pages, max_num_seqs)
+        self._courtesy = Courtesy(self.fairness, max_num_seqs)
         self.limit = TokenLimit(max_batch_tokens)
         self._max_num_seqs = max_num_seqs
         self._passed_over = 0  # steps in a row in which prompts that were begun got nothing
@@ -143,16 +120,36 @@ class Scheduler:
             count = sequence.num_uncomputed
             if count:
                 (decoding if count == 1 else prefilling).append(sequence)
-        self._decode(decoding, step)
         if prefilling or self.waiting:
-            seats = max(0, self._max_num_seqs - len(self.running))
-            num_prompts = len(prefilling) + min(len(self.waiting), seats)
-            step.budget = self.pace.allowance(len(step.chunks), num_prompts, step.budget)
-            self._prefill_oldest(prefilling, step)
-            self._prefill(prefilling, step)
-            left_out = any(sequence.status is Status.RUNNING for sequence in prefilling)
-            self._passed_over = self._passed_over + 1 if left_out else 0
+            self._share(decoding, prefilling, step)
+        else:
+            self._decode(decoding, step)
         return list(step.chunks.values())
+
+    def _share(self, decoding: list[Sequence], prefilling: list[Sequence], step: _Step) -> None:
+        """Of a step that has prompts as well, or may have. The time of those who sit it out is theirs; where nobody
+        takes it, they do not."""
+        step.over = self._courtesy.over(self.running)
+        going_on = self._courtesy.going_on(decoding, prefilling, step.over, lambda: self._next_one(step))
+        self._decode(going_on, step)
+        num_decoding, budget = len(step.chunks), step.budget
+        seats = max(0, self._max_num_seqs - len(self.running))
+        num_prompts = len(prefilling) + min(len(self.waiting), seats)
+        step.budget = self.pace.allowance(num_decoding, num_prompts, budget, len(decoding) - len(going_on))
+        step.for_prompts = step.budget
+        self._prefill_oldest(prefilling, step)
+        self._prefill(prefilling, step)
+        left_out = any(sequence.status is Status.RUNNING for sequence in prefilling)
+        self._passed_over = self._passed_over + 1 if left_out else 0
+        if len(going_on) < len(decoding) and len(step.chunks) == num_decoding:
+            step.budget = budget
+            self._decode([one for one in decoding if one.id not in step.chunks], step)
+
+    def _next_one(self, step: _Step) -> Sequence | None:
+        """Who would start first, if it may."""
+        offer = self._offer()
+        first = None if offer is None else offer.peek()
+        return first[1] if first is not None and step.may_start(first[1]) else None
 
     def _decode(self, decoding: list[Sequence], step: _Step) -> None:
         """One token for each, as far as tokens and pages go."""
@@ -179,19 +176,22 @@ class Scheduler:
         """Chunks of prompts, those that are begun and those that wait, as far as the step has room for them."""
         offer = self._offer() if step.calm and step.budget else None
         while step.budget:
-            going = min((one for one in prefilling if one.status is Status.RUNNING), key=self._rank, default=None)
+            going = min(
+                ((self._rank(one, step), one) for one in prefilling if one.status is Status.RUNNING), default=None
+            )
             first = None if offer is None or not step.calm else offer.peek()
-            if going is not None and (first is None or self._rank(going) <= first[0]):
-                prefilling.remove(going)
-                self._continue(going, step)
+            if going is not None and (first is None or going[0] <= first[0]):
+                prefilling.remove(going[1])
+                self._continue(going[1], step)
             elif offer is not None and first is not None:
                 offer = offer if self._admit(first[1], offer, step) else None
             else:
                 return
 
-    def _rank(self, sequence: Sequence) -> Rank:
-        """Of a prompt that is begun: before those of its tenant that wait."""
-        return True, sequence.request.priority, self.fairness.served(sequence)[0], -1.0, sequence.order
+    def _rank(self, sequence: Sequence, step: _Step) -> Rank:
+        """Of a prompt that is begun: before those of its tenant that wait. No two are alike."""
+        served = self._courtesy.served(sequence, step.over, step.for_prompts)
+        return True, sequence.request.priority, served, -1.0, sequence.order
 
     def _continue(self, sequence: Sequence, step: _Step) -> None:
         """Give a running sequence its chunk, preempting others for pages. It may have to sit the step out."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 
 from onebase.serve.engine.asked import wants_penalties
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.ngram import Lookup
-from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.scheduler import Scheduler
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.stats import Counters
 

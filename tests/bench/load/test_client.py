@@ -277,7 +277,7 @@ def test_what_is_under_way_is_counted() -> None:
     progress = Progress()
     odd = Odd({"m": sends(WHOLE), "busy": sends(b"HTTP/1.1 429 No\r\nContent-Length: 4\r\n\r\nbusy")})
     sent(odd, planned("m"), planned("busy", 1), progress=progress)
-    assert (progress.sent, progress.ok, progress.rejected, progress.tokens) == (2, 1, 1, 2)
+    assert (progress.sent, progress.ok, progress.rejected, progress.tokens) == (2, 1, 1, 7)
     assert len(progress.first) == 1
     assert progress.last_error == "429: busy"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.fairness import Fairness
 from onebase.serve.engine.layout import Layout, Span
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.prefix_cache import PrefixCache
-from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.scheduler import Scheduler
 from onebase.serve.engine.sequence import Sequence
 
 PAGE = 4

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from onebase.adapters.tiers.entry import Entry, State
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.decode_rows import DecodeRows
 from onebase.serve.engine.layout import Layout, Span
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
-from onebase.serve.engine.scheduler import Chunk
 from onebase.serve.engine.sequence import Sequence
 
 from .twins import hold_twins

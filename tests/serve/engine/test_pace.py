@@ -79,3 +79,20 @@ def test_a_crowd_of_prompts_counts_as_much_as_who_decodes() -> None:
     assert pace.allowance(4, 4, BUDGET) == one
     assert pace.allowance(4, 12, BUDGET) == pytest.approx(3 * one, abs=3)
     assert pace.allowance(1, 1000, 1 << 20) == pytest.approx(MOST_CROWDED * one, abs=MOST_CROWDED)
+
+
+def test_who_sits_out_gives_its_time_to_the_prompt() -> None:
+    """A step without them takes no longer than one beside them would."""
+    pace = Pace(2.0)
+    _settled(pace)
+    beside, alone = pace.allowance(15, 1, BUDGET), pace.allowance(0, 1, BUDGET, sitting_out=15)
+    assert alone == pytest.approx(2 * beside, abs=3)
+    assert beside < pace.allowance(5, 1, BUDGET, sitting_out=10) < alone
+
+
+def test_steps_that_most_sat_out_tell_nothing_of_those_beside_many() -> None:
+    pace = Pace(2.0)
+    settled = _settled(pace)
+    for _ in range(40):
+        pace.observe(2, 100, _seconds(2, 100))
+    assert pace.allowance(15, 1, BUDGET) == settled

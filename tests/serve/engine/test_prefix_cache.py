@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from onebase.adapters.program import Window
 from onebase.adapters.tiers.entry import Entry, State
 from onebase.adapters.traits import Traits
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.pages import PageAllocator
 from onebase.serve.engine.prefix_cache import ROOT, Block, PrefixCache
-from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.scheduler import Scheduler
 from onebase.serve.engine.sequence import Sequence
 
 PAGE = 4

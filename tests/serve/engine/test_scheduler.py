@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.layout import Layout
 from onebase.serve.engine.messages import AdapterUse, Request, SamplingParams
 from onebase.serve.engine.pages import PageAllocator
-from onebase.serve.engine.scheduler import Chunk, Room, Scheduler
+from onebase.serve.engine.scheduler import Room, Scheduler
 from onebase.serve.engine.sequence import Sequence, Status
 
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from onebase.adapters.program import LowRank, SiteOps
 from onebase.serve.engine import ngram
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.config import EngineConfig
 from onebase.serve.engine.logprobs import unpack
 from onebase.serve.engine.messages import Grammar, Request, SamplingParams, TokenOutput
 from onebase.serve.engine.ngram import Lookup
 from onebase.serve.engine.pages import PageAllocator
-from onebase.serve.engine.scheduler import Chunk, Scheduler
+from onebase.serve.engine.scheduler import Scheduler
 from onebase.serve.engine.sequence import Sequence
 from onebase.serve.engine.speculation import Speculation, may_be_drafted
 from onebase.serve.engine.stats import Counters

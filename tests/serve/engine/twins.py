@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.decode_rows import DecodeRows
 from onebase.serve.engine.inputs import StepInputs, sampled_rows
-from onebase.serve.engine.scheduler import Chunk
 
 
 def hold_twins(runner: Any) -> list[bool]:
