@@ -25,6 +25,7 @@ from onebase.kernels.config import Config, Configs, Op, Shape, dump, file_name, 
 from onebase.kernels.matmul_triton import TritonKernels
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import Operands, ProgramTables, SiteShape
+from onebase.kernels.tiles import FEW_ROWS, RANK_BLOCK
 
 Clock = Callable[[Side], float]
 Slices = tuple[int, ...]
@@ -46,12 +47,9 @@ _BLOCKS = {  # blocks of an expand are multiples of PAIR_BLOCK
     "block_r": (16, 32, 64),
     "block": (64, 128, 256, 512, 1024),
     "num_warps": (1, 2, 4, 8),
-    "num_stages": (2, 3, 4),
+    "num_stages": (1, 2, 3, 4),
 }
-_OPTIONS: Mapping[Op, Mapping[str, Sequence[int]]] = {
-    "shrink": _BLOCKS | {"splits": (1, 2, 4, 8, 16)},
-    "expand": _BLOCKS,
-}
+_SPLITS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +158,7 @@ def tuned(
 def _tune(bench: Bench, clock: Clock, found: dict[Shape, Config]) -> None:
     for shape, side in ((bench.shape("shrink"), bench.shrink), (bench.shape("expand"), bench.expand)):
         if shape not in found:
-            best = search(heuristic(shape), _OPTIONS[shape.op], _cost(shape, side, clock))
+            best = search(heuristic(shape), options(shape), _cost(shape, side, clock))
             if best is not None:
                 found[shape] = best
 
@@ -175,6 +173,14 @@ def _cost(shape: Shape, side: Callable[[Configs], Side], clock: Clock) -> Callab
             return math.inf
 
     return cost
+
+
+def options(shape: Shape) -> Mapping[str, Sequence[int]]:
+    """What each field may be."""
+    if shape.op != "shrink":
+        return _BLOCKS
+    few = {"block_r": (RANK_BLOCK,)} if shape.block_m == FEW_ROWS else {}
+    return _BLOCKS | {"splits": _SPLITS} | few
 
 
 def search(start: Config, options: Mapping[str, Sequence[int]], cost: Callable[[Config], float]) -> Config | None:

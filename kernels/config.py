@@ -2,7 +2,8 @@
 
 The heuristic:
 - tiles of a few rows (decoding): blocks of a factor of 16 by 512 bytes, whatever the rank. A shrink has 8 warps for
-  one, an expand a single one: sums across warps cost more than the reading (measured on an H200);
+  one, an expand a single one: sums across warps cost more than the reading (measured on an H200). Beyond rank 64 an
+  expand has 3 blocks on their way at once: its widest programs would end last, waiting for one block after the other;
 - else rank blocks are the largest rank's power of two, from 16 to 128 bytes' worth. Shrink: BLOCK_K 256 bytes for tiles
   of 16 rows, 128 for taller ones; expand: BLOCK_N 64 for tiles of 16 rows (more programs in flight), 128 for others;
 - K is split into parts of at least 512 over the grid, 8 at most and 4 for tall tiles, because a few tiles alone leave
@@ -22,11 +23,12 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from onebase.kernels.tables import PAIR_BLOCK
-from onebase.kernels.tiles import FEW_ROWS
+from onebase.kernels.tiles import FEW_ROWS, RANK_BLOCK
 
 TABLES = Path(__file__).parent / "tuned"
 _SPLIT_SIZE, _MOST_SPLITS, _TALL_SPLITS = 512, 8, 4
 _FEW_BYTES = 512  # of a factor's row that a program reads at once
+_ONE_BY_ONE = 64  # the largest rank that an expand of a few rows reads block by block
 _LARGEST_CLASS = 4096
 
 T = TypeVar("T")
@@ -78,8 +80,8 @@ class Configs:
     """The configuration of any shape. ``tuned`` goes before the heuristic."""
 
     def __init__(self, tuned: Mapping[Shape, Config] = {}) -> None:
-        """Raises ValueError where an expand's block would part the pairs of a rotation, and where parts are not a power
-        of two."""
+        """Raises ValueError where an expand's block would part the pairs of a rotation, where parts of K are not a
+        power of two, and where a shrink of a few rows is not to take the parts that tiles are cut into."""
         for shape, config in tuned.items():
             if config.splits & (config.splits - 1):
                 raise ValueError(f"splits: {config.splits} of {shape}: allowed are powers of two")
@@ -87,6 +89,8 @@ class Configs:
                 raise ValueError(
                     f"block: {config.block} of {shape}: allowed for an expand are multiples of {PAIR_BLOCK}"
                 )
+            if (shape.op, shape.block_m) == ("shrink", FEW_ROWS) and config.block_r != RANK_BLOCK:
+                raise ValueError(f"block_r: {config.block_r} of {shape}: allowed for a few rows is {RANK_BLOCK}")
         self.tuned = tuned
 
     def get(self, shape: Shape) -> Config:
@@ -103,8 +107,8 @@ class Configs:
 def heuristic(shape: Shape) -> Config:
     if shape.block_m == FEW_ROWS:
         if shape.op == "shrink":
-            return Config(16, _FEW_BYTES // shape.itemsize, _splits(shape), num_warps=8)
-        return Config(16, _FEW_BYTES // shape.itemsize, num_warps=1)
+            return Config(RANK_BLOCK, _FEW_BYTES // shape.itemsize, _splits(shape), num_warps=8)
+        return Config(16, _FEW_BYTES // shape.itemsize, num_warps=1, num_stages=3 if shape.rank > _ONE_BY_ONE else 1)
     flat, block_r = shape.block_m == 16, max(16, min(128 // shape.itemsize, shape.rank))
     if shape.op != "shrink":
         return Config(block_r, 64 if flat else 128)

@@ -7,11 +7,23 @@ more than was captured raises before the buffer is touched: a segment can never 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables
-from onebase.kernels.tiles import FEW_ROWS, TILE_FIELDS, Bounds, TileRow, Tiles, blocks, encode
+from onebase.kernels.tiles import (
+    FEW_ROWS,
+    RANK_BLOCK,
+    TILE_FIELDS,
+    Bounds,
+    Encoded,
+    TileRow,
+    Tiles,
+    blocks,
+    encode,
+    parts_of,
+)
 from onebase.kernels.touched import Touched
 
 
@@ -42,9 +54,12 @@ class FixedPlan:
         self._table, self._alignment = tables.device_table, tables.alignment
         self._filled: BatchPlan | None = None
         device = tables.buffer.device
-        self._data = torch.zeros((num_layers * max_tiles, TILE_FIELDS), dtype=torch.int32, device=device)
+        count = num_layers * max_tiles
+        parts = count * -(-max_rank // RANK_BLOCK)
+        self._data = torch.zeros((count + parts, TILE_FIELDS), dtype=torch.int32, device=device)
         layers = tuple((at * max_tiles, (at + 1) * max_tiles) for at in range(num_layers))
-        tiles = Tiles(self._data, layers, FEW_ROWS, num_layers * num_rows, self._bounds)
+        data, shrinks = self._data.split((count, parts))
+        tiles = Tiles(data, shrinks, layers, FEW_ROWS, num_layers * num_rows, self._bounds)
         self.plan.memo((tables, "tiles"), lambda: tiles)
         tables.touch(self.plan, self._sites)
 
@@ -72,8 +87,7 @@ class FixedPlan:
         self._fits("scaled inputs beyond those captured", len(touched.inputs - self._sites.inputs), 0)
         if len(plan.layers) > 1:  # the second would read what the first has written
             self._fits("maps beside other adapters on a row", len(touched.maps), 0)
-        rows = self._cut(plan)
-        host = encode(rows, len(self._data))
+        host = torch.from_numpy(self._encoded(encode(self._cut(plan))))
         pinned = host.pin_memory() if self._data.is_cuda else host
         self._data.copy_(pinned, non_blocking=True)
         self._filled = plan
@@ -86,14 +100,23 @@ class FixedPlan:
             rows += [_EMPTY] * (number * self._bounds.max_tiles - len(rows))
             first = len(rows)
             for segment in layer:
-                rows += blocks(segment, packed, self._tables.row(segment.handle), FEW_ROWS)
+                rows += blocks(segment, packed, self._tables, FEW_ROWS)
                 packed += segment.length
             self._fits("tiles", len(rows) - first, self._bounds.max_tiles)
         return rows
+
+    def _encoded(self, tiles: Encoded) -> Encoded:
+        """The whole buffer; what is beyond the tiles and beyond their parts is zeros, which are of no rows."""
+        data = np.zeros(self._data.shape, dtype=np.int32)
+        data[: len(tiles)] = tiles
+        parts = parts_of(tiles)
+        start = self._num_layers * self._bounds.max_tiles
+        data[start : start + len(parts)] = parts
+        return data
 
     def _fits(self, what: str, count: int, most: int) -> None:
         if count > most:
             raise DoesNotFit(f"fixed plan: {what}: the batch has {count}, captured were {most}")
 
 
-_EMPTY: TileRow = (0, 0, 0, 0, 0.0)
+_EMPTY: TileRow = (0, 0, 0, 0, 0.0, 0)

@@ -71,9 +71,11 @@ class TritonKernels:
         xa = torch.empty((splits, len(group), tiles.packed_rows, width), dtype=torch.float32, device=x.device)
         if not self._rank(group, plan):
             return TritonShrunk(group, xa)  # vectors alone: nothing reads it
-        kernel = shrink_rows_kernel if tiles.block_m == FEW_ROWS else shrink_kernel
-        kernel[(tiles.count, triton.cdiv(width, config.block_r), len(group) * splits)](
-            x, tables.buffer, tables.device_table, tiles.data, self._group(group), xa,
+        few, planes = tiles.block_m == FEW_ROWS, len(group) * splits
+        kernel = shrink_rows_kernel if few else shrink_kernel
+        grid = (len(tiles.shrinks), planes) if few else (len(tiles.shrinks), triton.cdiv(width, config.block_r), planes)
+        kernel[grid](
+            x, tables.buffer, tables.device_table, tiles.shrinks, self._group(group), xa,
             x.stride(0), x.shape[1], len(tables.sites), tiles.packed_rows, width, len(group),
             BLOCK_R=config.block_r, BLOCK_K=config.block, SPLITS=splits, ALIGN=tables.alignment, FIELDS=FIELDS,
             TILE_FIELDS=TILE_FIELDS, num_warps=config.num_warps, num_stages=config.num_stages, **_tall(tiles, x),
@@ -202,7 +204,7 @@ class TritonKernels:
                 *strides, int(maps),
                 BLOCK_N=config.block, BLOCK_R=config.block_r, SPLITS=splits, TOKEN=token, ALIGN=tables.alignment,
                 FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS, num_warps=config.num_warps, num_stages=config.num_stages,
-                **_tall(tiles, source),
+                **(_tall(tiles, source) or {"STAGES": config.num_stages}),
             )  # fmt: skip
 
     def shape(self, op: Op, group: tuple[int, ...], plan: BatchPlan) -> Shape:

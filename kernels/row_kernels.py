@@ -22,7 +22,7 @@ def shrink_rows_kernel(
     x,  # [rows, in_features], row stride x_stride
     arena,
     table,  # [programs, n_sites, FIELDS] int64
-    tiles,  # [n_tiles, TILE_FIELDS] int32
+    parts,  # [n_parts, TILE_FIELDS] int32
     sites,  # [group] int32
     xa,  # [splits, group, packed_rows, width] fp32
     x_stride,
@@ -38,16 +38,16 @@ def shrink_rows_kernel(
     FIELDS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
 ):
-    """Grid: (tiles, rank blocks, group * SPLITS)."""
-    tile = tiles + tl.program_id(0) * TILE_FIELDS
+    """Grid: (parts, group * SPLITS). BLOCK_R: RANK_BLOCK, as the parts were cut."""
+    tile = parts + tl.program_id(0) * TILE_FIELDS
     count = tl.load(tile + 2)
     if count == 0:
         return
-    member = tl.program_id(2) // SPLITS
-    split = tl.program_id(2) % SPLITS
+    first_r = tl.load(tile + 5)
+    member = tl.program_id(1) // SPLITS
+    split = tl.program_id(1) % SPLITS
     entry = table + (tl.load(tile + 3).to(tl.int64) * n_sites + tl.load(sites + member)) * FIELDS
     rank = tl.load(entry + 3)
-    first_r = tl.program_id(1) * BLOCK_R
     if first_r >= rank:
         return
     r = first_r + tl.arange(0, BLOCK_R)
@@ -96,6 +96,7 @@ def expand_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two
+    STAGES: tl.constexpr,  # blocks of B that are on their way at once
     TOKEN: tl.constexpr,
     ALIGN: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -129,7 +130,7 @@ def expand_rows_kernel(
         else:
             xa_row = source + member.to(tl.int64) * member_stride + (tl.load(tile + 1) + m).to(tl.int64) * width
         acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        for start in range(0, rank, BLOCK_R):
+        for start in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
             r = start + tl.arange(0, BLOCK_R)
             parts = tl.arange(0, SPLITS)[:, None] * split_stride + r[None, :]  # at once: one load a thread
             xa_part = tl.sum(tl.load(xa_row + parts, mask=(r < stored)[None, :], other=0.0).to(tl.float32), 0)

@@ -150,6 +150,10 @@ class ProgramTables:
         """The program's row in the device table. Raises KeyError where it is not installed."""
         return self._rows[handle]
 
+    def rank(self, handle: int) -> int:
+        """The program's largest rank at any site. Raises KeyError where it is not installed."""
+        return self._ranks[handle]
+
     def operands(self, handle: int) -> Mapping[int, Operands]:
         """The program's operands by site. Raises KeyError where it is not installed."""
         return self._programs[handle]

@@ -3,6 +3,9 @@
 Cut on the host, so that no segment is padded to the longest and no program searches for its rows. Tiles are ordered
 by layer: those of one layer cover a row at most once, so a launch over a layer cannot race on y. Each segment row
 has its own packed row in xa, hence all layers shrink in one launch.
+
+A tile of a few rows shrinks in parts, one for each ``RANK_BLOCK`` of its own program's rank: were it one for each of
+the widest program's, most of a mixed batch's would be launched to find that there is nothing to do.
 """
 
 from __future__ import annotations
@@ -11,17 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.tables import ProgramTables
 
-TILE_FIELDS = 8  # row, packed row, rows, program's table row, scale (the bits of a float32), 3 unused: 32-byte rows
+# row, packed row, rows, program's table row, scale (the bits of a float32), rank (of a part: its first), 2 unused
+TILE_FIELDS = 8
 FEW_ROWS = 4  # of a tile that is computed row by row
+RANK_BLOCK = 16  # of a part of a shrink
 ROWS_BY_BLOCK = {FEW_ROWS: 1, 16: 5, 32: 17, 64: 65}  # a segment length for each answer of block_rows
 
-TileRow = tuple[int, int, int, int, float]
+TileRow = tuple[int, int, int, int, float, int]
+
+
+Encoded = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +43,18 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """data: [n_tiles, TILE_FIELDS] int32 on the device. layers: tile ranges [start, stop) of each layer.
+    """data: [n_tiles, TILE_FIELDS] int32 on the device. layers: tile ranges [start, stop) of each layer. shrinks: what
+    a shrink launches a program for: parts [n_parts, TILE_FIELDS] where tiles are of a few rows, else the tiles.
 
     fixed: the bounds of a buffer that other plans are written into between replays (fixed_plan.py); None: of one plan.
     """
 
     data: Tensor
+    shrinks: Tensor
     layers: tuple[tuple[int, int], ...]
     block_m: int
     packed_rows: int
     fixed: Bounds | None = None
-
-    @property
-    def count(self) -> int:
-        return self.data.shape[0]
 
 
 def tiles_of(plan: BatchPlan, tables: ProgramTables) -> Tiles:
@@ -70,27 +77,42 @@ def _cut(plan: BatchPlan, tables: ProgramTables) -> Tiles:
     for layer in plan.layers:
         first = len(rows)
         for segment in layer:
-            rows.extend(blocks(segment, packed, tables.row(segment.handle), block_m))
+            rows.extend(blocks(segment, packed, tables, block_m))
             packed += segment.length
         layers.append((first, len(rows)))
-    return Tiles(upload(encode(rows, len(rows)), tables.buffer.device), tuple(layers), block_m, packed)
+    tiles = encode(rows)
+    parts = parts_of(tiles) if block_m == FEW_ROWS else tiles[:0]
+    data = upload(np.concatenate((tiles, parts)), tables.buffer.device)
+    shrinks = data[len(tiles) :] if block_m == FEW_ROWS else data
+    return Tiles(data[: len(tiles)], shrinks, tuple(layers), block_m, packed)
 
 
-def blocks(segment: Segment, packed: int, program: int, block_m: int) -> list[TileRow]:
+def blocks(segment: Segment, packed: int, tables: ProgramTables, block_m: int) -> list[TileRow]:
+    """The segment's tiles; its first row has the packed row ``packed``."""
+    program, rank = tables.row(segment.handle), tables.rank(segment.handle)
     return [
-        (segment.start + at, packed + at, min(block_m, segment.length - at), program, segment.scale)
+        (segment.start + at, packed + at, min(block_m, segment.length - at), program, segment.scale, rank)
         for at in range(0, segment.length, block_m)
     ]
 
 
-def encode(rows: Sequence[TileRow], count: int) -> Tensor:
-    """[count, TILE_FIELDS] int32 on the host; what is beyond the rows is zeros: tiles without rows."""
-    data = np.zeros((count, TILE_FIELDS), dtype=np.int32)
+def encode(rows: Sequence[TileRow]) -> Encoded:
+    """[rows, TILE_FIELDS] int32."""
+    data = np.zeros((len(rows), TILE_FIELDS), dtype=np.int32)
     if rows:
-        data[: len(rows), :4] = [row[:4] for row in rows]
-        data.view(np.float32)[: len(rows), 4] = [row[4] for row in rows]
-    return torch.from_numpy(data)
+        data[:, [0, 1, 2, 3, 5]] = [(*row[:4], row[5]) for row in rows]
+        data.view(np.float32)[:, 4] = [row[4] for row in rows]
+    return data
 
 
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def parts_of(tiles: Encoded) -> Encoded:
+    """[parts, TILE_FIELDS] int32: every tile as many times as its rank has blocks."""
+    counts = -(-tiles[:, 5] // RANK_BLOCK)
+    parts = np.repeat(tiles, counts, axis=0)
+    parts[:, 5] = RANK_BLOCK * (np.arange(len(parts)) - np.repeat(np.cumsum(counts) - counts, counts))
+    return parts
+
+
+def upload(host: Encoded, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(host)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from onebase.kernels.config import TABLES, Config, Configs, Shape, dump, file_name, heuristic, load, rank_class
-from onebase.kernels.tiles import FEW_ROWS
+from onebase.kernels.tiles import FEW_ROWS, RANK_BLOCK
 
 SHAPE = Shape.of("shrink", torch.bfloat16, 4096, (4096, 1024, 1024), rank=30, block_m=16, rows=60, distinct=60)
 OTHER = Config(block_r=64, block=64, splits=4, num_warps=8, num_stages=2)
@@ -45,6 +45,13 @@ def test_every_field_keeps_entries_apart(change: dict[str, Any]) -> None:
 def test_every_field_of_the_key_is_tried_above() -> None:
     """So that a field that is added gets its case."""
     assert {name for change in CHANGES for name in change} == {field.name for field in fields(Shape)}
+
+
+def test_a_shrink_of_a_few_rows_takes_the_parts_that_tiles_have() -> None:
+    few = replace(SHAPE, block_m=FEW_ROWS)
+    assert Configs({few: replace(OTHER, block_r=RANK_BLOCK)}).tuned
+    with pytest.raises(ValueError, match=r"block_r: 64 of .* allowed for a few rows is 16"):
+        Configs({few: OTHER})
 
 
 def test_classes_round_up_and_are_few() -> None:

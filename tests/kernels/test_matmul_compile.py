@@ -36,9 +36,10 @@ def build(kernel, pointers, aligned_integers, integers, **constants):
     assert "ld.global.v4" in compiled.asm["ptx"] or ", 0x10," in compiled.asm["ptx"]  # whole vectors
 
 common = dict(arena="*" + dtype, table="*i64", tiles="*i32")
+common_of_parts = dict(arena="*" + dtype, table="*i64", parts="*i32")
 build(
     kernels.shrink_rows_kernel if few else kernels.shrink_kernel,
-    dict(x="*" + dtype, **common, sites="*i32", xa="*fp32"),
+    dict(x="*" + dtype, **(common_of_parts if few else common), sites="*i32", xa="*fp32"),
     ["x_stride", "in_features", "width"], ["n_sites", "packed_rows", "group_size"],
     BLOCK_R=16 if few else 128 // size, BLOCK_K=(512 if few else 128 if tall else 256) // size, SPLITS=splits,
     **height, **fields,
@@ -57,7 +58,7 @@ for token in (False, True):
         [*(f"{name}{at}" for name in ("stride", "n") for at in range(3)), "member_stride", "split_stride", "width"],
         [*(f"{name}{at}" for name in ("site", "member") for at in range(3)), "n_sites", "maps"],
         BLOCK_N=512 // size if few else 128 if tall else 64, BLOCK_R=16 if few else 128 // size,
-        SPLITS=1 if token else splits, TOKEN=token, **height, **fields,
+        SPLITS=1 if token else splits, TOKEN=token, **(dict(STAGES=3) if few else height), **fields,
     )
 """
 
