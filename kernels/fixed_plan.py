@@ -58,8 +58,7 @@ class FixedPlan:
         parts = count * -(-max_rank // RANK_BLOCK)
         self._data = torch.zeros((count + parts, TILE_FIELDS), dtype=torch.int32, device=device)
         layers = tuple((at * max_tiles, (at + 1) * max_tiles) for at in range(num_layers))
-        data, shrinks = self._data.split((count, parts))
-        tiles = Tiles(data, shrinks, layers, FEW_ROWS, num_layers * num_rows, self._bounds)
+        tiles = Tiles(self._data[:count], self._data[count:], layers, FEW_ROWS, num_layers * num_rows, self._bounds)
         self.plan.memo((tables, "tiles"), lambda: tiles)
         tables.touch(self.plan, self._sites)
 
