@@ -129,12 +129,12 @@ class TritonKernels:
 
     def warm_up(self, groups: Iterable[tuple[int, ...]] = ()) -> None:
         """Every block shape at every shape of site and of group, with programs of zeros; and every tuned one that may
-        come."""
+        come. Rank 128 stands for all beyond 64."""
         shapes = {shape: site for site, shape in enumerate(self._tables.sites)}
         kinds = {tuple(self._tables.sites[site] for site in group): group for group in groups}
         kinds |= {(shape,): (site,) for shape, site in shapes.items()}
         widest = max(max(shape.in_features, shape.out_features) for shape in shapes)
-        ranks = [rank for rank in (16, 32, 64, 128) if rank <= 128 // self._tables.buffer.element_size()]
+        ranks = [*(rank for rank in (16, 32, 64) if rank <= 128 // self._tables.buffer.element_size()), 128]
         zeros = self._tables.buffer.new_zeros(ranks[-1] * widest)
         for token in (False, True):
             for rank in ranks:

@@ -180,6 +180,7 @@ def test_heads_that_overflow_are_an_error(make_driver: Callable[..., Any]) -> No
 def test_heads_are_float32_in_the_arena_and_move_with_their_block(dtype: str, make_driver: Callable[..., Any]) -> None:
     classes = Classes(make_driver("llama", dtype=dtype))
     adapters = classes.driver.engine.adapters
+    adapters.fetch("plain", "")  # before the other one, so that it leaves a gap
     before = classes.classify(PROMPT, "plain", "sequence")
     sequence = adapters.fetch("sequence", "")
     head = classes.programs.made["sequence"].head
