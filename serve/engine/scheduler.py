@@ -141,7 +141,7 @@ class Scheduler:
         self._prefill(prefilling, step)
         left_out = any(sequence.status is Status.RUNNING for sequence in prefilling)
         self._passed_over = self._passed_over + 1 if left_out else 0
-        if len(going_on) < len(decoding) and len(step.chunks) == num_decoding:
+        if len(going_on) < len(decoding) and step.budget == step.for_prompts:  # prompts alone lower it here
             step.budget = budget
             self._decode([one for one in decoding if one.id not in step.chunks], step)
 

@@ -57,6 +57,19 @@ def test_who_sits_out_for_nobody_does_not() -> None:
     assert [_tenants(steps.step()) for _ in range(3)] == [["flood"] * 4] * 3
 
 
+def test_a_step_keeps_its_budget_where_a_prompt_takes_the_seat_of_one_that_decodes() -> None:
+    """One chunk goes and one comes: the prompt took the time all the same."""
+    steps = Steps(tokens=16, seqs=4)
+    steps.add(*(sequence_of(order, 2, max_tokens=50, tenant="flood") for order in range(3)))
+    steps.add(sequence_of(3, 2, max_tokens=50, tenant="patient", priority=5))
+    steps.step()
+    steps.add(sequence_of(9, 40, tenant="small"))
+    chunks = steps.step()
+    assert _tenants(chunks) == ["small"]
+    assert steps.scheduler.preemptions == 1
+    assert sum(chunk.num_tokens for chunk in chunks) <= 16
+
+
 @pytest.mark.parametrize("case", ["alone", "urgent", "absent", "at its share", "one seat"])
 def test_everybody_goes_on(case: str) -> None:
     """Where there is no such prompt, or nobody who could make way."""
