@@ -179,7 +179,7 @@ def options(shape: Shape) -> Mapping[str, Sequence[int]]:
     """What each field may be."""
     if shape.op != "shrink":
         return _BLOCKS
-    few = {"block_r": (RANK_BLOCK,)} if shape.block_m == FEW_ROWS else {}
+    few = {"block_r": (RANK_BLOCK,), "num_stages": (3,)} if shape.block_m == FEW_ROWS else {}
     return _BLOCKS | {"splits": _SPLITS} | few
 
 

@@ -3,8 +3,8 @@
 The work is to read the factors once, and tensor cores would have 16 rows to fill. So a program takes one row at a time:
 products in fp32 over blocks of a factor. Sums stay within a warp, as those across warps cost more than the reading: a
 shrink sums along the rows of a block that has a warp for every few of them, an expand down its columns, with as many
-warps as it takes for one to have 256 columns. The arguments, the tables and xa are those of matmul_kernels.py. A tile's
-later rows find the block in the processor's cache.
+warps as it takes for one to have 256 columns. The tables and xa are those of matmul_kernels.py; a shrink takes parts of
+tiles (tiles.py). A tile's later rows find the block in the processor's cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls

@@ -20,7 +20,7 @@ SOON = 2  # steps in which a prompt ends, so that it keeps its turn
 
 
 class Courtesy:
-    """Asked once a step. Pages do not count here: who sits out keeps its own."""
+    """Asked once in every step that may have prompts. Pages do not count here: who sits out keeps its own."""
 
     def __init__(self, fairness: Fairness, max_num_seqs: int) -> None:
         self._fairness = fairness
@@ -61,4 +61,4 @@ class Courtesy:
         served = self._fairness.served(sequence)[0]
         if sequence.request.tenant in over or sequence.num_uncomputed > SOON * budget:
             return served
-        return served - self._fairness.cost(sequence, max(sequence.num_charged - sequence.num_cached, 0), 0)
+        return served - self._fairness.cost(sequence, sequence.num_paid, 0)

@@ -2,8 +2,8 @@
 
 Each tenant has a counter of the tokens it was served, divided by its weight; who has the least among those that want
 something is served next. A tenant that comes back lifts its counter to the least of the active ones: what it did not
-use while it was away is not owed to it. So tenants that all wait for service differ by no more than one request's or
-one step's tokens, whatever each of them sends (their theorem 4.4).
+use while it was away is not owed to it. So tenants that all wait for service differ by no more than one request's or a
+few steps' tokens, whatever each of them sends (their theorem 4.4; a prompt that two steps will end keeps its turn).
 
 The adapters of a tenant have counters of the same kind among themselves, which decide only between its own requests.
 """

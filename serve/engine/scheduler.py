@@ -1,7 +1,8 @@
 """Continuous batching: who runs in the next step, and with how many tokens.
 
-Decodes come first, one token each. What is left goes to prompts, in chunks: those that run and those that wait, in the
-order of fairness (backlog.py), as far as the token budget and the pace (pace.py) go. Pages are taken as sequences grow.
+Decodes come first, one token each, but for those that sit the step out for a prompt (courtesy.py). What is left goes to
+prompts, in chunks: those that run and those that wait, in the order of fairness (backlog.py), as far as the token
+budget and the pace (pace.py) go. Pages are taken as sequences grow.
 When they run out a running sequence is preempted (victims.py): its pages are freed and it is computed again later, as
 far as the prefix cache does not still hold them. A waiting sequence whose adapter is not resident holds nobody back:
 pages are kept for the first of those that could start.
@@ -176,20 +177,19 @@ class Scheduler:
         """Chunks of prompts, those that are begun and those that wait, as far as the step has room for them."""
         offer = self._offer() if step.calm and step.budget else None
         while step.budget:
-            going = min(
-                ((self._rank(one, step), one) for one in prefilling if one.status is Status.RUNNING), default=None
-            )
+            begun = (one for one in prefilling if one.status is Status.RUNNING)
+            going = min(begun, key=lambda one: self._rank(one, step), default=None)
             first = None if offer is None or not step.calm else offer.peek()
-            if going is not None and (first is None or going[0] <= first[0]):
-                prefilling.remove(going[1])
-                self._continue(going[1], step)
+            if going is not None and (first is None or self._rank(going, step) <= first[0]):
+                prefilling.remove(going)
+                self._continue(going, step)
             elif offer is not None and first is not None:
                 offer = offer if self._admit(first[1], offer, step) else None
             else:
                 return
 
     def _rank(self, sequence: Sequence, step: _Step) -> Rank:
-        """Of a prompt that is begun: before those of its tenant that wait. No two are alike."""
+        """Of a prompt that is begun: before those of its tenant that wait."""
         served = self._courtesy.served(sequence, step.over, step.for_prompts)
         return True, sequence.request.priority, served, -1.0, sequence.order
 

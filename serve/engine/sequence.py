@@ -37,7 +37,8 @@ class Sequence:
     lookup: of its tokens, where they are drafted.
     num_filed: pages that the prefix cache was told of. max_len: tokens at which it ends in any case.
     num_given: tokens of the prompt that the prefix cache gave when it first started; later it finds its own again.
-    num_charged: slots up to the prompt's end that its tenant was charged for. preemptions: how often it was preempted.
+    num_charged: slots up to the prompt's end that its tenant's account has seen. num_paid: those of them that it was
+    charged for; the cache gave the others. preemptions: how often it was preempted.
     num_scored: tokens of the prompt whose successor's log-probability was told. unclassified: slots that a
     classification head has still to read. pool: of a request that embeds. order: arrival; never changes, so preempted
     sequences keep their place.
@@ -55,6 +56,7 @@ class Sequence:
     max_len: int = sys.maxsize
     num_given: int = 0
     num_charged: int = 0
+    num_paid: int = 0
     preemptions: int = 0
     num_scored: int = 0
     unclassified: range = range(0)
@@ -216,9 +218,10 @@ class Sequence:
         end = min(stop, self.start_len)
         if self.num_charged >= end:
             return 0
-        new = end - max(self.num_charged, self.num_computed)
+        new = max(end - max(self.num_charged, self.num_computed), 0)
         self.num_charged = max(self.num_charged, end)
-        return max(new, 0)
+        self.num_paid += new
+        return new
 
     def block(self, index: int, page_size: int) -> Block:
         """What its page ``index`` holds once it is full; there must be as many tokens."""

@@ -81,18 +81,28 @@ def test_a_crowd_of_prompts_counts_as_much_as_who_decodes() -> None:
     assert pace.allowance(1, 1000, 1 << 20) == pytest.approx(MOST_CROWDED * one, abs=MOST_CROWDED)
 
 
+def _told_of_rows(pace: Pace) -> None:
+    """Steps without a chunk, of different numbers of sequences."""
+    for decodes in (4, 8, 15, 12, 6) * 2:
+        pace.observe(decodes, 0, _seconds(decodes, 0))
+
+
 def test_who_sits_out_gives_its_time_to_the_prompt() -> None:
-    """A step without them takes no longer than one beside them would."""
+    """Its own, not that of reading the weights: the step takes no longer than one beside it would."""
     pace = Pace(2.0)
     _settled(pace)
-    beside, alone = pace.allowance(15, 1, BUDGET), pace.allowance(0, 1, BUDGET, sitting_out=15)
-    assert alone == pytest.approx(2 * beside, abs=3)
-    assert beside < pace.allowance(5, 1, BUDGET, sitting_out=10) < alone
+    _told_of_rows(pace)
+    beside, without = pace.allowance(15, 1, BUDGET), pace.allowance(5, 1, BUDGET, sitting_out=10)
+    assert _seconds(5, without) == pytest.approx(_seconds(15, beside), rel=0.02)
+    assert without > beside
 
 
-def test_steps_that_most_sat_out_tell_nothing_of_those_beside_many() -> None:
+def test_steps_of_other_numbers_tell_the_same_of_a_chunk() -> None:
+    """Those that most sat out, and those after the load has fallen."""
     pace = Pace(2.0)
-    settled = _settled(pace)
-    for _ in range(40):
-        pace.observe(2, 100, _seconds(2, 100))
-    assert pace.allowance(15, 1, BUDGET) == settled
+    _settled(pace)
+    _told_of_rows(pace)
+    settled = pace.allowance(15, 1, BUDGET)
+    for tokens in (40, 60, 80, 100) * 10:
+        pace.observe(2, tokens, _seconds(2, tokens))
+    assert pace.allowance(15, 1, BUDGET) == pytest.approx(settled, rel=0.05)
