@@ -154,7 +154,7 @@ def long_prompt(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     streams: Annotated[int, typer.Option(help="That decode.", min=1)] = 15,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that arrives among them.", min=1)] = 2000,
-    stretch: Annotated[float, typer.Option(help="As --max-step-stretch.", min=1.01)] = 2.4,
+    stretch: Annotated[float, typer.Option(help="As --max-step-stretch.", min=1.01)] = 2.2,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     out: Out = None,
 ) -> None:

@@ -27,7 +27,7 @@ class Plan:
     streams: int = 15
     tokens_out: int = 192
     prompt: int = 2000
-    stretch: float = 2.4
+    stretch: float = 2.2
     rounds: int = 3
 
 

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(default=64, ge=1, le=1 << 16)
     max_inflight_seqs: int = Field(default=4096, ge=1, le=1 << 20)
     max_inflight_tokens: int = Field(default=1 << 23, ge=1, le=1 << 32)
-    max_step_stretch: float = Field(default=2.4, ge=0, le=1000)
+    max_step_stretch: float = Field(default=2.2, ge=0, le=1000)
     prefix_caching: bool = True
     deterministic: bool = False
     overlap: bool | None = None

@@ -25,7 +25,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     page_size: int = 16
     prefix_caching: bool = True  # pages of earlier requests are found again by requests that begin alike
-    max_step_stretch: float = 2.4  # times that a prompt's chunk may make a step longer for who decodes; 0: no bound
+    max_step_stretch: float = 2.2  # times that a prompt's chunk may make a step longer for who decodes; 0: no bound
     tenant_weights: tuple[tuple[str, float], ...] = ()  # shares of tenants; 1 for those that are not named
     cuda_graphs: bool = True  # decode steps are captured and replayed, on CUDA
     deterministic: bool = False  # the bits of a request depend on nothing but the request
