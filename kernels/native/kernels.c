@@ -14,6 +14,7 @@
 #define MOST_VECTORS 16 /* of sixteen elements in a head */
 #define RANKS 64        /* of a program that are shrunk before they are expanded */
 #define PARALLEL_ITEMS 32768 /* elements below which one thread is faster than waking the others */
+#define SEARCHED 1024   /* elements of a row that are looked through again for the place of the largest */
 
 static inline float as_float(uint32_t bits) {
     float value;
@@ -38,6 +39,11 @@ static inline uint16_t store_bf16(float value) {
 
 static inline float load_f32(float value) { return value; }
 static inline float store_f32(float value) { return value; }
+
+/* A float's bits as a signed integer that is ordered as the floats are; its own inverse. */
+#define ORDERED(bits) ((BITS)((bits) ^ (((bits) >> (8 * sizeof(BITS) - 1)) & ~LOWEST)))
+typedef int16_t __attribute__((may_alias)) bits_bf16;
+typedef int32_t __attribute__((may_alias)) bits_f32;
 
 /* Sixteen neighbours, unaligned. Compilers split them where registers are smaller. */
 typedef float vec16 __attribute__((vector_size(64)));
@@ -109,17 +115,22 @@ static inline int64_t take(int64_t *counter) { return __atomic_fetch_add(counter
 #define LOAD NAMED(load)
 #define STORE NAMED(store)
 #define LOAD_MANY NAMED(load_many)
+#define BITS NAMED(bits)
+#define LOWEST ((BITS)((BITS)1 << (8 * sizeof(BITS) - 1)))
 
 #define TYPE bf16
 #define ELEMENT uint16_t
+#define INFINITE ((BITS)0x7f80)
 #include "attention.h"
 #include "low_rank.h"
 #include "rows.h"
 #undef TYPE
 #undef ELEMENT
+#undef INFINITE
 
 #define TYPE f32
 #define ELEMENT float
+#define INFINITE ((BITS)0x7f800000)
 #include "attention.h"
 #include "low_rank.h"
 #include "rows.h"

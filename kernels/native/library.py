@@ -46,6 +46,7 @@ class Updates(Structure):
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "rms_norm": (_P, _P, _P, _N, _N, _F, _F, c_int),
+    "largest": (_P, _N, _N, _N, _P),
     "write_pages": (POINTER(Pages), _P, _N, _N, _P, _N, _N, _P, _N),
     "attend": (POINTER(Pages), POINTER(Queries), _P),
     "low_rank": (POINTER(Updates), POINTER(_N)),
@@ -56,6 +57,7 @@ class Native:
     """The functions for one element type. Threads: as many as torch uses, and the same ones."""
 
     rms_norm: Any
+    largest: Any
     write_pages: Any
     attend: Any
     low_rank: Any

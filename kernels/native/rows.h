@@ -22,3 +22,34 @@ void NAMED(rms_norm)(const ELEMENT *restrict x, const ELEMENT *restrict weight, 
         }
     }
 }
+
+/* Of each row the place of its largest element, the first of equal ones; -1 where an element is NaN or +inf, or none is
+ * above -inf. Bits are compared, in the order of the floats: -NaN, -inf, ..., -0, 0, ..., inf, NaN.
+ * x: [rows, width]; row_stride: in elements. */
+void NAMED(largest)(const ELEMENT *x, int64_t row_stride, int64_t rows, int64_t width, int64_t *restrict out) {
+    const BITS infinity = ORDERED(INFINITE), least = ORDERED(INFINITE | LOWEST);
+#pragma omp parallel for schedule(static) if (rows * width > PARALLEL_ITEMS)
+    for (int64_t row = 0; row < rows; row++) {
+        const BITS *in = (const BITS *)(x + row * row_stride);
+        BITS highest = LOWEST, lowest = ~LOWEST;
+        int64_t found = 0;
+        for (int64_t start = 0; start < width; start += SEARCHED) {
+            int64_t stop = start + SEARCHED < width ? start + SEARCHED : width;
+            BITS high = LOWEST, low = lowest;
+#pragma omp simd reduction(max : high) reduction(min : low)
+            for (int64_t i = start; i < stop; i++) {
+                BITS key = ORDERED(in[i]);
+                high = key > high ? key : high;
+                low = key < low ? key : low;
+            }
+            lowest = low;
+            if (high > highest) {
+                highest = high;
+                found = start;
+            }
+        }
+        int finite = lowest >= least && highest > least && highest < infinity;
+        while (finite && ORDERED(in[found]) != highest) found++;
+        out[row] = finite ? found : -1;
+    }
+}

@@ -61,4 +61,4 @@ class Courtesy:
         served = self._fairness.served(sequence)[0]
         if sequence.request.tenant in over or sequence.num_uncomputed > SOON * budget:
             return served
-        return served - self._fairness.cost(sequence, sequence.num_paid, 0)
+        return served - self._fairness.paid(sequence)

@@ -11,9 +11,9 @@ from onebase.serve.engine.classes import Classes
 from onebase.serve.engine.commands import failure
 from onebase.serve.engine.draw import Drawn
 from onebase.serve.engine.grammar import Matcher
+from onebase.serve.engine.greedy import NOT_FINITE
 from onebase.serve.engine.messages import ClassLogits, Failure, Logprobs, TokenOutput
 from onebase.serve.engine.prompts import Scores
-from onebase.serve.engine.sampler import NOT_FINITE
 from onebase.serve.engine.sequence import Sequence, Status
 from onebase.serve.engine.stats import Counters
 
@@ -63,13 +63,14 @@ class Delivery:
         told: list[Told] = []
         rows = iter(drawn)
         for chunk in chunks:
-            mine = list(islice(rows, chunk.num_draws)) if chunk.drafts else [next(rows)]
+            first = next(rows)
+            more = list(islice(rows, len(chunk.drafts))) if chunk.drafts else ()
             if chunk.sequence.status is Status.FINISHED:
                 continue
             if chunk.drafts:
-                told += self._verified(chunk, mine)
+                told += self._verified(chunk, [first, *more])
             else:
-                told.append(self._token(chunk.sequence, *mine[0]))
+                told.append(self._token(chunk.sequence, *first))
         return told
 
     def _verified(self, chunk: Chunk, drawn: list[Drawn]) -> list[Told]:
@@ -87,17 +88,19 @@ class Delivery:
         sequence.num_unseen = 0
         if token == NOT_FINITE:
             return self._overflowed(sequence)
-        cached = 0 if len(sequence.tokens) > sequence.start_len else sequence.num_given
-        if sequence.request.sampling.max_tokens == 0:
-            return self._nothing_generated(sequence, cached)
+        tokens, cached = sequence.tokens, 0
+        if len(tokens) == sequence.start_len:  # its first one
+            cached = sequence.num_given
+            if sequence.request.sampling.max_tokens == 0:
+                return self._nothing_generated(sequence, cached)
         if sequence.matcher is not None and not sequence.matcher.accept(token):
             return self._mismatched(sequence, sequence.matcher)
-        sequence.tokens.append(token)
+        tokens.append(token)
         self._counters.generated_tokens += 1
         reason = sequence.finish_reason()
         if reason is not None:
             self._end(sequence)
-        return TokenOutput(sequence.request.id, (token,), reason, logprobs, None, cached)
+        return TokenOutput(sequence.id, (token,), reason, logprobs, None, cached)
 
     def _nothing_generated(self, sequence: Sequence, cached: int) -> Told:
         embedding = None if sequence.pool is None else sequence.pool.vector()

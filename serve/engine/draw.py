@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onebase.serve.engine.adjust import adjusted
+from onebase.serve.engine.greedy import greedy
 from onebase.serve.engine.logprobs import BLOCK, pack, score_table
 from onebase.serve.engine.messages import Logprobs
-from onebase.serve.engine.sampler import most_likely, sample
+from onebase.serve.engine.sampler import sample
 from onebase.serve.engine.sequence import Sequence
 
 Drawn = tuple[int, Logprobs | None]
@@ -79,7 +80,7 @@ class _Launched:
 
 def _launched(logits: Tensor, sequences: Rows[Sequence], ahead: Rows[int]) -> _Launched:
     if all(sequence.is_greedy for sequence in sequences):
-        return _Launched(most_likely(logits), [])
+        return _Launched(greedy(logits), [])
     return _drawn(logits, sequences, ahead)
 
 
@@ -109,16 +110,21 @@ class _Draw:
 
     def __init__(self, launches: Rows[_Launched]) -> None:
         self._launches = launches
-        whole = launches[0].tokens if len(launches) == 1 else torch.cat([launched.tokens for launched in launches])
-        self.tokens = whole.clamp(min=0)
+        self._drawn = launches[0].tokens if len(launches) == 1 else torch.cat([one.tokens for one in launches])
         tables = [scored.table.flatten() for launched in launches for scored in launched.scored]
-        told = whole.double()  # token ids are exact in float64
-        self._copy = HostCopy(torch.cat([told, *tables]) if tables else told)
+        # token ids are exact in float64
+        self._copy = HostCopy(torch.cat([self._drawn.double(), *tables]) if tables else self._drawn)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self._drawn.clamp(min=0)
 
     def result(self) -> list[Drawn]:
         flat = self._copy.wait()
-        at = sum(len(launched.tokens) for launched in self._launches)
+        at = len(self._drawn)
         tokens = flat[:at].astype(np.int64).tolist()
+        if len(flat) == at:
+            return [(token, None) for token in tokens]
         found: list[Logprobs | None] = [None] * at
         first = 0
         for launched in self._launches:
@@ -149,7 +155,7 @@ class HostCopy:
             self._arrived = torch.Event(tensor.device)
             self._arrived.record()
 
-    def wait(self) -> NDArray[np.float64]:
+    def wait(self) -> NDArray[Any]:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.numpy()

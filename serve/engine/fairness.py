@@ -88,14 +88,14 @@ class Fairness:
 
     def charge(self, sequence: Sequence, inputs: int, outputs: int) -> None:
         """It is served so many tokens of its prompt, and new ones; negative where they are taken back."""
-        account, part, _ = self._books[sequence]
-        cost = self.cost(sequence, inputs, outputs)
+        account, part, weight = self._books[sequence]
+        cost = (INPUT_WEIGHT * inputs + OUTPUT_WEIGHT * outputs) / weight
         account.served += cost
         part.served += cost
 
-    def cost(self, sequence: Sequence, inputs: int, outputs: int) -> float:
-        """Virtual tokens that these are to its tenant."""
-        return (INPUT_WEIGHT * inputs + OUTPUT_WEIGHT * outputs) / self._books[sequence][2]
+    def paid(self, sequence: Sequence) -> float:
+        """What its tenant was charged for its prompt so far."""
+        return INPUT_WEIGHT * sequence.num_paid / self._books[sequence][2]
 
     def check(self, sequences: Collection[Sequence]) -> None:
         """Prove that the accounts count these sequences. Raises RuntimeError where they do not."""

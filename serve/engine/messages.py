@@ -115,7 +115,7 @@ class ClassLogits:
     logits: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenOutput:
     """New tokens of one request. The last output of a request has a finish_reason.
 
@@ -124,6 +124,8 @@ class TokenOutput:
     the prefix cache gave; said with the first token. classes: of a request that classifies; as many outputs as the
     chunks whose tokens are spoken of, all of them before the last output. embedding: float32 [width of the model] in
     the machine's byte order, in the last output of a request that embeds.
+
+    Nobody changes one. It is not frozen because every step makes one for each row, at several times the price.
     """
 
     id: str

@@ -47,10 +47,10 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self._decodes: DecodeRows | None = None  # of the latest step, where it was one of decodes alone
 
-    @staticmethod
-    def in_adapter_order(chunks: Rows[Chunk]) -> list[Chunk]:
-        """See inputs.adapter_order."""
-        return sorted(chunks, key=adapter_order)
+    def in_adapter_order(self, chunks: Rows[Chunk]) -> list[Chunk]:
+        """See inputs.adapter_order. Where they follow the latest step's decodes they have that order already."""
+        ordered = None if self._decodes is None else self._decodes.in_order(chunks)
+        return sorted(chunks, key=adapter_order) if ordered is None else ordered
 
     @torch.inference_mode()
     def forward(self, chunks: Rows[Chunk], unseen: Unseen | None = None) -> Tensor | None:
@@ -61,8 +61,7 @@ class ModelRunner:
         self.scores, self.classes = {}, {}
         self._decodes = self._following(chunks)
         if self._decodes is not None:
-            plan = self._plan(self._decodes.runs)
-            return self._compute(self._decodes.inputs(plan, unseen, chunks, self._base.device), plain=True)
+            return self._compute(self._decodes.inputs(unseen, chunks), plain=True)
         read = [chunk for chunk in chunks if chunk.sequence.is_read]
         scored, classified = any(map(wants_scores, read)), any(map(wants_classes, read))
         pooled = any(map(wants_rows, read))
@@ -85,7 +84,7 @@ class ModelRunner:
         """The latest step's rows one step later, or new ones; None where others than decodes are among them."""
         if self._decodes is not None and self._decodes.follow(chunks):
             return self._decodes
-        return DecodeRows.of(chunks, self._base.context.page_size)
+        return DecodeRows.of(chunks, self._base.context.page_size, self._base.device, self._plan)
 
     def recover(self) -> None:
         """After a forward that raised: let go of what it left behind. Raises where the device itself is lost, which

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from onebase.serve.engine.filters import kept
-from onebase.serve.engine.greedy import greedy
+from onebase.serve.engine.greedy import NOT_FINITE, greedy
 from onebase.serve.engine.messages import SamplingParams
 from onebase.serve.engine.upload import upload
 
-NOT_FINITE = -1  # in place of a token where a row's logits hold NaN or +inf
 # Rows are drawn in blocks of about this many probabilities, so that the temporaries stay small beside the model.
 _BLOCK = 1 << 24
 
@@ -30,19 +29,14 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) / (1 << 53)
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """As ``sample`` for rows of temperature 0."""
-    tokens, finite = greedy(logits)
-    return tokens.masked_fill(~finite, NOT_FINITE)
-
-
 def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -> Tensor:
     """Next token of each row. logits: [rows, vocabulary], any float dtype; returns int64 [rows] on the same device.
 
     positions: index of the token being drawn in its sequence. Order of the filters: temperature, top_k, top_p, min_p.
-    A row whose logits are not finite gives NOT_FINITE.
+    A row whose logits are not finite gives NOT_FINITE, see greedy.
     """
-    tokens, finite = greedy(logits)
+    tokens = greedy(logits)
+    bad = tokens == NOT_FINITE
     plain = [row for row, p in enumerate(params) if p.temperature > 0.0 and not _is_filtered(p)]
     filtered = [row for row, p in enumerate(params) if p.temperature > 0.0 and _is_filtered(p)]
     for rows, draw in ((plain, _draw_plain), (filtered, _draw_filtered)):
@@ -52,7 +46,7 @@ def sample(logits: Tensor, params: Rows[SamplingParams], positions: Rows[int]) -
             draws = [uniform(params[row].seed, positions[row]) for row in block]
             index = upload(np.array(block, dtype=np.int64), logits.device)
             tokens[index] = draw(_probabilities(logits[index], chosen), chosen, _column(draws, logits.device))
-    return tokens.masked_fill(~finite, NOT_FINITE)
+    return tokens.masked_fill(bad, NOT_FINITE)
 
 
 def _is_filtered(p: SamplingParams) -> bool:

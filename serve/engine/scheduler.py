@@ -208,7 +208,7 @@ class Scheduler:
 
     def _give(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
         chunk = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
-        step.chunks[sequence.request.id] = chunk
+        step.chunks[sequence.id] = chunk
         step.budget -= num_tokens
         self.fairness.charge(sequence, sequence.charge(chunk.stop), int(chunk.samples))
 

@@ -69,6 +69,7 @@ class Sequence:
     lookup: Lookup | None = None
     matcher: Matcher | None = None
     pool: Pool | None = None
+    id: str = field(init=False)  # the request's
     ends: frozenset[int] = field(init=False)  # tokens that end it
     start_len: int = field(init=False)  # tokens before the first generated one, once its adapters are known
     end_len: int = field(init=False)  # and those with the last one, if none ends it before
@@ -78,6 +79,7 @@ class Sequence:
     _blocks: list[Block] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.id = self.request.id
         self.digests = tuple(use.digest for use in self.request.adapters)
         sampling = self.request.sampling
         self.is_greedy = draws_the_largest(sampling)
@@ -120,10 +122,6 @@ class Sequence:
         self.num_cached = num_cached
         self.num_filed = len(self.pages)
         self.num_computed = max(num_cached, self.placed.num_stored)
-
-    @property
-    def id(self) -> str:
-        return self.request.id
 
     @property
     def placed(self) -> Layout:
@@ -215,6 +213,8 @@ class Sequence:
     def charge(self, stop: int) -> int:
         """It is computed up to this slot: how many slots up to the prompt's end are new to its tenant's account. What
         is computed again after a preemption is not."""
+        if self.num_charged >= self.start_len:  # nearly always: it decodes
+            return 0
         end = min(stop, self.start_len)
         if self.num_charged >= end:
             return 0

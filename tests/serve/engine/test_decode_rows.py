@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from onebase.adapters.tiers.entry import Entry, State
+from onebase.kernels.plan import BatchPlan
 from onebase.serve.engine.chunk import Chunk
 from onebase.serve.engine.decode_rows import DecodeRows
 from onebase.serve.engine.layout import Layout, Span
@@ -36,6 +38,10 @@ def _step(*sequences: Sequence) -> list[Chunk]:
     return [Chunk(sequence, 1, samples=True) for sequence in sequences]
 
 
+def _rows(chunks: list[Chunk]) -> DecodeRows | None:
+    return DecodeRows.of(chunks, PAGE, torch.device("cpu"), BatchPlan.from_runs)
+
+
 def _go_on(*sequences: Sequence) -> None:
     for sequence in sequences:
         sequence.num_computed += 1
@@ -46,7 +52,7 @@ def _go_on(*sequences: Sequence) -> None:
 
 def test_rows_follow_each_other_while_nothing_but_their_lengths_changes() -> None:
     pair = _sequence(0), _sequence(1)
-    rows = DecodeRows.of(_step(*pair), PAGE)
+    rows = _rows(_step(*pair))
     assert rows is not None
     for _ in range(6):
         _go_on(*pair)
@@ -83,19 +89,32 @@ def _drafted(one: Sequence, other: Sequence) -> list[Chunk]:
 )
 def test_they_do_not_where_something_else_does(changed: Callable[[Sequence, Sequence], list[Chunk]]) -> None:
     pair = _sequence(0), _sequence(1)
-    rows = DecodeRows.of(_step(*pair), PAGE)
+    rows = _rows(_step(*pair))
     assert rows is not None
     _go_on(*pair)
     assert not rows.follow(changed(*pair))
+
+
+def test_chunks_that_follow_come_in_the_order_of_the_rows() -> None:
+    pair = _sequence(0), _sequence(1)
+    rows = _rows(_step(*pair))
+    assert rows is not None
+    _go_on(*pair)
+    turned = _step(*reversed(pair))
+    assert rows.in_order(turned) == turned[::-1]
+    assert rows.in_order(turned[:1]) is None
+    assert rows.in_order([*turned, *_step(_sequence(2))]) is None
+    assert rows.in_order(_step(pair[0], _sequence(1))) is None
+    assert rows.in_order([Chunk(pair[0], 2, samples=True, drafts=(5,)), *_step(pair[1])]) is None
 
 
 def test_others_than_decodes_are_not_taken() -> None:
     prompt, read = _sequence(0), _sequence(1, classifies=True)
     prompt.num_computed = 2
     del prompt.tokens[3:]
-    assert DecodeRows.of(_step(prompt), PAGE) is None, "the last token of a prompt"
-    assert DecodeRows.of(_step(read), PAGE) is None
-    assert DecodeRows.of([replace(_step(_sequence(2))[0], samples=False)], PAGE) is None
+    assert _rows(_step(prompt)) is None, "the last token of a prompt"
+    assert _rows(_step(read)) is None
+    assert _rows([replace(_step(_sequence(2))[0], samples=False)]) is None
 
 
 def test_a_failed_step_is_forgotten(make_driver: Callable[..., Any]) -> None:

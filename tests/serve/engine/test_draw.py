@@ -11,9 +11,9 @@ import transformers
 
 from onebase.serve.engine.adjust import adjusted
 from onebase.serve.engine.draw import _drawn, begin, begin_apart, draw
+from onebase.serve.engine.greedy import NOT_FINITE
 from onebase.serve.engine.logprobs import unpack
 from onebase.serve.engine.messages import Request, SamplingParams
-from onebase.serve.engine.sampler import NOT_FINITE
 from onebase.serve.engine.sequence import Sequence
 
 VOCAB = 40

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from onebase.serve.engine import filters, sampler
+from onebase.serve.engine.greedy import NOT_FINITE
 from onebase.serve.engine.messages import SamplingParams
-from onebase.serve.engine.sampler import NOT_FINITE, sample, uniform
+from onebase.serve.engine.sampler import sample, uniform
 
 VOCAB = 50
 

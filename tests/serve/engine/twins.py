@@ -25,7 +25,7 @@ def hold_twins(runner: Any) -> list[bool]:
             held.append(decodes is before)
             runs = [run for chunk in chunks for run in chunk.sequence.runs(chunk.start, chunk.stop)]
             assert decodes.runs == runs
-            found = decodes.inputs(runner._plan(runs), None, chunks, runner._base.device)
+            found = decodes.inputs(None, chunks)
             _assert_equal(found, runner._inputs(chunks, sampled_rows(chunks), runs, None))
         return decodes
 
