@@ -126,6 +126,8 @@ class Backlog:
     def longest_waiting(self, count: int) -> list[Sequence]:
         """Up to ``count`` sequences over distinct adapters, whose turn comes first: of each tenant in turn its next
         one, the tenant first that has waited longest. This order changes only as somebody starts, comes or goes."""
+        if not self._loading:
+            return []
         tenants = sorted(self._loading.values(), key=lambda lines: lines[0][0])
         rows = zip_longest(*(islice(lines, count) for lines in tenants))
         in_turn = (entry[1].head for row in rows for entry in row if entry is not None)

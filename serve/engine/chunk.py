@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from onebase.serve.engine.sequence import Sequence
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, init=False)
 class Chunk:
     """What one sequence computes in a step. samples: its last token is reached, so a new one is drawn. start: its first
     slot, the first that was not computed when the chunk was made; stop: the slot after its last one. drafts: its last
@@ -18,13 +18,17 @@ class Chunk:
     sequence: Sequence
     num_tokens: int
     samples: bool
-    drafts: tuple[int, ...] = ()
+    drafts: tuple[int, ...]
     start: int = field(init=False)
     stop: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.start = self.sequence.num_computed
-        self.stop = self.start + self.num_tokens
+    def __init__(self, sequence: Sequence, num_tokens: int, samples: bool, drafts: tuple[int, ...] = ()) -> None:
+        self.sequence = sequence
+        self.num_tokens = num_tokens
+        self.samples = samples
+        self.drafts = drafts
+        self.start = sequence.num_computed
+        self.stop = self.start + num_tokens
 
     def without_drafts(self) -> Chunk:
         """What is known of it; its sequence must stand where it stood."""

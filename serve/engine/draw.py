@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -120,11 +120,11 @@ class _Draw:
         return self._drawn.clamp(min=0)
 
     def result(self) -> list[Drawn]:
-        flat = self._copy.wait()
-        at = len(self._drawn)
+        copied, at = self._copy.wait(), len(self._drawn)
+        if len(copied) == at:
+            return [(token, None) for token in copied.tolist()]
+        flat: NDArray[np.float64] = copied.numpy()
         tokens = flat[:at].astype(np.int64).tolist()
-        if len(flat) == at:
-            return [(token, None) for token in tokens]
         found: list[Logprobs | None] = [None] * at
         first = 0
         for launched in self._launches:
@@ -155,7 +155,7 @@ class HostCopy:
             self._arrived = torch.Event(tensor.device)
             self._arrived.record()
 
-    def wait(self) -> NDArray[Any]:
+    def wait(self) -> Tensor:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._host.numpy()
+        return self._host

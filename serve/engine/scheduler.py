@@ -159,7 +159,7 @@ class Scheduler:
             if not step.budget or sequence.status is not Status.RUNNING:
                 continue
             if sequence.num_computed < size * len(sequence.pages):  # what _continue would find, at a third of its price
-                self._give(sequence, 1, step)
+                self._give(sequence, 1, step, samples=True)
             else:
                 self._continue(sequence, step)
 
@@ -204,13 +204,13 @@ class Scheduler:
             self._make_way(victim, step)
             if victim is sequence:
                 return
-        self._give(sequence, num_tokens, step)
+        self._give(sequence, num_tokens, step, samples=num_tokens == sequence.num_uncomputed)
 
-    def _give(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
-        chunk = Chunk(sequence, num_tokens, num_tokens == sequence.num_uncomputed)
+    def _give(self, sequence: Sequence, num_tokens: int, step: _Step, *, samples: bool) -> None:
+        chunk = Chunk(sequence, num_tokens, samples)
         step.chunks[sequence.id] = chunk
         step.budget -= num_tokens
-        self.fairness.charge(sequence, sequence.charge(chunk.stop), int(chunk.samples))
+        self.fairness.charge(sequence, sequence.charge(chunk.stop), int(samples))
 
     # Who starts
 
@@ -245,7 +245,8 @@ class Scheduler:
         step.take(sequence)
         self._start(sequence)
         offer.started()
-        self._give(sequence, min(sequence.num_uncomputed, step.budget), step)
+        wanted = sequence.num_uncomputed
+        self._give(sequence, min(wanted, step.budget), step, samples=wanted <= step.budget)
         return True
 
     def _has_place(self, sequence: Sequence, step: _Step) -> bool:

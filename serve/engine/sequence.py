@@ -252,7 +252,7 @@ class Sequence:
         """Why the sequence ends after its last token, or None where it goes on."""
         if self.tokens[-1] in self.ends or (self.matcher is not None and self.matcher.is_done):
             return "stop"
-        return "length" if self.num_left <= 0 else None
+        return "length" if len(self.tokens) >= self.end_len else None
 
     def check(self, page_size: int) -> None:
         if not 0 <= self.num_computed <= self.num_tokens:
