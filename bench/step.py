@@ -40,11 +40,11 @@ def run(
     with tempfile.TemporaryDirectory(prefix="onebase-bench-") as name:
         engine, folders = make_engine(shape, device, max(batches), ranks, Path(name))
         results = [measure(engine, rows, folders, steps) for rows in batches]
-        parts = [_overhead(engine, rows, folders, steps) for rows in batches]
+        parts = [{"rows": rows, **_overhead(engine, rows, folders, steps)} for rows in batches]
     for result, beside in zip(results, parts, strict=True):
         show(f"{shape} on {device}, {result['rows']} rows", {k: f"{v:.3f}" for k, v in result.items() if k != "rows"})
         title = f"{result['rows']} rows of adapters: ms of the loop's CPU time a step"
-        show(title, {part: f"{value:.3f}" for part, value in beside.items()})
+        show(title, {part: f"{value:.3f}" for part, value in beside.items() if part != "rows"})
     store(out, "step", {"shape": shape, "ranks": ranks, "results": results, "overhead": parts})
 
 
