@@ -19,17 +19,45 @@ _GATE_BLOCK = 1024
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, rounded: bool) -> Tensor:
     """x: [..., width] -> the same shape, contiguous. Leading dimensions that do not collapse into one are copied."""
-    width = weight.shape[0]
-    rows = x.reshape(-1, width)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(x, None, weight, out, out, eps, offset, rounded)
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float, rounded: bool
+) -> tuple[Tensor, Tensor]:
+    """x + residual, rounded to their type, and what rms_norm gives of that. Both [..., width], of one shape."""
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _launch_norm(x, residual, weight, total, out, eps, offset, rounded)
+    return total, out
+
+
+def _launch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    total: Tensor,
+    out: Tensor,
+    eps: float,
+    offset: float,
+    rounded: bool,
+) -> None:
+    width = weight.shape[0]
+    rows = _as_rows(x, width)
+    more = rows if residual is None else _as_rows(residual, width)
     block = triton.next_power_of_2(width)
     height = max(1, 1024 // block)
     rms_norm_kernel[(triton.cdiv(len(rows), height),)](
-        rows, weight, out, rows.stride(0), len(rows), width, eps, offset,
-        ROUNDED=rounded, BLOCK_M=height, BLOCK_W=block, num_warps=max(4, min(16, block // 512)),
+        rows, more, weight, total, out, rows.stride(0), more.stride(0), len(rows), width, eps, offset,
+        ADDS=residual is not None, ROUNDED=rounded, BLOCK_M=height, BLOCK_W=block,
+        num_warps=max(4, min(16, block // 512)),
     )  # fmt: skip
-    return out
+
+
+def _as_rows(x: Tensor, width: int) -> Tensor:
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

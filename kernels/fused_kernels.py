@@ -15,13 +15,17 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["rows", "eps", "offset"])
 def rms_norm_kernel(
     x,  # [rows, width], row stride x_stride
+    residual,  # [rows, width], row stride residual_stride
     weight,  # [width]
+    total,  # [rows, width], contiguous
     out,  # [rows, width], contiguous
     x_stride,
+    residual_stride,
     rows,
     width,
     eps,
     offset,
+    ADDS: tl.constexpr,  # total = x + residual, rounded, and its norm; else x's, and the two are not used
     ROUNDED: tl.constexpr,  # the normalised row is rounded before its weight
     BLOCK_M: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -32,6 +36,11 @@ def rms_norm_kernel(
     mask = (row < rows)[:, None] & (column < width)[None, :]
     place = row.to(tl.int64)[:, None]
     values = tl.load(x + place * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if ADDS:
+        values += tl.load(residual + place * residual_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        both = values.to(total.dtype.element_ty)
+        tl.store(total + place * width + column[None, :], both, mask=mask)
+        values = both.to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, 1) / width + eps)[:, None]
     if ROUNDED:
         values = values.to(out.dtype.element_ty).to(tl.float32)

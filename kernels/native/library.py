@@ -45,7 +45,7 @@ class Updates(Structure):
 
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "rms_norm": (_P, _P, _P, _N, _N, _F, _F, c_int),
+    "rms_norm": (_P, _P, _P, _P, _P, _N, _N, _F, _F, c_int),
     "largest": (_P, _N, _N, _N, _P),
     "write_pages": (POINTER(Pages), _P, _N, _N, _P, _N, _N, _P, _N),
     "attend": (POINTER(Pages), POINTER(Queries), _P),

@@ -32,7 +32,7 @@ def adapter_tier(
     tables = ProgramTables(arena.buffer, [SiteShape(site.in_features, site.out_features) for site in sites])
     kernels = select_kernels(tables, "reference") if config.deterministic else select_kernels(tables)
     kernels.warm_up({entry.group for entry in base.probed if entry.site.kind is SiteKind.LINEAR})
-    context = SiteContext(kernels, tables, instructions, plans)
+    context = SiteContext(kernels, tables, instructions, plans, base.context.sums)
     wrap_sites(base.probed, base.norms, base.blocks, context)
     base.context.adapt(context, [layer.attention for layer in base.layers])
     index = {site.path: i for i, site in enumerate(sites)}

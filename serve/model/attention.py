@@ -21,6 +21,7 @@ from onebase.kernels.ops.instruction import wide
 from onebase.kernels.ops.prefix import GatedPrefix
 from onebase.kernels.pages import LayerShape, SlotLayout
 from onebase.serve.model.site_context import SiteContext
+from onebase.serve.model.sums import Sums
 
 ATTENTION_NAME = "onebase_paged"
 _CONTEXT = "onebase_attention"
@@ -67,6 +68,7 @@ class AttentionContext:
     calls: int = 0
     calls_by_layer: dict[int, tuple[int, AttentionOptions]] = field(default_factory=dict)  # query heads, options
     modules: dict[int, nn.Module] = field(default_factory=dict)  # which module called, by layer
+    sums: Sums = field(default_factory=Sums)  # of the model's layers
     sites: SiteContext | None = None  # the adapters' side, once there is one
     paths: dict[int, str] = field(default_factory=dict)  # the attention modules' sites, by layer
 

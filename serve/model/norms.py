@@ -40,19 +40,30 @@ class FusedNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., width], of the weight's dtype."""
-        rows, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        width, formula = self.weight.shape[0], self.formula
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._run(x.contiguous(), None, None, out)
+        return out
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, and its norm. Both [..., width], of one shape and of the weight's dtype."""
+        total, out = (torch.empty(x.shape, dtype=x.dtype) for _ in range(2))
+        self._run(x.contiguous(), residual.contiguous(), total, out)
+        return total, out
+
+    def _run(self, x: Tensor, residual: Tensor | None, total: Tensor | None, out: Tensor) -> None:
+        width = self.weight.shape[0]
         self.functions.rms_norm(
-            rows.data_ptr(),
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
             self.weight.data_ptr(),
+            None if total is None else total.data_ptr(),
             out.data_ptr(),
             x.numel() // width,
             width,
             self.eps,
-            formula.offset,
-            formula.rounded,
+            self.formula.offset,
+            self.formula.rounded,
         )
-        return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +79,13 @@ class LaunchedNorm:
         from onebase.kernels.fused import rms_norm
 
         return rms_norm(x, self.weight, self.eps, offset=self.formula.offset, rounded=self.formula.rounded)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """See FusedNorm."""
+        from onebase.kernels.fused import add_rms_norm
+
+        formula = self.formula
+        return add_rms_norm(x, residual, self.weight, self.eps, offset=formula.offset, rounded=formula.rounded)
 
 
 Norm = FusedNorm | LaunchedNorm

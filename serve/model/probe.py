@@ -87,7 +87,7 @@ def probe(model: PreTrainedModel, context: AttentionContext) -> ProbeResult:
     """Run the probe. ``context`` must be attached and hold pages for PROBE_TOKENS; it learns every layer's shape."""
     tokens = _tokens(model)
     with BlockCalls(model) as block_calls, ExpertCalls(model) as expert_calls, RouterCalls(model) as router_calls:
-        calls = _record_calls(model, lambda: _paged(model, context, tokens, (PROBE_TOKENS,), _HEAD_ROWS))
+        calls = _record_calls(model, lambda: probe_forward(model, context))
     if context.calls != len(context.shapes) or not context.shapes:
         raise ModelRejected(
             f"{type(model).__name__} does not route its attention through transformers' attention interface"
@@ -169,6 +169,11 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
+
+
+def probe_forward(model: PreTrainedModel, context: AttentionContext) -> Tensor:
+    """The probe's forward through pages once more, for those who watch it: logits [rows, vocabulary]."""
+    return _paged(model, context, _tokens(model), (PROBE_TOKENS,), _HEAD_ROWS)
 
 
 @torch.inference_mode()

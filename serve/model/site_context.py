@@ -11,6 +11,7 @@ from onebase.kernels.instructions import InstructionTable, Placed
 from onebase.kernels.plan import BatchPlan
 from onebase.kernels.tables import ProgramTables
 from onebase.kernels.touched import NOWHERE, Touched
+from onebase.serve.model.sums import Sums
 
 
 @dataclass(slots=True, eq=False)
@@ -30,12 +31,14 @@ class StepPlans:
 class SiteContext:
     """What every wrapper reads. residuals: path of a block -> what its norm read in this forward, [1, T, width].
     beside: path of an attention module -> rows and what is added to its output there. touched: sites with instructions
-    in the plan ``of``, the latest that was asked about; acted: what kernels do in the plan ``acting``."""
+    in the plan ``of``, the latest that was asked about; acted: what kernels do in the plan ``acting``. sums: the
+    model's."""
 
     kernels: LowRankKernels
     tables: ProgramTables
     instructions: InstructionTable
     plans: StepPlans
+    sums: Sums = field(default_factory=Sums)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     beside: dict[str, list[tuple[slice, Tensor]]] = field(default_factory=dict)
     touched: frozenset[str] = frozenset()
@@ -60,6 +63,7 @@ class SiteContext:
         """What a forward that raised has left for its later modules."""
         self.residuals.clear()
         self.beside.clear()
+        self.sums.forget()
 
     def placed(self, path: str) -> tuple[Placed, ...]:
         """The instructions of the step's packed rows at a site."""

@@ -269,6 +269,7 @@ class AdaptedLayer:
             work = self.context.instructions.work(self.path, plan, y.device)
             if work is not None:
                 work.change_output(y, y)
+                self.context.sums.forget()  # the next layer's norm reads what it is now
         return out
 
 

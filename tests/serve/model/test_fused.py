@@ -55,6 +55,10 @@ def check_norms(kind: type[nn.Module], width: int, rows: int, dtype: torch.dtype
         got = module(3 * x)
         assert same_numbers(got, plain(3 * x))
         assert got.is_contiguous()
+        total, normed = module.forward.of_sum(x, got)
+        assert torch.equal(total, x + got)
+        assert same_numbers(normed, plain(total))
+        assert total.is_contiguous()
 
 
 @interpreted

@@ -39,6 +39,18 @@ def test_every_known_formula_is_found(kind: type[nn.Module], dtype: torch.dtype,
     torch.testing.assert_close(fused(sliced), plain(sliced))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_and_its_norm(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    plain, fused = made(kind, 100, dtype), made(kind, 100, dtype)
+    fuse_norms([fused])
+    wide = torch.randn(1, 700, 300, dtype=dtype)
+    for x, residual in (wide[..., :100], wide[..., 100:200]), (wide[:, :1, :100].clone(), 9 * wide[:, 1:2, 100:200]):
+        total, normed = fused.forward.of_sum(x, residual)
+        assert torch.equal(total, x + residual)
+        torch.testing.assert_close(normed, plain(x + residual))
+
+
 def test_rows_that_are_not_finite_stay_so() -> None:
     fused = made(LlamaRMSNorm, 64, torch.bfloat16)
     fuse_norms([fused])
