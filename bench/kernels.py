@@ -15,7 +15,7 @@ import torch
 
 from onebase.bench.kernels_case import MIXED, Case, World, cases
 from onebase.bench.kernels_clock import copy_bandwidth, medians
-from onebase.bench.kernels_sides import DENSE, GATHER, GROUPED, LOOP, OURS, sides
+from onebase.bench.kernels_sides import DENSE, GATHER, GROUPED, LOOP, OURS, SERVED, sides
 from onebase.bench.report import print_table, store
 from onebase.kernels.dispatch import select_kernels
 
@@ -26,7 +26,7 @@ SHARES = ("one", "half", "all")
 _COLD_BYTES = {"cuda": 1 << 29, "cpu": 1 << 27}  # beyond any cache
 _MOST_BYTES = {"cuda": 24 << 30, "cpu": 2 << 30}  # of a case's factors; larger cases are left out
 _WIDTH = 116
-_OTHERS = (LOOP, GATHER, GROUPED, DENSE)
+_OTHERS = (SERVED, LOOP, GATHER, GROUPED, DENSE)
 
 Result = dict[str, Any]
 
@@ -44,29 +44,30 @@ def run(
     table: Path | None = None,
     plot: Path | None = None,
 ) -> list[Result]:
-    """Print the grid; store it as JSON (out), CSV (table) and a picture (plot). Empty axes: the device's usual ones."""
+    """Print the grid; store it as JSON (out), CSV (table) and a picture (plot). Empty axes: the device's usual ones.
+
+    Files are written after each case, so that a run that is cut off leaves what it has measured."""
     kind = torch.device(device)
     bandwidth = copy_bandwidth(kind)
-    grid = cases(hidden or HIDDEN[kind.type], ranks or RANKS[kind.type], rows or ROWS[kind.type], shares)
-    results = list(_measured(grid, dtype, kind, rounds, bandwidth))
+    grid = list(cases(hidden or HIDDEN[kind.type], ranks or RANKS[kind.type], rows or ROWS[kind.type], shares))
+    fits = [case for case in grid if case.floor_bytes(dtype.itemsize) <= _MOST_BYTES[kind.type]]
+    result: dict[str, Any] = {"copy_bytes_per_second": bandwidth, "dtype": str(dtype)}
+    result["left_out"] = [asdict(case) for case in grid if case not in fits]
+    results: list[Result] = []
+    for case in fits:
+        with torch.inference_mode():
+            results.append(measure(case, dtype, kind, rounds, bandwidth))
+        store(out, "kernels", result | {"results": results})
+        if table is not None:
+            _write_csv(table, results)
     _show(results, bandwidth)
-    store(out, "kernels", {"copy_bytes_per_second": bandwidth, "dtype": str(dtype), "results": results})
-    if table is not None:
-        _write_csv(table, results)
+    if len(fits) < len(grid):
+        print(f"left out, over {_MOST_BYTES[kind.type] >> 30} GiB of factors: {len(grid) - len(fits)} of {len(grid)}")
     if plot is not None:
         from onebase.bench.kernels_plot import draw
 
         draw(results, bandwidth, plot)
     return results
-
-
-def _measured(
-    grid: Iterator[Case], dtype: torch.dtype, device: torch.device, rounds: int, bandwidth: float
-) -> Iterator[Result]:
-    with torch.inference_mode():
-        for case in grid:
-            if case.floor_bytes(2) <= _MOST_BYTES[device.type]:
-                yield measure(case, dtype, device, rounds, bandwidth)
 
 
 def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, bandwidth: float) -> Result:
@@ -80,6 +81,7 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, rounds: int, b
         "mean_rank": sum(case.ranks) / case.programs,
         "floor_bytes": floor,
         "share_of_copy_bandwidth": floor / seconds[OURS] / bandwidth,
+        "captured_share_of_copy_bandwidth": floor / seconds[SERVED] / bandwidth if SERVED in seconds else None,
         "seconds": seconds,
     }
 

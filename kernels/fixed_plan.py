@@ -42,10 +42,12 @@ class FixedPlan:
         max_tiles: int,
         max_rank: int,
         num_layers: int = 1,
+        max_parts: int | None = None,
         sites: Touched | None = None,
     ) -> None:
         """max_tiles: per layer, for segments of up to FEW_ROWS rows one each; num_layers: adapters that a row may have;
-        sites: those that kernels are launched for, None for expands at all."""
+        max_parts: of all tiles together, see tiles.num_parts; None for as many as there can be. A shrink launches so
+        many, whatever the plan. sites: those that kernels are launched for, None for expands at all."""
         self.plan = BatchPlan(num_rows)
         self._tables = tables
         self._bounds = Bounds(max_tiles, max_rank)
@@ -55,8 +57,9 @@ class FixedPlan:
         self._filled: BatchPlan | None = None
         device = tables.buffer.device
         count = num_layers * max_tiles
-        parts = count * -(-max_rank // RANK_BLOCK)
-        self._data = torch.zeros((count + parts, TILE_FIELDS), dtype=torch.int32, device=device)
+        most = count * -(-max_rank // RANK_BLOCK)
+        self._max_parts = most if max_parts is None else min(max_parts, most)
+        self._data = torch.zeros((count + self._max_parts, TILE_FIELDS), dtype=torch.int32, device=device)
         layers = tuple((at * max_tiles, (at + 1) * max_tiles) for at in range(num_layers))
         tiles = Tiles(self._data[:count], self._data[count:], layers, FEW_ROWS, num_layers * num_rows, self._bounds)
         self.plan.memo((tables, "tiles"), lambda: tiles)
@@ -109,6 +112,7 @@ class FixedPlan:
         data = np.zeros(self._data.shape, dtype=np.int32)
         data[: len(tiles)] = tiles
         parts = parts_of(tiles)
+        self._fits("parts of ranks", len(parts), self._max_parts)
         start = self._num_layers * self._bounds.max_tiles
         data[start : start + len(parts)] = parts
         return data
@@ -116,6 +120,11 @@ class FixedPlan:
     def _fits(self, what: str, count: int, most: int) -> None:
         if count > most:
             raise DoesNotFit(f"fixed plan: {what}: the batch has {count}, captured were {most}")
+
+
+def class_of(count: int) -> int:
+    """What a bound is rounded up to, so that few graphs do for many plans: powers of two from 16 on, 0 for nothing."""
+    return count and 1 << max(4, (count - 1).bit_length())
 
 
 _EMPTY: TileRow = (0, 0, 0, 0, 0.0, 0)

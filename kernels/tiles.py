@@ -113,6 +113,15 @@ def parts_of(tiles: Encoded) -> Encoded:
     return parts
 
 
+def num_parts(plan: BatchPlan, tables: ProgramTables) -> int:
+    """How many parts the plan has where its tiles are of a few rows."""
+    return plan.memo((tables, "parts"), lambda: sum(_parts_in(segment, tables) for segment in plan.segments))
+
+
+def _parts_in(segment: Segment, tables: ProgramTables) -> int:
+    return -(-segment.length // FEW_ROWS) * -(-tables.rank(segment.handle) // RANK_BLOCK)
+
+
 def upload(host: Encoded, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(host)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from onebase.kernels.config import rank_class
-from onebase.kernels.fixed_plan import DoesNotFit, FixedPlan
+from onebase.kernels.fixed_plan import DoesNotFit, FixedPlan, class_of
 from onebase.kernels.instructions import InstructionTable
 from onebase.kernels.tables import ProgramTables
+from onebase.kernels.tiles import num_parts
 from onebase.kernels.touched import NOWHERE, Touched
 from onebase.serve.engine.graph_inputs import StaticInputs
 from onebase.serve.engine.graph_recorder import Recorder, Recording
@@ -40,15 +40,18 @@ Forward = Callable[[StepInputs], Tensor]
 class Needs:
     """What a step's adapters ask of a graph, nothing in a step of base rows.
 
-    sites: where they act; rank: the class of the largest; layers: how many act on one row at most.
+    sites: where they act; rank: the class of the largest; layers: how many act on one row at most; parts: how many
+    blocks their ranks have together, in classes as well: every replay launches so many, also where one rank is large.
     """
 
     sites: Touched = NOWHERE
     rank: int = 0
     layers: int = 0
+    parts: int = 0
 
     def covers(self, other: Needs) -> bool:
-        return self.sites.covers(other.sites) and self.rank >= other.rank and self.layers >= other.layers
+        enough = self.rank >= other.rank and self.layers >= other.layers and self.parts >= other.parts
+        return enough and self.sites.covers(other.sites)
 
 
 Key = tuple[int, Needs]  # rows, and what for
@@ -144,15 +147,15 @@ class DecodeGraphs:
         touched, layers = self._tables.touched(plan), len(plan.layers)
         if self._instructions.touched(plan) or (touched.maps and layers > 1):
             return None
-        rank = self._tables.largest_rank(plan)
-        return Needs(replace(touched, maps=frozenset()), rank and rank_class(rank), layers)
+        rank, parts = self._tables.largest_rank(plan), num_parts(plan, self._tables)
+        return Needs(replace(touched, maps=frozenset()), class_of(rank), layers, class_of(parts))
 
     def _find(self, rows: int, needs: Needs) -> Key | None:
         """The graph that does least beside what is needed."""
         for key in [key for key, graph in self._graphs.items() if graph.static.is_stale]:
             del self._graphs[key]
         found = [key for key in self._graphs if key[0] == rows and key[1].covers(needs)]
-        return min(found, key=lambda key: (key[1].sites.count, key[1].rank, key[1].layers), default=None)
+        return min(found, key=lambda key: _size(key[1]), default=None)
 
     def _miss(self, key: Key) -> Key | None:
         """Remember that a graph was missed; capture it now if that has become frequent."""
@@ -192,10 +195,22 @@ class DecodeGraphs:
     def _static(self, rows: int, needs: Needs) -> StaticInputs:
         fixed = None
         if needs != Needs():
-            bounds = {"max_tiles": rows, "max_rank": needs.rank, "num_layers": needs.layers}
-            fixed = FixedPlan(self._tables, rows, **bounds, sites=needs.sites)
+            fixed = FixedPlan(
+                self._tables,
+                rows,
+                max_tiles=rows,
+                max_rank=needs.rank,
+                num_layers=needs.layers,
+                max_parts=needs.parts,
+                sites=needs.sites,
+            )
         room = self._room
         return StaticInputs(rows, room.max_pages, room.page_size, room.longest, room.scratch, room.device, fixed)
+
+
+def _size(needs: Needs) -> tuple[int, ...]:
+    """What a graph does in every replay, the dearest first."""
+    return needs.sites.count, needs.parts, needs.rank, needs.layers
 
 
 def bucket(rows: int) -> int:

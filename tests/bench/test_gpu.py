@@ -34,7 +34,9 @@ def test_a_stage_runs_without_the_http_stack(tmp_path: Path) -> None:
 def test_the_correctness_stage_finds_its_tests_without_the_http_stack() -> None:
     """A test file that cannot be imported there would end the stage before its first test."""
     options = ["-o", "addopts=", "-o", "filterwarnings=default", "--import-mode=importlib", "-q", "--collect-only"]
-    where = [str(ROOT / "tests/kernels"), str(ROOT / "tests/serve/engine/test_graphs.py")]
+    where = [
+        str(ROOT / "tests" / name) for name in ("kernels", "serve/model/test_fused.py", "serve/engine/test_graphs.py")
+    ]
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
         f"import pytest; sys.exit(pytest.main({[*options, '-m', 'gpu', *where]!r}))"

@@ -6,17 +6,20 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from onebase.bench import kernels_decode
+from onebase.bench import kernels, kernels_decode
 from onebase.bench.kernels import run
 from onebase.bench.kernels_case import MIXED, Case, World, cases
-from onebase.bench.kernels_sides import DENSE, GROUPED, OURS, sides
+from onebase.bench.kernels_sides import DENSE, GROUPED, LOOP, OURS, SERVED, sides
 from onebase.kernels.dispatch import select_kernels
+
+from .test_matmul import needs_interpreter
 
 CPU = torch.device("cpu")
 SMALL = LlamaConfig(
@@ -55,6 +58,32 @@ def test_all_sides_compute_the_same(case: Case) -> None:
     assert results[OURS].abs().max() > 0.01
     for name, y in results.items():
         torch.testing.assert_close(y, results[OURS], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", [Case(64, MIXED, 5, 5), Case(64, 16, 8, 2)], ids=str)
+def test_what_is_captured_computes_the_same(case: Case) -> None:
+    world = World(case, torch.float32, CPU, cold_bytes=1 << 16)
+    found = sides(world, select_kernels(world.tables, "triton"))
+    results = []
+    for name in (OURS, SERVED, LOOP):
+        world.y.zero_()
+        found[name]()
+        results.append(world.y.clone())
+    for y in results[:2]:
+        torch.testing.assert_close(y, results[2], rtol=1e-4, atol=1e-4)
+    long = World(Case(64, 16, 8, 1), torch.float32, CPU, cold_bytes=1 << 16)
+    assert SERVED not in sides(long, select_kernels(long.tables, "triton"))
+
+
+def test_cases_that_do_not_fit_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_MOST_BYTES", {"cpu": 1 << 16})
+    results = run("cpu", hidden=(64,), ranks=(8, 64), rows=(16,), shares=("all",), rounds=1, out=tmp_path / "k.json")
+    assert [result["rank"] for result in results] == [8]
+    assert json.loads((tmp_path / "k.json").read_text())["left_out"] == [asdict(Case(64, 64, 16, 16))]
+    assert "left out" in capsys.readouterr().out
 
 
 def test_a_run_stores_what_it_shows(tmp_path: Path) -> None:

@@ -32,19 +32,36 @@ def test_what_is_hardly_faster_is_not_worth_an_entry() -> None:
 @needs_interpreter
 def test_entries_are_what_the_kernels_look_up(tmp_path: Path) -> None:
     """Each side runs with the configuration under trial, and serving finds what was chosen by the same key."""
-    buffer, seen = torch.zeros(1 << 10), []
+    buffer, seen = torch.randn(1 << 10), []
 
     def clock(side: object) -> float:
         side()  # type: ignore[operator]
         seen.append(side)
         return 1.0 / len(seen)
 
-    found = tuned(buffer, [(32, (48, 16))], [4], [2], clock)
+    *_, found = tuned(buffer, [(32, (48, 16))], [4], [2], clock)
     assert {(shape.op, shape.slices) for shape in found} >= {("shrink", (48, 16)), ("expand", (48, 16))}
     dump(tmp_path / "t.json", "t", found)
     bench = Bench.of((32, (48, 16)), 4, 2, 2, buffer, 1)
     configs = Configs(load(tmp_path / "t.json"))
     assert configs.get(bench.shape("shrink")) == found[bench.shape("shrink")]
+
+
+@needs_interpreter
+def test_what_fails_or_gives_other_numbers_is_no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def clock(side: object) -> float:
+        if len(seen) % 2:
+            raise RuntimeError("the compiler gave up")
+        seen.append(side)
+        side()  # type: ignore[operator]
+        return 1.0 / len(seen)
+
+    buffer, seen = torch.randn(1 << 10), list[object]()
+    assert [*tuned(buffer, [(32, (16,))], [4], [1], clock)] == [{}], "after the first, none compiles"
+    seen.clear()
+    monkeypatch.setattr(Bench, "outputs", lambda self, configs: [torch.full((1,), 1.0 + len(configs.tuned))])
+    *_, found = tuned(buffer, [(32, (16,))], [4], [1], lambda side: 1.0 / (seen.append(side) or len(seen)))  # type: ignore[func-returns-value]
+    assert found == {}
 
 
 @needs_interpreter

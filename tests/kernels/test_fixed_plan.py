@@ -14,6 +14,7 @@ import torch
 from onebase.kernels.fixed_plan import DoesNotFit, FixedPlan
 from onebase.kernels.plan import BatchPlan, Run
 from onebase.kernels.tables import Operands
+from onebase.kernels.tiles import num_parts, tiles_of
 from onebase.kernels.touched import Touched
 
 from .test_matmul import GROUP, SITES, World, example_world, needs_interpreter
@@ -83,6 +84,24 @@ def test_replays_do_what_the_buffer_says(dtype: str, monkeypatch: pytest.MonkeyP
 
 
 @needs_interpreter
+def test_parts_are_as_many_as_the_plans_need_not_as_one_rank_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = example_world("fp32")
+    runs: list[Run] = [(1, ((1, 1.0),)), *[(1, ((0, 1.0),))] * 2, (1, ())]
+    needed = num_parts(BatchPlan.from_runs(runs), world.tables)
+    assert needed == 5 + 1 * 1, "rank 77, and two rows of rank 1 that share a tile"
+    fixed = FixedPlan(world.tables, ROWS, max_tiles=TILES, max_rank=RANK, max_parts=needed)
+    assert len(tiles_of(fixed.plan, world.tables).shrinks) == needed
+    x, ys, launches = capture(world, fixed, monkeypatch)
+    fixed.fill(BatchPlan.from_runs(runs))
+    rows = [uses for length, uses in runs for _ in range(length)] + [()] * (ROWS - 4)
+    wanted = [world.expected(ys[site], x, site, rows) for site in GROUP]
+    for launch in launches:
+        launch()
+    for site, (want, size) in zip(GROUP, wanted, strict=False):
+        assert bool(((ys[site].double() - want).abs() <= 1e-5 * size).all())
+
+
+@needs_interpreter
 def test_a_capture_over_an_empty_plan_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     world = example_world("fp32")
     fixed = FixedPlan(world.tables, ROWS, max_tiles=TILES, max_rank=RANK)
@@ -100,13 +119,15 @@ def test_a_capture_over_an_empty_plan_changes_nothing(monkeypatch: pytest.Monkey
         ("tiles", [(1, ((h, 1.0),)) for h in (0, 1, 0, 1)]),
         ("adapters on one row", [(1, ((0, 1.0), (1, 1.0)))]),
         ("the largest rank", [(1, ((3, 1.0),))]),
+        ("parts of ranks", [(1, ((0, 1.0),)), (1, ((1, 1.0),)), (1, ((2, 1.0),))]),
     ],
 )
 def test_more_than_was_captured_is_refused_and_leaves_the_buffer(what: str, runs: list[Run]) -> None:
+    max_parts = 2 if what == "parts of ranks" else None
     world = World(torch.float32, 0)
     for handle, rank in enumerate((1, 3, 3, 5)):
         world.add(handle, [rank, rank, None], [False] * 3)
-    fixed = FixedPlan(world.tables, ROWS, max_tiles=3, max_rank=4)
+    fixed = FixedPlan(world.tables, ROWS, max_tiles=3, max_rank=4, max_parts=max_parts)
     fixed.fill(BatchPlan.from_rows([((0, 1.0),), ((1, 1.0),)]))
     before = fixed._data.clone()
     with pytest.raises(ValueError, match=f"{what}: the batch has"):

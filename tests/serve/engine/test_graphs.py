@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from onebase.adapters.base import Site
 from onebase.adapters.program import LowRank, SiteOps
 from onebase.kernels.attention import AttentionBatch, select_attention
 from onebase.kernels.dispatch import select_kernels
@@ -104,23 +105,30 @@ def make_graphed(make_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     return make
 
 
+def _save_lora(folder: Path, sites: list[Site], rank: int, seed: int) -> Path:
+    """Of random factors at these linear modules."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for site in sites:
+        key = f"base_model.model.{site.path}.lora"
+        tensors[f"{key}_A.weight"] = torch.randn(rank, site.in_features, generator=generator) * 0.2
+        tensors[f"{key}_B.weight"] = torch.randn(site.out_features, rank, generator=generator) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}}}')
+    return folder
+
+
+def _of_queries(sites: list[Site]) -> list[Site]:
+    return [site for site in sites if site.path.endswith(("q_proj", "v_proj"))]
+
+
 @pytest.fixture(scope="module")
 def loras(make_driver: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """LoRA folders of several ranks; the last one has q and v alone."""
     sites = make_driver("llama").base_sites()
-    folders = []
-    for seed, rank in enumerate((2, 5, 17)):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for site in sites:
-            if rank < 17 or site.path.endswith(("q_proj", "v_proj")):
-                key = f"base_model.model.{site.path}.lora"
-                tensors[f"{key}_A.weight"] = torch.randn(rank, site.in_features, generator=generator) * 0.2
-                tensors[f"{key}_B.weight"] = torch.randn(site.out_features, rank, generator=generator) * 0.2
-        folders.append(tmp_path_factory.mktemp(f"lora-{rank}"))
-        save_file(tensors, folders[-1] / "adapter_model.safetensors")
-        (folders[-1] / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}}}')
-    return folders
+    of_rank = {2: sites, 5: sites, 17: _of_queries(sites)}
+    make = tmp_path_factory.mktemp
+    return [_save_lora(make("lora"), of_rank[rank], rank, seed) for seed, rank in enumerate(of_rank)]
 
 
 @needs_interpreter
@@ -201,6 +209,22 @@ def test_a_table_that_grew_gives_its_graphs_up_and_gets_others(
 
 
 @needs_interpreter
+def test_ranks_beyond_the_configurations_are_replayed(
+    make_driver: Callable[..., Any], make_graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(graphs, "_OFTEN", 1)
+    folder = _save_lora(tmp_path, _of_queries(make_driver("llama").base_sites())[:1], 600, 0)
+    alone = make_driver("llama", max_model_len=64)
+    driver, recorder = make_graphed(max_num_seqs=1)
+    said = driver.generate(PROMPT, driver.use(folder), max_tokens=4)
+    assert said == alone.generate(PROMPT, alone.use(folder), max_tokens=4)
+    assert driver.engine.runner.graphs.replays == 3
+    needs = [key[1] for key in driver.engine.runner.graphs._graphs if key[1].rank]
+    assert [(one.rank, one.parts) for one in needs] == [(1024, 64)]
+    assert recorder.recorded == len(driver.engine.runner.graphs._graphs), "it was kept"
+
+
+@needs_interpreter
 def test_instructions_outside_the_tables_run_eagerly(
     make_graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,11 +292,11 @@ def test_buckets_hold_every_number_of_rows() -> None:
 
 def test_a_graph_covers_what_needs_no_more() -> None:
     one = Touched(frozenset({1}))
-    wide = Needs(Touched(frozenset({1, 2})), 64, 1)
-    assert wide.covers(Needs(one, 16, 1))
+    wide = Needs(Touched(frozenset({1, 2})), 64, 1, 32)
+    assert wide.covers(Needs(one, 16, 1, 16))
     assert wide.covers(Needs())
-    more = (Touched(frozenset({3})), 16, 1), (one, 128, 1), (one, 16, 2), (replace(one, inputs=one.outputs), 16, 1)
-    for needs in more:
+    scaled = replace(one, inputs=one.outputs)
+    for needs in (Touched(frozenset({3})), 16, 1), (one, 128, 1), (one, 16, 2), (one, 64, 1, 64), (scaled, 16, 1):
         assert not wide.covers(Needs(*needs))
 
 
