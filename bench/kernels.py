@@ -19,6 +19,7 @@ from onebase.bench.kernels_sides import DENSE, GATHER, GROUPED, LOOP, OURS, SERV
 from onebase.bench.report import print_table, store
 from onebase.kernels.dispatch import select_kernels
 
+# On a CPU the whole grid takes over an hour; the other cases are there by their options.
 HIDDEN = {"cuda": (1024, 4096, 8192), "cpu": (1024, 4096)}
 RANKS = {"cuda": (8, 16, 64, MIXED), "cpu": (8, 64, MIXED)}
 ROWS = {"cuda": (1, 16, 64, 256, 4096), "cpu": (1, 16, 64)}
