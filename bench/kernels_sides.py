@@ -22,6 +22,7 @@ from onebase.kernels.tiles import FEW_ROWS, num_parts
 Side = Callable[[], None]
 OURS, LOOP, GATHER, GROUPED, DENSE = "ours", "loop", "gather + bmm", "grouped_mm", "dense base"
 SERVED = "ours, as captured"  # over a plan whose contents may change between replays, as the engine's graphs have it
+_MOST_CAPTURED = 256  # rows of a decode graph
 _MOST_GATHERED = 2 << 30  # bytes of factors that gather + bmm may copy per site; beyond it is not measured
 
 
@@ -47,7 +48,8 @@ def _ours(world: World, kernels: LowRankKernels, plan: BatchPlan) -> Side:
 
 def _captured(world: World, kernels: LowRankKernels) -> Side | None:
     """None where there is nothing to capture: other bodies, and rows that no decode graph is made for."""
-    if kernels.name != "triton" or max(world.case.lengths) > FEW_ROWS:
+    few = max(world.case.lengths) <= FEW_ROWS and world.case.rows <= _MOST_CAPTURED
+    if kernels.name != "triton" or not few:
         return None
     tables, plan, rows = world.tables, world.plan, world.case.rows
     rank, parts = class_of(tables.largest_rank(plan)), class_of(num_parts(plan, tables))

@@ -145,7 +145,7 @@ def tune(
         for entries in tuned(buffer, groups, ranks, rows, lambda side: medians({"": side}, kind, _ROUNDS)[""], stop):
             found = entries
             dump(path, name, found)  # so that a run that is cut off leaves what it has found
-    show(str(path), {"entries": str(len(found))})
+    show(str(path), {"entries": str(len(found)) if path.exists() else "none was tried in this time"})
     return path
 
 

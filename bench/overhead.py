@@ -89,8 +89,8 @@ def measure(engine: Engine, steps: int) -> dict[str, float]:
     """Median milliseconds of the thread's CPU time, over the engine's next steps, which must be alike: each part and
     the forward in half of them; in the others all parts together, with the forward alone told apart, since each time
     that a clock is read costs something too."""
-    found = _spent(engine, steps // 2, PARTS)
-    whole = _spent(engine, steps - steps // 2, ())
+    found = _spent(engine, -(-steps // 2), PARTS)
+    whole = _spent(engine, max(1, steps // 2), ())
     return {**{part: found[part] for part in (*PARTS, "forward")}, "overhead": whole["rest"]}
 
 

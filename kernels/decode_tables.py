@@ -74,8 +74,8 @@ class DecodeTables:
             self._slots[row] = page * self._page_size
 
     def batch(self) -> AttentionBatch:
-        """Of the step that it stands at. On a CPU it is good until the next one, on other devices for good. One upload;
-        no synchronisation."""
+        """Of the step that it stands at; its host_tables, and on a CPU all of it, until the next one. One upload; no
+        synchronisation."""
         views = self._views
         if self._device.type != "cpu":
             host = torch.from_numpy(self._buffer)

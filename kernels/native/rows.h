@@ -37,7 +37,7 @@ void NAMED(rms_norm)(const ELEMENT *restrict x, const ELEMENT *restrict residual
  * x: [rows, width]; row_stride: in elements. */
 void NAMED(largest)(const ELEMENT *x, int64_t row_stride, int64_t rows, int64_t width, int64_t *restrict out) {
     const BITS infinity = ORDERED(INFINITE), least = ORDERED(INFINITE | LOWEST);
-#pragma omp parallel for schedule(static) if (rows * width > PARALLEL_ITEMS)
+#pragma omp parallel for schedule(static) if (rows > 1 && rows * width > PARALLEL_ITEMS)
     for (int64_t row = 0; row < rows; row++) {
         const BITS *in = (const BITS *)(x + row * row_stride);
         BITS highest = LOWEST, lowest = ~LOWEST;

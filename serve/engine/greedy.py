@@ -1,8 +1,9 @@
 """The largest logit of each row, on a CPU through integers: torch's maximum over 16 bits takes fifteen times as long.
 
-Floats are in the order of their bits, where those of negative ones are turned round. The native library goes over a row
-once. Without it numpy does, twice: among floats of one sign the largest is the largest signed integer where that is
-positive, and the smallest unsigned one where all are negative. NaN and infinity are the largest magnitudes.
+Floats are in the order of their bits, where those of negative ones are turned round; only here -0 is less than 0. The
+native library goes over a row once. Without it numpy does, twice: among floats of one sign the largest is the largest
+signed integer where that is positive, and the smallest unsigned one where all are negative. NaN and infinity are the
+largest magnitudes.
 """
 
 from __future__ import annotations

@@ -87,13 +87,9 @@ class ModelRunner:
         return DecodeRows.of(chunks, self._base.context.page_size, self._base.device, self._plan)
 
     def recover(self) -> None:
-        """After a forward that raised: let go of what it left behind. Raises where the device itself is lost, which
-        ends the process: the supervisor starts another one."""
+        """After a step that raised: nothing follows its rows, and memory that it took in vain is free. Raises where the
+        device itself is lost, which ends the process: the supervisor starts another one."""
         self._decodes = None
-        context = self._base.context
-        context.batch = None
-        if context.sites is not None:
-            context.sites.forget()
         if self._base.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -153,14 +149,19 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Logits [len(inputs.logits_rows), vocabulary]. Reads nothing of the step but ``inputs``."""
         self._plans.tokens, self._plans.rows, self._plans.logits = inputs.virtual, inputs.rows, inputs.logits
-        self._base.context.batch = inputs.attention
-        out = self._base.model(
-            input_ids=inputs.ids[None],
-            position_ids=inputs.positions[None],
-            use_cache=False,
-            logits_to_keep=inputs.logits_rows,
-        )
-        self._base.context.batch = None
+        context = self._base.context
+        context.batch = inputs.attention
+        try:
+            out = self._base.model(
+                input_ids=inputs.ids[None],
+                position_ids=inputs.positions[None],
+                use_cache=False,
+                logits_to_keep=inputs.logits_rows,
+            )
+        except BaseException:
+            context.forget()
+            raise
+        context.batch = None
         logits: Tensor = out.logits[0]
         return logits
 

@@ -78,6 +78,13 @@ class AttentionContext:
             if isinstance(getattr(module, "layer_idx", None), int):
                 setattr(module, _CONTEXT, self)
 
+    def forget(self) -> None:
+        """What a forward that raised has left for its later modules."""
+        self.batch = None
+        self.sums.forget()
+        if self.sites is not None:
+            self.sites.forget()
+
     def slot_layout(self) -> SlotLayout:
         """How one page of every known layer lies in a slot."""
         return SlotLayout.of(list(self._stored().values()), self.page_size)

@@ -132,7 +132,7 @@ def prepare(model: PreTrainedModel, config: EngineConfig) -> LoadedModel:
     ties = _ties(result.sites)  # before fuse: weights of a joint product are views of memory of its own
     if not config.deterministic:
         fuse(model, context, result)
-    prove(model, context, result.expected)
+    prove(model, context, result)
     entries: list[ProbedSite | ProbedNorm | ProbedBlock] = [*result.sites, *result.norms, *result.blocks]
     return LoadedModel(
         model=model,

@@ -63,7 +63,6 @@ class SiteContext:
         """What a forward that raised has left for its later modules."""
         self.residuals.clear()
         self.beside.clear()
-        self.sums.forget()
 
     def placed(self, path: str) -> tuple[Placed, ...]:
         """The instructions of the step's packed rows at a site."""

@@ -8,6 +8,7 @@ before, adapters wrap their forwards: a norm that was computed with its sum give
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from onebase.serve.model.hooks import ForwardWatcher
 from onebase.serve.model.norms import Norm
 from onebase.serve.model.trial import replace_forward, same_numbers
+
+_LARGE = 64.0  # times the residual stream of the trial
+_log = logging.getLogger("onebase.engine")
 
 
 @dataclass(slots=True, eq=False)
@@ -62,31 +66,6 @@ class SumNorm:
         return self.norm(x) if ready is None else ready
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PreNormLayer:
-    """Forward of one decoder layer. plain: its own. first, second: its norms' modules. second_norm: what is behind the
-    second; next_norm: behind the norm that reads the output, None where that is not known."""
-
-    plain: Callable[..., Any]
-    first: nn.Module
-    attention: nn.Module
-    second: nn.Module
-    feed_forward: nn.Module
-    sums: Sums
-    second_norm: Norm
-    next_norm: Norm | None = None
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """hidden_states: [1, T, width]. The rest goes to attention, as transformers' layers have it."""
-        if args:
-            return self.plain(hidden_states, *args, **kwargs)
-        attended: Tensor = self.attention(hidden_states=self.first(hidden_states), **kwargs)[0]
-        middle = self.sums.add(self.second_norm, attended, hidden_states)
-        given = self.feed_forward(self.second(middle))
-        fed: Tensor = given[0] if isinstance(given, tuple) else given  # with a router's scores
-        return fed + middle if self.next_norm is None else self.sums.add(self.next_norm, fed, middle)
-
-
 @dataclass(frozen=True, slots=True)
 class LayerParts:
     """The modules of a decoder layer's blocks, and the norms that feed them."""
@@ -97,24 +76,55 @@ class LayerParts:
     feed_forward: nn.Module
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PreNormLayer:
+    """Forward of one decoder layer. plain: its own. second_norm: what is behind the second norm's module; next_norm:
+    behind the norm that reads the output, None where that is not known."""
+
+    plain: Callable[..., Any]
+    parts: LayerParts
+    sums: Sums
+    second_norm: Norm
+    next_norm: Norm | None = None
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states: [1, T, width]. The rest goes to attention, as transformers' layers have it."""
+        if args:
+            return self.plain(hidden_states, *args, **kwargs)
+        parts = self.parts
+        attended: Tensor = parts.attention(hidden_states=parts.first(hidden_states), **kwargs)[0]
+        middle = self.sums.add(self.second_norm, attended, hidden_states)
+        given = parts.feed_forward(parts.second(middle))
+        fed: Tensor = given[0] if isinstance(given, tuple) else given  # with a router's scores
+        fed = fed.view(middle.shape)  # some experts drop the batch's dimension
+        return fed + middle if self.next_norm is None else self.sums.add(self.next_norm, fed, middle)
+
+
 @torch.inference_mode()
 def fuse_sums(
-    parts: Mapping[nn.Module, LayerParts], norms: Mapping[nn.Module, Norm], forward: Callable[[], object]
+    parts: Mapping[nn.Module, LayerParts], norms: Mapping[nn.Module, Norm], forward: Callable[[], Tensor]
 ) -> tuple[Sums, list[nn.Module]]:
     """Put fused forwards in place of the layers' for which they give the same numbers, and of the norms that read their
-    sums. parts: by layer; norms: the norms that have a fused forward; forward: one of the model's. The layers that have
-    one now."""
+    sums. parts: by layer; norms: the norms that have a fused forward; forward: one of the model's, its logits. The
+    layers that have one now: none where the model as a whole does not give what it gave."""
     sums = Sums()
     with _Trial(parts, norms, sums) as trial:
-        forward()
+        expected = forward()
     sums.forget()
     made = trial.made()
+    before = {layer: fused.plain for layer, fused in made.items()}
     for layer, fused in made.items():
         replace_forward(layer, fused)
-        readers = [fused.second, *(module for module in norms if norms[module] is fused.next_norm)]
+        readers = [fused.parts.second, *(module for module in norms if norms[module] is fused.next_norm)]
         for module in readers:
+            before[module] = norms[module]
             replace_forward(module, SumNorm(norms[module], sums))
-    return sums, list(made)
+    if same_numbers(forward(), expected):
+        return sums, list(made)
+    for module, plain in before.items():
+        replace_forward(module, plain)
+    sums.forget()
+    return sums, []
 
 
 class _Trial(ForwardWatcher):
@@ -126,41 +136,47 @@ class _Trial(ForwardWatcher):
         self._norms = norms
         self._sums = sums
         self._calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._outputs: dict[nn.Module, Tensor] = {}
+        self._outputs: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # with a copy of what is in it
         self._fused: dict[nn.Module, PreNormLayer] = {}
-        self._reads: dict[nn.Module, Tensor] = {}
+        self._readers: dict[nn.Module, list[nn.Module]] = {}  # by layer, the norms that read its output as it was
 
     def made(self) -> dict[nn.Module, PreNormLayer]:
         """By layer, each with the norm that read its output, where it is the only one."""
         found = {}
         for layer, fused in self._fused.items():
-            readers = [self._norms[norm] for norm, x in self._reads.items() if x is self._outputs[layer]]
+            readers = [self._norms[norm] for norm in self._readers.get(layer, ())]
             found[layer] = replace(fused, next_norm=readers[0]) if len(readers) == 1 else fused
         return found
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in self._parts:
             self._calls[module] = args, kwargs
-        elif args:
-            self._reads[module] = args[0]
+            return
+        for layer, (output, copy) in self._outputs.items():
+            readers = self._readers.setdefault(layer, [])
+            if args and args[0] is output and module not in readers and torch.equal(output, copy):
+                readers.append(module)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts = self._parts.get(module)
         if parts is None or not isinstance(output, Tensor):
             return
-        fused = PreNormLayer(
-            module.forward,
-            parts.first,
-            parts.attention,
-            parts.second,
-            parts.feed_forward,
-            self._sums,
-            self._norms[parts.second],
-        )
+        fused = PreNormLayer(module.forward, parts, self._sums, self._norms[parts.second])
         given, named = self._calls[module]
         try:
-            got = fused(*given, **named)
-        except (TypeError, ValueError, AttributeError, RuntimeError):  # other arguments, outputs or shapes
+            same = len(given) == 1 and self._agree(fused, given[0], named, output)
+        except Exception as error:  # a stranger's module, called in a way of ours
+            _log.debug("%s keeps its forward: %s: %s", type(module).__name__, type(error).__name__, error)
             return
-        if len(given) == 1 and isinstance(got, Tensor) and same_numbers(got, output):
-            self._fused[module], self._outputs[module] = fused, output
+        if same:
+            self._fused[module], self._outputs[module] = fused, (output, output.clone())
+
+    @staticmethod
+    def _agree(fused: PreNormLayer, x: Tensor, named: dict[str, Any], output: Tensor) -> bool:
+        """Also on a large input, which a layer that bounds its output would cut. What that leaves in the pages is
+        written over by whoever uses them next."""
+        large = x * _LARGE
+        expected = fused.plain(large, **named)
+        if bool(torch.isfinite(expected).all()) and not same_numbers(fused(large, **named), expected):
+            return False
+        return same_numbers(fused(x, **named), output)
