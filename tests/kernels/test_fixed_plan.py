@@ -17,7 +17,8 @@ from onebase.kernels.tables import Operands
 from onebase.kernels.tiles import num_parts, tiles_of
 from onebase.kernels.touched import Touched
 
-from .test_matmul import GROUP, SITES, World, example_world, needs_interpreter
+from .matmul_worlds import GROUP, SITES, World, needs_interpreter
+from .test_matmul import example_world
 
 ROWS, TILES, RANK = 12, 12, 77
 PLANS: dict[str, list[Run]] = {
