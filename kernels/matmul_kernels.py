@@ -24,6 +24,16 @@ def _dot(left, right, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _expanded(xa, b, WIDE: tl.constexpr):
+    """xa @ b with xa rounded to b's type. fp16 ends at 65504 and loses digits below 6e-5, which xa's scale may yet make
+    good: so rows of an fp32 xa are brought to one size before they are rounded, and back after the product."""
+    if b.dtype == tl.float16 and xa.dtype == tl.float32:
+        largest = tl.maximum(tl.max(tl.abs(xa), 1), 1e-30)[:, None]
+        return _dot((xa * (16384 / largest)).to(tl.float16), b, WIDE) * (largest / 16384)
+    return _dot(xa.to(b.dtype), b, WIDE)
+
+
+@triton.jit
 def _slice_of(block, second, third, of0, of1, of2):
     """What belongs to the output whose columns the block has: blocks from ``second`` on are the next one's."""
     return tl.where(block >= third, of2, tl.where(block >= second, of1, of0))
@@ -237,10 +247,10 @@ def expand_kernel(
         inside = here[:, None] & (r < stored)[None, :]
         xa_tile = tl.load(xa_rows + r[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_R]
         for part in tl.static_range(1, SPLITS):
-            xa_tile += tl.load(xa_rows + part * split_stride + r[None, :], mask=inside, other=0.0)
+            xa_tile += tl.load(xa_rows + part * split_stride.to(tl.int64) + r[None, :], mask=inside, other=0.0)
         b_mask = (r < rank)[:, None] & (n < out_features)[None, :]
         b_tile = tl.load(b_start + r.to(tl.int64)[:, None] * out_features, mask=b_mask, other=0.0)
-        acc += _dot(xa_tile.to(b_tile.dtype), b_tile, WIDE)
+        acc += _expanded(xa_tile, b_tile, WIDE)
     acc = acc * tl.load(scales + at + 4).to(tl.float32)
     if add_out >= 0:
         bias = tl.load(arena + tl.multiple_of(add_out, ALIGN) + n, mask=n < out_features, other=0.0)

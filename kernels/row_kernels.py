@@ -132,7 +132,7 @@ def expand_rows_kernel(
         acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for start in tl.range(0, rank, BLOCK_R, num_stages=STAGES):
             r = start + tl.arange(0, BLOCK_R)
-            parts = tl.arange(0, SPLITS)[:, None] * split_stride + r[None, :]  # at once: one load a thread
+            parts = tl.arange(0, SPLITS).to(tl.int64)[:, None] * split_stride + r[None, :]  # at once: one load a thread
             xa_part = tl.sum(tl.load(xa_row + parts, mask=(r < stored)[None, :], other=0.0).to(tl.float32), 0)
             b_mask = (r < rank)[:, None] & inside[None, :]
             b_part = tl.load(b_start + r.to(tl.int64)[:, None] * out_features, mask=b_mask, other=0.0)

@@ -12,7 +12,7 @@ from onebase.kernels.cpu import CpuKernels
 from onebase.kernels.cpu_tuning import CpuTuning
 from onebase.kernels.dispatch import select_kernels
 from onebase.kernels.plan import BatchPlan
-from onebase.kernels.tables import ProgramTables
+from onebase.kernels.tables import Operands, ProgramTables
 
 from .matmul_worlds import DTYPES, GROUP, TOKEN_SITE, World, check, needs_interpreter
 
@@ -194,3 +194,36 @@ def test_an_embedding_is_not_read_as_a_linear_site(name: str) -> None:
     body, plan = make_body(name, world.tables), BatchPlan.from_rows([((0, 1.0),), ((3, 1.0),)])
     with pytest.raises(ValueError, match="token operands are read by token_low_rank"):
         body.shrink(torch.zeros(2, 19), (TOKEN_SITE,), plan)
+
+
+# Of x, A and B, and the scale. xa is beyond fp16's 65504, scaled or not, or among its smallest numbers.
+SIZES = {"large": (1e4, 2, 0.1, 1e-5), "large when scaled": (1e4, 2, 1e-3, 1.0), "small": (1e-3, 0.01, 1, 1e5)}
+
+
+def check_sizes(x_size: float, a_size: float, b_size: float, scale: float, rows: int, device: str = "cpu") -> None:
+    """The first row is much smaller than those beside it, and as exact."""
+    world = World(torch.float16, 0, device)
+    a, b = a_size * world.tensor(16, 40), b_size * world.tensor(16, 24)
+    world.tables.install(0, {0: Operands(16, scale, world._put(a), world._put(b))})
+    x, plan = x_size * world.tensor(rows, 40), BatchPlan.from_runs([(rows, ((0, 1.0),))])
+    x[:1] /= 1000
+    want, got = x.new_zeros(rows, 24), x.new_zeros(rows, 24)
+    for name, y in (("reference", want), ("triton", got)):
+        body = make_body(name, world.tables)
+        body.expand(y, body.shrink(x, (0,), plan), 0, plan)
+    assert bool(want.isfinite().all())
+    assert bool(((got - want).double().abs() <= 2e-3 * want.double().abs().amax(1, keepdim=True)).all())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_fp16_holds_xa_of_any_size(sizes: str, rows: int) -> None:
+    check_sizes(*SIZES[sizes], rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_cuda_fp16_holds_xa_of_any_size(sizes: str, rows: int) -> None:
+    check_sizes(*SIZES[sizes], rows, "cuda")
