@@ -40,7 +40,8 @@ class Shape:
     """All that shapes a launch. Batch geometry comes in classes: powers of two, rounded up.
 
     slices: output widths, of every site of a shrink's group, or of the one site. rank: of the widest program.
-    block_m: rows of a tile. rows, distinct: of the batch, and its programs.
+    block_m: rows of a tile. rows, distinct: of the batch, and its programs. Not in it: an expand's SPLITS, as many as
+    the xa that it reads has. The heuristic's follow from h_in and block_m; beside a tuned shrink any block is right.
     """
 
     op: Op

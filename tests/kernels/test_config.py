@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -45,6 +46,28 @@ def test_every_field_keeps_entries_apart(change: dict[str, Any]) -> None:
 def test_every_field_of_the_key_is_tried_above() -> None:
     """So that a field that is added gets its case."""
     assert {name for change in CHANGES for name in change} == {field.name for field in fields(Shape)}
+
+
+# The constants that a kernel is compiled for, by where they come from.
+CHOSEN = {"BLOCK_R", "BLOCK_K", "BLOCK_N", "SPLITS", "STAGES"}  # by the configuration
+OF_KEY = {"BLOCK_M", "TOKEN"}
+OF_TABLES = {"ALIGN", "WIDE", "FIELDS", "TILE_FIELDS"}  # and their device
+
+
+def test_every_constant_of_a_kernel_is_of_its_configuration_or_key() -> None:
+    kernels = pytest.importorskip("onebase.kernels.matmul_triton")
+    for name in ("shrink_kernel", "expand_kernel", "shrink_rows_kernel", "expand_rows_kernel"):
+        parameters = inspect.signature(getattr(kernels, name).fn).parameters.values()
+        constants = {one.name for one in parameters if one.annotation == "tl.constexpr"}
+        assert {"BLOCK_R", "SPLITS"} < constants <= CHOSEN | OF_KEY | OF_TABLES
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_parts_that_an_expand_sums_follow_from_its_own_key(change: dict[str, Any]) -> None:
+    """The shrink before it may be of more sites or of a wider rank, and have another key; without a table it splits K
+    alike. With one it need not: an expand takes as many parts as its xa has."""
+    alike = heuristic(replace(SHAPE, **(change | {"op": "shrink"}))).splits == heuristic(SHAPE).splits
+    assert alike or change.keys() <= {"h_in", "block_m"}
 
 
 def test_a_shrink_of_a_few_rows_takes_the_parts_that_tiles_have() -> None:
