@@ -19,7 +19,7 @@ from onebase.bench.kernels_case import MIXED, Case, World, cases
 from onebase.bench.kernels_sides import DENSE, GROUPED, LOOP, OURS, SERVED, sides
 from onebase.kernels.dispatch import select_kernels
 
-from .test_matmul import needs_interpreter
+from .matmul_worlds import needs_interpreter
 
 CPU = torch.device("cpu")
 SMALL = LlamaConfig(

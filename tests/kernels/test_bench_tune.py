@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from onebase.bench.kernels_tune import Bench, search, tune, tuned
 from onebase.kernels.config import Config, Configs, dump, load
 
-from .test_matmul import needs_interpreter
+from .matmul_worlds import needs_interpreter
 
 START = Config(block_r=16, block=64)
 OPTIONS = {"block_r": (16, 32), "block": (64, 128), "splits": (1, 4)}
