@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -20,6 +19,7 @@ from onebase.kernels import kv_fp8
 from onebase.kernels.attention import AttentionBatch, AttentionOptions, PageCache, check_shapes
 from onebase.kernels.attention_kernels import attend_kernel, reduce_kernel, write_kernel
 from onebase.kernels.attention_kernels_fp8 import write_fp8
+from onebase.kernels.sizes import next_power_of_2
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SPLITS = 64
@@ -42,11 +42,11 @@ class _Blocks:
 
     @classmethod
     def of(cls, group: int, dim: int, itemsize: int, decode: bool) -> _Blocks:
-        d = max(16, triton.next_power_of_2(dim))
+        d = max(16, next_power_of_2(dim))
         rows, n, stages = {True: (64, 64, 2), False: (32, 32, 1)}[d * itemsize <= 256]
         if d * itemsize > 512:
             rows, n = 32, 16
-        m = max(16 if decode else rows, triton.next_power_of_2(group))
+        m = max(16 if decode else rows, next_power_of_2(group))
         return cls(m, n, d, 4, stages + 1 if decode and stages > 1 else stages)
 
 
@@ -153,12 +153,12 @@ def write_pages(k: Tensor, v: Tensor, cache: PageCache, batch: AttentionBatch) -
     if cache.exponents is not None:
         write_fp8[batch.num_tokens, heads](
             k, v, *_stored(cache), batch.slots, *k.stride(), *v.stride(), *cache.k.stride()[:3],
-            DIM=dim, PAGE=cache.page_size, BLOCK=triton.next_power_of_2(dim),
+            DIM=dim, PAGE=cache.page_size, BLOCK=next_power_of_2(dim),
         )  # fmt: skip
         return
     write_kernel[(batch.num_tokens,)](
         k, v, cache.k, cache.v, batch.slots, *k.stride(), *v.stride(), *cache.k.stride(),
-        HEADS=heads, DIM=dim, PAGE=cache.page_size, BLOCK=triton.next_power_of_2(heads * dim),
+        HEADS=heads, DIM=dim, PAGE=cache.page_size, BLOCK=next_power_of_2(heads * dim),
     )  # fmt: skip
 
 

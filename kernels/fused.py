@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from onebase.kernels.fused_kernels import gate_kernel, rms_norm_kernel, rotary_kernel
+from onebase.kernels.sizes import cdiv, next_power_of_2
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu")
@@ -46,9 +46,9 @@ def _launch_norm(
     width = weight.shape[0]
     rows = _as_rows(x, width)
     more = rows if residual is None else _as_rows(residual, width)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     height = max(1, 1024 // block)
-    rms_norm_kernel[(triton.cdiv(len(rows), height),)](
+    rms_norm_kernel[(cdiv(len(rows), height),)](
         rows, more, weight, total, out, rows.stride(0), more.stride(0), len(rows), width, eps, offset,
         ADDS=residual is not None, ROUNDED=rounded, BLOCK_M=height, BLOCK_W=block,
         num_warps=max(4, min(16, block // 512)),
@@ -69,8 +69,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     q_out, k_out = (torch.empty((1, tokens, n, dim), dtype=q.dtype, device=q.device) for n in (heads, kv_heads))
     rotary_kernel[(tokens, 2)](
         q, k, q_out, k_out, cos, sin, q.stride(2), q.stride(1), k.stride(2), k.stride(1),
-        Q_HEADS=heads, K_HEADS=kv_heads, HALF=dim // 2, BLOCK_Q=triton.next_power_of_2(heads),
-        BLOCK_K=triton.next_power_of_2(kv_heads), BLOCK_D=triton.next_power_of_2(dim // 2), enable_fp_fusion=False,
+        Q_HEADS=heads, K_HEADS=kv_heads, HALF=dim // 2, BLOCK_Q=next_power_of_2(heads),
+        BLOCK_K=next_power_of_2(kv_heads), BLOCK_D=next_power_of_2(dim // 2), enable_fp_fusion=False,
     )  # fmt: skip
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
@@ -80,7 +80,7 @@ def gated(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
     width = gate.shape[-1]
     gates, ups = gate.reshape(-1, width), up.reshape(-1, width)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate_kernel[(len(gates), triton.cdiv(width, _GATE_BLOCK))](
+    gate_kernel[(len(gates), cdiv(width, _GATE_BLOCK))](
         gates, ups, out, gates.stride(0), ups.stride(0), width, KIND=kind, BLOCK=_GATE_BLOCK
     )
     return out

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from onebase.kernels.base import NOTHING, Shrunk, own
@@ -26,6 +25,7 @@ from onebase.kernels.config import Config, Configs, Op, Shape
 from onebase.kernels.matmul_kernels import expand_kernel, scale_in_kernel, shrink_kernel
 from onebase.kernels.plan import BatchPlan, Segment
 from onebase.kernels.row_kernels import expand_rows_kernel, shrink_rows_kernel
+from onebase.kernels.sizes import cdiv
 from onebase.kernels.tables import FIELDS, ProgramTables, SiteShape
 from onebase.kernels.tiles import FEW_ROWS, ROWS_BY_BLOCK, TILE_FIELDS, Tiles, tiles_of
 from onebase.kernels.vectors import Vectors
@@ -73,7 +73,7 @@ class TritonKernels:
             return TritonShrunk(group, xa)  # vectors alone: nothing reads it
         few, planes = tiles.block_m == FEW_ROWS, len(group) * splits
         kernel = shrink_rows_kernel if few else shrink_kernel
-        grid = (len(tiles.shrinks), planes) if few else (len(tiles.shrinks), triton.cdiv(width, config.block_r), planes)
+        grid = (len(tiles.shrinks), planes) if few else (len(tiles.shrinks), cdiv(width, config.block_r), planes)
         kernel[grid](
             x, tables.buffer, tables.device_table, tiles.shrinks, self._group(group), xa,
             x.stride(0), x.shape[1], len(tables.sites), tiles.packed_rows, width, len(group),
@@ -111,10 +111,9 @@ class TritonKernels:
         _require_rows("x", x)
         _require_rows("target", target)
         width, block = x.shape[1], _TILE_ELEMENTS // tiles.block_m
-        for start, stop in tiles.layers:
-            layer = tiles.data[start:stop]
-            scale_in_kernel[(stop - start, triton.cdiv(width, block))](
-                target, x, tables.buffer, tables.device_table, layer, layer.view(torch.float32),
+        for layer, scales in tiles.by_layer:
+            scale_in_kernel[(layer.shape[0], cdiv(width, block))](
+                target, x, tables.buffer, tables.device_table, layer, scales,
                 target.stride(0), x.stride(0), width, site, len(tables.sites),
                 BLOCK_M=tiles.block_m, BLOCK_N=block, ALIGN=tables.alignment, FIELDS=FIELDS, TILE_FIELDS=TILE_FIELDS,
             )  # fmt: skip
@@ -172,9 +171,14 @@ class TritonKernels:
 
     def _acts(self, sites: tuple[int, ...], plan: BatchPlan) -> bool:
         """Whether an expand has anything to do. Raises ValueError where a site has an embedding's operands."""
-        for site in () if tiles_of(plan, self._tables).fixed else sites:
-            self._tables.uses(site, plan)
-        return any(self._tables.active(site, plan) for site in sites)
+
+        def acts() -> bool:
+            for site in () if tiles_of(plan, self._tables).fixed else sites:
+                self._tables.uses(site, plan)
+            return any(self._tables.active(site, plan) for site in sites)
+
+        self._tables.check(plan)
+        return plan.memo((self, "acts", sites), acts)
 
     def _reads_base(self, plan: BatchPlan) -> bool:
         """Whether each row has one expand, which finds what the base gave. A fixed plan takes no others with maps."""
@@ -187,18 +191,17 @@ class TritonKernels:
         tables, tiles = self._tables, tiles_of(plan, self._tables)
         for one in slices:
             _require_rows("y", one.y)
-        blocks = sum(triton.cdiv(one.y.shape[1], config.block) for one in slices)
+        blocks = sum(cdiv(one.y.shape[1], config.block) for one in slices)
         padded = slices + [slices[0]] * (SLICES - len(slices))
         widths = [one.y.shape[1] if at < len(slices) else 0 for at, one in enumerate(padded)]
         splits, strides = (
             (1, (0, 0, 16)) if token else (len(source), (source.stride(1), source.stride(0), source.shape[3]))
         )
         kernel = expand_rows_kernel if tiles.block_m == FEW_ROWS else expand_kernel
-        for start, stop in tiles.layers:
-            layer = tiles.data[start:stop]
-            kernel[(stop - start, blocks)](
-                *(one.y for one in padded), tables.buffer, tables.device_table, tables.device_table.view(torch.float64),
-                layer, layer.view(torch.float32), source,
+        for layer, scales in tiles.by_layer:
+            kernel[(layer.shape[0], blocks)](
+                *(one.y for one in padded), tables.buffer, tables.device_table, tables.device_scales,
+                layer, scales, source,
                 *(one.y.stride(0) for one in padded), *widths,
                 *(one.site for one in padded), *(one.member for one in padded), len(tables.sites),
                 *strides, int(maps),

@@ -108,11 +108,13 @@ class ProgramTables:
         self._removals = 0
         self.alignment = 16 // buffer.element_size()
         self._device_table = self._new_table(_FIRST_CAPACITY)
+        self.device_scales = self._device_table.view(torch.float64)
         self._free_rows = list(range(_FIRST_CAPACITY))[::-1]
 
     @property
     def device_table(self) -> Tensor:
-        """[capacity, n_sites, FIELDS] int64 on the buffer's device. Replaced by a larger one when it is full."""
+        """[capacity, n_sites, FIELDS] int64 on the buffer's device. Replaced by a larger one when it is full.
+        device_scales: the same memory as float64, which the scales in it are."""
         return self._device_table
 
     def row_of(self, operands: Mapping[int, Operands], block: range | None = None) -> ProgramRow:
@@ -282,6 +284,7 @@ class ProgramTables:
             old = self._device_table
             self._device_table = self._new_table(2 * old.shape[0])
             self._device_table[: old.shape[0]].copy_(old)
+            self.device_scales = self._device_table.view(torch.float64)
             self._free_rows = list(range(old.shape[0], 2 * old.shape[0]))[::-1]
         return self._free_rows.pop()
 

@@ -11,7 +11,7 @@ the widest program's, most of a mixed batch's would be launched to find that the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,11 @@ class Tiles:
     block_m: int
     packed_rows: int
     fixed: Bounds | None = None
+    by_layer: tuple[tuple[Tensor, Tensor], ...] = field(init=False)  # its tiles, and they as float32: their scales
+
+    def __post_init__(self) -> None:
+        parts = [self.data[start:stop] for start, stop in self.layers]
+        object.__setattr__(self, "by_layer", tuple((part, part.view(torch.float32)) for part in parts))
 
 
 def tiles_of(plan: BatchPlan, tables: ProgramTables) -> Tiles:
