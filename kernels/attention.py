@@ -65,18 +65,7 @@ class AttentionBatch:
         """
         queries, lengths = np.asarray(query_lens, dtype=np.int64), np.asarray(kv_lens, dtype=np.int64)
         _check_lengths(queries, lengths, pages, page_size)
-        return cls.of_tables(queries, lengths, _block_tables(pages, -(-lengths // page_size)), page_size, device)
-
-    @classmethod
-    def of_tables(
-        cls,
-        queries: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        tables: NDArray[np.int32],
-        page_size: int,
-        device: torch.device,
-    ) -> AttentionBatch:
-        """As ``build``, of block tables that hold exactly the pages that the lengths need, and that nobody changes."""
+        tables = _block_tables(pages, -(-lengths // page_size))
         starts = np.zeros(len(queries) + 1, dtype=np.int32)
         np.cumsum(queries, out=starts[1:])
         slots = _slots(queries, lengths, starts, tables, page_size)

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from onebase.kernels.sizes import next_power_of_2
 from onebase.kernels.tables import PAIR_BLOCK
 from onebase.kernels.tiles import FEW_ROWS, RANK_BLOCK
 
@@ -130,7 +131,7 @@ def rank_class(rank: int) -> int:
 
 
 def size_class(count: int) -> int:
-    return min(_LARGEST_CLASS, 1 << max(0, count - 1).bit_length())
+    return min(_LARGEST_CLASS, next_power_of_2(max(1, count)))
 
 
 def file_name(device_name: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from onebase.kernels.plan import BatchPlan
+from onebase.kernels.sizes import next_power_of_2
 from onebase.kernels.tables import ProgramTables
 from onebase.kernels.tiles import (
     FEW_ROWS,
@@ -124,7 +125,7 @@ class FixedPlan:
 
 def class_of(count: int) -> int:
     """What a bound is rounded up to, so that few graphs do for many plans: powers of two from 16 on, 0 for nothing."""
-    return count and 1 << max(4, (count - 1).bit_length())
+    return count and max(16, next_power_of_2(count))
 
 
 _EMPTY: TileRow = (0, 0, 0, 0, 0.0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -40,13 +41,14 @@ class Message(Supported):
         return message if self.name is None else {**message, "name": self.name}
 
     @property
+    @abstractmethod
     def spoken(self) -> str:
         """The role as templates know it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def text(self) -> str:
-        raise NotImplementedError
+        """What is said, as one string."""
 
 
 class SystemMessage(Message):

@@ -50,11 +50,8 @@ class DecodeRows:
     def in_order(self, chunks: Rows[Chunk]) -> list[Chunk] | None:
         """These chunks in the order of the rows, where they are the next tokens of the same sequences."""
         found = {chunk.sequence: chunk for chunk in chunks if chunk.num_tokens == 1}
-        if len(found) != len(self._sequences) or len(found) != len(chunks):
-            return None
-        mine = [found.get(sequence) for sequence in self._sequences]
-        ordered = [chunk for chunk in mine if chunk is not None]
-        return ordered if len(ordered) == len(mine) else None
+        ordered = [found[sequence] for sequence in self._sequences if sequence in found]
+        return ordered if len(ordered) == len(self._sequences) == len(chunks) else None
 
     def follow(self, chunks: Rows[Chunk]) -> bool:
         """Move on to these chunks, if they are the same rows one step later."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from onebase.kernels.fixed_plan import DoesNotFit, FixedPlan, class_of
 from onebase.kernels.instructions import InstructionTable
+from onebase.kernels.sizes import next_power_of_2
 from onebase.kernels.tables import ProgramTables
 from onebase.kernels.tiles import num_parts
 from onebase.kernels.touched import NOWHERE, Touched
@@ -216,7 +217,7 @@ def _size(needs: Needs) -> tuple[int, ...]:
 def bucket(rows: int) -> int:
     """The rows that a step is padded to: powers of two up to 8, then multiples of 8, from 64 on of 16."""
     if rows <= 8:
-        return 1 << (rows - 1).bit_length()
+        return next_power_of_2(rows)
     grain = 8 if rows <= 64 else 16
     return -(-rows // grain) * grain
 

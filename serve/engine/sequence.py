@@ -213,8 +213,6 @@ class Sequence:
     def charge(self, stop: int) -> int:
         """It is computed up to this slot: how many slots up to the prompt's end are new to its tenant's account. What
         is computed again after a preemption is not."""
-        if self.num_charged >= self.start_len:  # nearly always: it decodes
-            return 0
         end = min(stop, self.start_len)
         if self.num_charged >= end:
             return 0

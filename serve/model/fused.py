@@ -47,7 +47,7 @@ def _fuse_sums(model: PreTrainedModel, context: AttentionContext, result: ProbeR
             if found is not None:
                 parts[module] = found
     if parts:
-        context.sums, _ = fuse_sums(parts, norms, lambda: probe_forward(model, context))
+        context.sums = fuse_sums(parts, norms, lambda: probe_forward(model, context))
 
 
 def _layer_parts(

@@ -103,10 +103,10 @@ class PreNormLayer:
 @torch.inference_mode()
 def fuse_sums(
     parts: Mapping[nn.Module, LayerParts], norms: Mapping[nn.Module, Norm], forward: Callable[[], Tensor]
-) -> tuple[Sums, list[nn.Module]]:
+) -> Sums:
     """Put fused forwards in place of the layers' for which they give the same numbers, and of the norms that read their
-    sums. parts: by layer; norms: the norms that have a fused forward; forward: one of the model's, its logits. The
-    layers that have one now: none where the model as a whole does not give what it gave."""
+    sums: of none where the model as a whole does not give what it gave. parts: by layer; norms: the norms that have a
+    fused forward; forward: one of the model's, its logits."""
     sums = Sums()
     with _Trial(parts, norms, sums) as trial:
         expected = forward()
@@ -119,12 +119,11 @@ def fuse_sums(
         for module in readers:
             before[module] = norms[module]
             replace_forward(module, SumNorm(norms[module], sums))
-    if same_numbers(forward(), expected):
-        return sums, list(made)
-    for module, plain in before.items():
-        replace_forward(module, plain)
+    if not same_numbers(forward(), expected):
+        for module, plain in before.items():
+            replace_forward(module, plain)
     sums.forget()
-    return sums, []
+    return sums
 
 
 class _Trial(ForwardWatcher):

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from onebase.kernels.attention import select_attention
 from onebase.kernels.dispatch import select_kernels
 from onebase.serve.engine import tier
 from onebase.serve.engine.messages import AdapterReady, LoadAdapter
 from onebase.serve.model import loader
+
+from .programs import save_lora
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -27,19 +28,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def adapters(make_driver: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Five LoRA folders of ranks 1 to 9 on the tiny Llama, written by hand."""
     sites = make_driver("llama").base_sites()
-    folders = []
-    for seed, rank in enumerate((1, 3, 4, 8, 9)):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for site in sites:
-            prefix = f"base_model.model.{site.path}.lora"
-            tensors[f"{prefix}_A.weight"] = torch.randn(rank, site.in_features, generator=generator) * 0.2
-            tensors[f"{prefix}_B.weight"] = torch.randn(site.out_features, rank, generator=generator) * 0.2
-        folders.append(tmp_path_factory.mktemp(f"rank-{rank}"))
-        save_file(tensors, folders[-1] / "adapter_model.safetensors")
-        config = f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}}}'
-        (folders[-1] / "adapter_config.json").write_text(config)
-    return folders
+    make = tmp_path_factory.mktemp
+    return [save_lora(make(f"rank-{rank}"), sites, rank, seed) for seed, rank in enumerate((1, 3, 4, 8, 9))]
 
 
 def _jobs(adapters: list[Path], count: int, seed: int) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from onebase.adapters.base import Site
@@ -33,7 +32,7 @@ from onebase.serve.engine.inputs import StepInputs
 from onebase.serve.engine.loop import _patience
 from onebase.serve.model import loader
 
-from .programs import PROMPT, Programs
+from .programs import PROMPT, Programs, save_lora
 
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1 before the run (make test does)"
@@ -105,19 +104,6 @@ def make_graphed(make_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     return make
 
 
-def _save_lora(folder: Path, sites: list[Site], rank: int, seed: int) -> Path:
-    """Of random factors at these linear modules."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for site in sites:
-        key = f"base_model.model.{site.path}.lora"
-        tensors[f"{key}_A.weight"] = torch.randn(rank, site.in_features, generator=generator) * 0.2
-        tensors[f"{key}_B.weight"] = torch.randn(site.out_features, rank, generator=generator) * 0.2
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}}}')
-    return folder
-
-
 def _of_queries(sites: list[Site]) -> list[Site]:
     return [site for site in sites if site.path.endswith(("q_proj", "v_proj"))]
 
@@ -128,7 +114,7 @@ def loras(make_driver: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     sites = make_driver("llama").base_sites()
     of_rank = {2: sites, 5: sites, 17: _of_queries(sites)}
     make = tmp_path_factory.mktemp
-    return [_save_lora(make("lora"), of_rank[rank], rank, seed) for seed, rank in enumerate(of_rank)]
+    return [save_lora(make("lora"), of_rank[rank], rank, seed) for seed, rank in enumerate(of_rank)]
 
 
 @needs_interpreter
@@ -213,7 +199,7 @@ def test_ranks_beyond_the_configurations_are_replayed(
     make_driver: Callable[..., Any], make_graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(graphs, "_OFTEN", 1)
-    folder = _save_lora(tmp_path, _of_queries(make_driver("llama").base_sites())[:1], 600, 0)
+    folder = save_lora(tmp_path, _of_queries(make_driver("llama").base_sites())[:1], 600, 0)
     alone = make_driver("llama", max_model_len=64)
     driver, recorder = make_graphed(max_num_seqs=1)
     said = driver.generate(PROMPT, driver.use(folder), max_tokens=4)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from onebase.serve.engine.messages import Request, SamplingParams, TokenOutput
 
+from .programs import lora_tensors
+
 INVOCATION = (7, 8)
 _PROMPT = {"num_virtual_tokens": 11, "num_layers": 2, "num_transformer_submodules": 1}
 
@@ -32,11 +34,7 @@ def adapters(make_driver: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     """soft: 11 virtual tokens; stored: 11 slots of keys and values; alora: from 7, 8 on; gated: at the top layer."""
     root = tmp_path_factory.mktemp("virtual")
     draw = torch.Generator().manual_seed(3)
-    lora: dict[str, Tensor] = {}
-    for site in make_driver("llama").base_sites():
-        key = f"base_model.model.{site.path}.lora"
-        lora[f"{key}_A.weight"] = torch.randn(4, site.in_features, generator=draw) * 0.2
-        lora[f"{key}_B.weight"] = torch.randn(site.out_features, 4, generator=draw) * 0.2
+    lora = lora_tensors(make_driver("llama").base_sites(), 4, draw)
     rows, table = (torch.randn(11, width, generator=draw) for width in (64, 2 * 2 * 2 * 16))
     attention = "base_model.model.model.layers.1.self_attn.adaption"
     gated = {f"{attention}_prompt": torch.randn(1, 5, 64, generator=draw), f"{attention}_gate": torch.ones(1) * 2}
